@@ -1,0 +1,98 @@
+"""The command line: ``python cli.py {fit,validate,test,predict} --config configs/NAME.yaml [flags]``."""
+
+import pickle
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from maml_lightning import MAML, SettingError, TestReport
+
+
+class MAMLCommandLine(LightningCLI):
+    """LightningCLI with its links and defaults: the network's output size follows the data's ``ways``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Link ``ways`` and give the callbacks that every run has their flags."""
+        parser.link_arguments("data.init_args.ways", "model.net.init_args.out_features")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "val/accuracy",
+                "checkpoint.mode": "max",
+                "checkpoint.save_last": True,
+                "checkpoint.filename": "best",
+                "checkpoint.enable_version_counter": False,
+                "model.net": {"class_path": "maml_lightning.ConvNet"},
+            }
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse with the checkpoint's settings as defaults, so that flags and config given by hand win."""
+        super().parse_arguments(parser, args)
+        subcommand = self.config.get("subcommand")
+        path = subcommand and self.config[subcommand].get("ckpt_path")
+        if not path or path in ("best", "last", "hpc", "registry"):
+            return
+        settings = read_checkpoint(Path(path)).get("hyper_parameters", {})
+        known = {key: value for key, value in settings.items() if not key.startswith("_")}
+        self._subcommand_parsers[subcommand].set_defaults({f"model.{key}": value for key, value in known.items()})
+        super().parse_arguments(parser, args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Off: Lightning would put the checkpoint's settings over flags given by hand (see parse_arguments)."""
+
+    def after_instantiate_classes(self) -> None:
+        """Save the network's settings, plain values, with the others in the checkpoint."""
+        self.model.hparams.update(self.config_dump["model"])
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Load a checkpoint's weights and plain values; code in it does not run.
+
+    Raises:
+        SettingError: there is no file, or it is no checkpoint, or it holds more than weights and plain values.
+    """
+    if not path.is_file():
+        raise SettingError(f"ckpt_path {path} is not a file; give a checkpoint that fit wrote, such as .../last.ckpt.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
+        reason = (
+            "it holds more than weights and plain values"
+            if "nsupported" in str(error)
+            else "it is damaged or no checkpoint"
+        )
+        raise SettingError(f"ckpt_path {path} was not loaded: {reason}; give a checkpoint that fit wrote.") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise SettingError(f"ckpt_path {path} holds no state_dict; give a checkpoint that fit wrote.")
+    return checkpoint
+
+
+def main(args: ArgsType = None) -> MAMLCommandLine:
+    """Run the command line.
+
+    Args:
+        args: the words after ``cli.py``; None takes them from ``sys.argv``.
+    """
+    return MAMLCommandLine(
+        MAML,
+        LightningDataModule,
+        subclass_mode_data=True,
+        auto_configure_optimizers=True,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={"callbacks": [RichProgressBar(), TestReport()]},
+        args=args,
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SettingError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,22 @@
+"""The MAML family of meta-learning algorithms as one PyTorch Lightning module with torch.func gradients."""
+
+from maml_lightning.callbacks import TestReport
+from maml_lightning.data import GlyphsDataModule, OmniglotDataModule
+from maml_lightning.episodes import Episode
+from maml_lightning.errors import SettingError
+from maml_lightning.inner_loop import InnerLoop, MetaGradient
+from maml_lightning.module import MAML
+from maml_lightning.networks import MLP, ConvNet
+
+__all__ = [
+    "MAML",
+    "MLP",
+    "ConvNet",
+    "Episode",
+    "GlyphsDataModule",
+    "InnerLoop",
+    "MetaGradient",
+    "OmniglotDataModule",
+    "SettingError",
+    "TestReport",
+]

@@ -1,0 +1,334 @@
+"""Sampling of few-shot episodes, the same for every data set of images.
+
+Episode ``i`` of a split is a function of (seed, split, ``i``) alone. Its random bits come from a counter, not from a
+generator with a state: SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators")
+hashes (seed, split, i, slot), for a whole meta-batch at once. So workers, ranks, batch size and what ran before cannot
+matter, and any episode can be drawn at any time.
+"""
+
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from maml_lightning.episodes import Episode
+from maml_lightning.errors import SettingError
+
+Split = Literal["train", "val", "test"]
+Bits = npt.NDArray[np.uint64]
+
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(bits: Bits) -> Bits:
+    """SplitMix64's finaliser, a bijection of the 64-bit integers."""
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
+def random_bits(seed: int, name: str, indices: Sequence[int] | npt.NDArray[np.int64], slots: int) -> Bits:
+    """Random 64-bit integers that depend on (seed, name, index, slot) alone.
+
+    Args:
+        seed: any integer.
+        name: keeps streams apart, such as a split's name.
+        indices: ``[n]`` integers from 0; a stream of its own for each.
+        slots: how many numbers of each stream.
+
+    Returns:
+        ``[n, slots]``.
+    """
+    key = _mix(np.array([seed % 2**64], np.uint64) + _GAMMA) ^ np.uint64(zlib.crc32(name.encode()))
+    streams = _mix(_mix(key) + np.asarray(indices).astype(np.uint64) * _GAMMA)
+    return _mix(streams[:, None] + np.arange(1, slots + 1, dtype=np.uint64) * _GAMMA)
+
+
+def choose(bits: Bits, n: int) -> npt.NDArray[np.int64]:
+    """Draw ``k`` of ``n`` without replacement, in random order (Floyd's algorithm, then a shuffle).
+
+    Args:
+        bits: ``[..., 2 * k]`` random 64-bit integers.
+        n: how many there are to draw from, ``k <= n < 2**32``.
+
+    Returns:
+        ``[..., k]`` distinct integers in ``[0, n)``.
+    """
+    k = bits.shape[-1] // 2
+    chosen = np.empty((*bits.shape[:-1], k), np.int64)
+    for j, last in enumerate(range(n - k, n)):
+        pick = ((bits[..., j] >> np.uint64(32)) * np.uint64(last + 1) >> np.uint64(32)).astype(np.int64)
+        taken = (chosen[..., :j] == pick[..., None]).any(-1)
+        chosen[..., j] = np.where(taken, last, pick)
+    return np.take_along_axis(chosen, bits[..., k:].argsort(-1), -1)
+
+
+class EpisodeDataset(Dataset[Episode]):
+    """Episodes drawn from the images of one split; a whole meta-batch is one gather.
+
+    Examples are ordered by label: ``K`` of label 0, then ``K`` of label 1, and so on, in the query set likewise.
+
+    Args:
+        images: ``[classes, drawings, H, W]`` or ``[classes, drawings, C, H, W]``, uint8; 255 becomes 1.0.
+        split: name of the split, a part of what an episode depends on.
+        episodes: the length reported to a ``DataLoader``; any index from 0 is an episode.
+        ways: classes per episode ``N``, at least 2.
+        shots: support examples per class ``K``, at least 1.
+        query_shots: query examples per class ``Q``, at least 1.
+        seed: the data seed.
+        rotations: whether each class turned by 90, 180 and 270 degrees counts as a class of its own (square images).
+
+    Raises:
+        SettingError: the split has too few classes, or too few drawings per class.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        split: str,
+        episodes: int,
+        *,
+        ways: int = 5,
+        shots: int = 1,
+        query_shots: int = 1,
+        seed: int = 0,
+        rotations: bool = False,
+    ):
+        images = images if images.ndim == 5 else images.unsqueeze(2)
+        # turned once, not after each draw: four times the bytes, a third of the time
+        self.images = torch.cat([images.rot90(turn, (-2, -1)) for turn in range(4)]) if rotations else images
+        self.split, self.episodes, self.seed = split, episodes, seed
+        self.ways, self.shots, self.query_shots = ways, shots, query_shots
+        self.classes, self.drawings = self.images.shape[:2]
+        if ways > self.classes:
+            raise SettingError(
+                f"data.ways is {ways}, but the {split} split has {self.classes} classes; lower data.ways."
+            )
+        if shots + query_shots > self.drawings:
+            raise SettingError(
+                f"data.shots + data.query_shots is {shots} + {query_shots}, but a class of the {split} split has "
+                f"{self.drawings} drawings; lower one of the two."
+            )
+
+    def __len__(self) -> int:
+        return self.episodes
+
+    def draw(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Which classes and drawings make up the episodes: ``[T, N]`` and ``[T, N, K + Q]``, support first.
+
+        With rotations, class ``c + r * classes`` is class ``c`` turned ``r`` times by 90 degrees, counter-clockwise.
+        """
+        examples = self.shots + self.query_shots
+        bits = random_bits(self.seed, self.split, indices, 2 * self.ways * (1 + examples))
+        classes = choose(bits[:, : 2 * self.ways], self.classes)
+        drawings = choose(bits[:, 2 * self.ways :].reshape(len(indices), self.ways, 2 * examples), self.drawings)
+        return torch.from_numpy(classes), torch.from_numpy(drawings)
+
+    def __getitems__(self, indices: Sequence[int]) -> Episode:
+        """The episodes with these indices as one batch: inputs float in [0, 1], targets int64."""
+        classes, drawings = self.draw(indices)
+        tensors: list[Tensor] = []
+        for part in (drawings[..., : self.shots], drawings[..., self.shots :]):
+            labels = torch.arange(self.ways).repeat_interleave(part.shape[-1])
+            tensors += [self._gather(classes, part), labels.repeat(len(indices), 1)]
+        return Episode(*tensors)
+
+    def __getitem__(self, index: int) -> Episode:
+        return self.__getitems__([index])
+
+    def _gather(self, classes: Tensor, drawings: Tensor) -> Tensor:
+        rows = (classes[..., None] * self.drawings + drawings).flatten(1)
+        inputs = self.images.flatten(0, 1).index_select(0, rows.flatten())
+        return inputs.view(*rows.shape, *inputs.shape[1:]).float().div_(255)
+
+
+# A subclass of DistributedSampler, because that is what keeps Lightning from putting a DistributedSampler of its own
+# around it under several ranks, which would pad the validation and test episodes with repeats.
+class EpisodeSampler(DistributedSampler[int]):
+    """A rank's contiguous share of every meta-batch, nothing padded and nothing dropped.
+
+    Args:
+        dataset: its length is the number of episodes per epoch.
+        meta_batch_size: episodes per outer step over all ranks, a multiple of the number of ranks.
+        fixed: give episodes ``0 … n-1`` at every epoch (validation, test); otherwise epoch ``e`` begins at ``e * n``.
+        num_replicas: number of ranks; by default that of ``torch.distributed``, or 1.
+        rank: this rank; by default that of ``torch.distributed``, or 0.
+
+    Attributes:
+        skip: meta-batches to leave out at the start of the next pass, to go on in the middle of an epoch.
+
+    Raises:
+        SettingError: the meta-batch does not divide by the ranks, or (not ``fixed``) the epoch by the meta-batch.
+    """
+
+    def __init__(
+        self,
+        dataset: EpisodeDataset,
+        meta_batch_size: int,
+        *,
+        fixed: bool,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+    ):
+        distributed = dist.is_available() and dist.is_initialized()
+        world = num_replicas or (dist.get_world_size() if distributed else 1)
+        super().__init__(dataset, world, (dist.get_rank() if distributed else 0) if rank is None else rank)
+        episodes = len(dataset)
+        if meta_batch_size % world:
+            raise SettingError(
+                f"data.meta_batch_size ({meta_batch_size}) must be a multiple of the number of processes ({world}); "
+                f"use {meta_batch_size // world * world + world}."
+            )
+        if not fixed and episodes % meta_batch_size:
+            raise SettingError(
+                f"data.train_episodes ({episodes}) must be a multiple of data.meta_batch_size ({meta_batch_size}); "
+                f"use {episodes // meta_batch_size * meta_batch_size + meta_batch_size}."
+            )
+        self.episodes, self.meta_batch_size, self.fixed, self.skip = episodes, meta_batch_size, fixed, 0
+
+    def _share(self, start: int) -> range:
+        size = min(self.meta_batch_size, self.episodes - start)
+        first, last = (size * rank // self.num_replicas for rank in (self.rank, self.rank + 1))
+        return range(start + first, start + last)
+
+    def __iter__(self) -> Iterator[int]:
+        offset = 0 if self.fixed else self.epoch * self.episodes
+        skip, self.skip = self.skip, 0
+        for start in range(skip * self.meta_batch_size, self.episodes, self.meta_batch_size):
+            yield from (offset + index for index in self._share(start))
+
+    def __len__(self) -> int:
+        return sum(len(self._share(start)) for start in range(0, self.episodes, self.meta_batch_size))
+
+
+def _identity(batch: Any) -> Any:
+    return batch
+
+
+class EpisodicDataModule(LightningDataModule, ABC):
+    """Data loaders of episodes; a data set adds `load_split`.
+
+    Args:
+        ways: classes per episode ``N``, at least 2.
+        shots: support examples per class ``K``, at least 1.
+        query_shots: query examples per class ``Q``, at least 1.
+        meta_batch_size: episodes per outer step ``T``, over all processes.
+        train_episodes: episodes per epoch.
+        val_episodes: the same episodes at every validation.
+        test_episodes: the same episodes at every test.
+        seed: seed of the episodes, any integer.
+        num_workers: worker processes per data loader; 0 samples in the main process.
+        rotations: whether training adds each class turned by 90, 180 and 270 degrees as further classes.
+
+    Raises:
+        SettingError: a number is too small.
+    """
+
+    def __init__(
+        self,
+        *,
+        ways: int,
+        shots: int,
+        query_shots: int,
+        meta_batch_size: int,
+        train_episodes: int,
+        val_episodes: int,
+        test_episodes: int,
+        seed: int,
+        num_workers: int,
+        rotations: bool,
+    ):
+        super().__init__()
+        at_least("ways", ways, 2)
+        at_least("shots", shots, 1)
+        at_least("query_shots", query_shots, 1)
+        at_least("meta_batch_size", meta_batch_size, 1)
+        at_least("train_episodes", train_episodes, 1)
+        at_least("val_episodes", val_episodes, 1)
+        at_least("test_episodes", test_episodes, 1)
+        at_least("num_workers", num_workers, 0)
+        self.ways, self.shots, self.query_shots = ways, shots, query_shots
+        self.meta_batch_size, self.seed, self.num_workers, self.rotations = (
+            meta_batch_size,
+            seed,
+            num_workers,
+            rotations,
+        )
+        self.episodes: dict[Split, int] = {"train": train_episodes, "val": val_episodes, "test": test_episodes}
+        self.datasets: dict[Split, EpisodeDataset] = {}
+
+    @abstractmethod
+    def load_split(self, split: Split) -> Tensor:
+        """The images of a split: ``[classes, drawings, (C,) H, W]``, uint8, ink = 255."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the splits that the stage needs: ``fit``, ``validate``, ``test``, ``predict``, or None for all."""
+        needed: dict[str | None, tuple[Split, ...]] = {
+            "fit": ("train", "val"),
+            "validate": ("val",),
+            "test": ("test",),
+            "predict": ("test",),
+        }
+        for split in needed.get(stage, ("train", "val", "test")):
+            self._dataset(split)
+
+    def train_dataloader(self) -> DataLoader[Episode]:
+        """Meta-batches of new episodes at every epoch."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader[Episode]:
+        """Meta-batches of the fixed validation episodes."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[Episode]:
+        """Meta-batches of the fixed test episodes."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Episode]:
+        """Meta-batches of the fixed test episodes."""
+        return self._loader("test")
+
+    def _dataset(self, split: Split) -> EpisodeDataset:
+        if split not in self.datasets:
+            self.datasets[split] = EpisodeDataset(
+                self.load_split(split),
+                split,
+                self.episodes[split],
+                ways=self.ways,
+                shots=self.shots,
+                query_shots=self.query_shots,
+                seed=self.seed,
+                rotations=self.rotations and split == "train",
+            )
+        return self.datasets[split]
+
+    def _loader(self, split: Split) -> DataLoader[Episode]:
+        dataset = self._dataset(split)
+        sampler = EpisodeSampler(dataset, self.meta_batch_size, fixed=split != "train")
+        return DataLoader(
+            dataset,
+            batch_size=self.meta_batch_size // sampler.num_replicas,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=_identity,  # __getitems__ returns the batch as it is
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+        )
+
+
+def at_least(setting: str, value: int, least: int) -> None:
+    """Refuse a setting of the data that is too small.
+
+    Raises:
+        SettingError: ``value < least``.
+    """
+    if value < least:
+        raise SettingError(f"data.{setting} must be at least {least} (got {value}); raise it.")

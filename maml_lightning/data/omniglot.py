@@ -1,0 +1,272 @@
+"""Omniglot: 1623 handwritten characters of 50 alphabets, 20 drawings each (Lake, Salakhutdinov and Tenenbaum 2015)."""
+
+import contextlib
+import os
+import struct
+import uuid
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets import Omniglot
+from torchvision.datasets.utils import download_and_extract_archive, extract_archive
+
+from maml_lightning.data.episodic import EpisodicDataModule, Split
+from maml_lightning.errors import SettingError
+
+Pixels = npt.NDArray[np.uint8]
+
+DRAWINGS, DRAWN_SIDE, SIDE = 20, 105, 28
+
+# fmt: off
+PARTS = {  # characters per alphabet, in the order of the packed images
+    "images_background": {
+        "Alphabet_of_the_Magi": 20, "Anglo-Saxon_Futhorc": 29, "Arcadian": 26, "Armenian": 41,
+        "Asomtavruli_(Georgian)": 40, "Balinese": 24, "Bengali": 46, "Blackfoot_(Canadian_Aboriginal_Syllabics)": 14,
+        "Braille": 26, "Burmese_(Myanmar)": 34, "Cyrillic": 33, "Early_Aramaic": 22, "Futurama": 26, "Grantha": 43,
+        "Greek": 24, "Gujarati": 48, "Hebrew": 22, "Inuktitut_(Canadian_Aboriginal_Syllabics)": 16,
+        "Japanese_(hiragana)": 52, "Japanese_(katakana)": 47, "Korean": 40, "Latin": 26, "Malay_(Jawi_-_Arabic)": 40,
+        "Mkhedruli_(Georgian)": 41, "N_Ko": 33, "Ojibwe_(Canadian_Aboriginal_Syllabics)": 14, "Sanskrit": 42,
+        "Syriac_(Estrangelo)": 23, "Tagalog": 17, "Tifinagh": 55,
+    },
+    "images_evaluation": {
+        "Angelic": 20, "Atemayar_Qelisayer": 26, "Atlantean": 26, "Aurek-Besh": 26, "Avesta": 26, "Ge_ez": 26,
+        "Glagolitic": 45, "Gurmukhi": 45, "Kannada": 41, "Keble": 26, "Malayalam": 47, "Manipuri": 40, "Mongolian": 30,
+        "Old_Church_Slavonic_(Cyrillic)": 45, "Oriya": 46, "Sylheti": 28, "Syriac_(Serto)": 23, "Tengwar": 25,
+        "Tibetan": 42, "ULOG": 26,
+    },
+}
+# fmt: on
+SHAPE = (sum(sum(alphabets.values()) for alphabets in PARTS.values()), DRAWINGS, SIDE, SIDE)
+LAKE_VAL_ALPHABETS = ("Balinese", "Early_Aramaic", "Greek", "Korean", "Latin")
+
+_NO_DATA = "or use configs/glyphs_5way_1shot.yaml, which needs no data"
+
+
+def character_files(folder: Path) -> list[list[Path]]:
+    """The 20 drawings of each character of a complete tree, sorted by part, alphabet and character.
+
+    Args:
+        folder: ``ROOT/omniglot-py``.
+
+    Raises:
+        SettingError: the tree is missing or incomplete; says what is missing.
+    """
+    files = []
+    for part, alphabets in PARTS.items():
+        if not (folder / part).is_dir():
+            raise SettingError(
+                f"Omniglot is not at {folder / part}: set data.root to the folder that holds omniglot-py, "
+                f"fetch it with --data.download true, {_NO_DATA}."
+            )
+        for alphabet, expected in alphabets.items():
+            characters = [path for path in _entries(folder / part / alphabet) if path.is_dir()]
+            _complete(folder / part / alphabet, "characters", len(characters), expected)
+            for character in characters:
+                files.append([path for path in _entries(character) if path.suffix == ".png"])
+                _complete(character, "drawings", len(files[-1]), DRAWINGS)
+    return files
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if not path.name.startswith("."))
+
+
+def _complete(folder: Path, what: str, found: int, expected: int) -> None:
+    if found != expected:
+        raise SettingError(
+            f"Omniglot is incomplete: {folder} has {found} of {expected} {what}; unzip the archive again, "
+            f"or fetch it with --data.download true, {_NO_DATA}."
+        )
+
+
+def fetch(folder: Path) -> None:
+    """Unzip both archives in ``folder``, downloading those that are not there.
+
+    Raises:
+        SettingError: there is no network, or the disk is full.
+    """
+    try:
+        for part in PARTS:
+            archive = folder / f"{part}.zip"
+            if zipfile.is_zipfile(archive):
+                extract_archive(str(archive), str(folder))
+            else:
+                url = f"{Omniglot.download_url_prefix}/{archive.name}"
+                download_and_extract_archive(url, str(folder), md5=Omniglot.zips_md5[part])
+    except (OSError, RuntimeError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())
+        raise SettingError(f"Omniglot could not be fetched into {folder} ({reason}); try again, {_NO_DATA}.") from error
+
+
+def _reduced(file: Path) -> Pixels:
+    try:
+        with Image.open(file) as image:
+            if image.size != (DRAWN_SIDE, DRAWN_SIDE):
+                raise ValueError(f"its size is {image.size}, not {(DRAWN_SIDE, DRAWN_SIDE)}")
+            return 255 - np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+    except (OSError, SyntaxError, ValueError, struct.error, zlib.error) as error:
+        raise SettingError(f"{file} is not a whole Omniglot image ({error}); unzip the archive again.") from error
+
+
+def pack(folder: Path) -> Pixels:
+    """Reduce every drawing of the tree to 28x28 by Lanczos, ink = 255.
+
+    Returns:
+        ``[1623, 20, 28, 28]``, in the order of `character_files`.
+
+    Raises:
+        SettingError: the tree is missing or incomplete, or an image is damaged.
+    """
+    characters = character_files(folder)
+    rank_zero_info(f"Packing the {SHAPE[0] * DRAWINGS} images of {folder} (once, some seconds)")
+    return np.stack([np.stack([_reduced(file) for file in files]) for files in characters])
+
+
+def read_cache(cache: Path) -> Pixels | None:
+    """The packed images, or None where there is no cache or a damaged one (a zip: its checksum is verified)."""
+    try:
+        with cache.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            images: Pixels = arrays["images"]
+        return images if images.shape == SHAPE and images.dtype == np.uint8 else None
+    except (OSError, ValueError, KeyError, EOFError, AttributeError, NotImplementedError, zipfile.BadZipFile):
+        return None
+
+
+def write_cache(cache: Path, images: Pixels) -> None:
+    """Write the packed images, whole or not at all; where that is impossible, warn."""
+    temporary = cache.with_name(f".{cache.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("xb") as file:
+            np.savez(file, images=images)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, cache)
+    except OSError as error:
+        rank_zero_warn(f"{cache} could not be written ({error}): Omniglot will be packed again at every start.")
+    finally:
+        with contextlib.suppress(OSError):  # a folder that cannot be written holds no temporary file either
+            temporary.unlink(missing_ok=True)
+
+
+def load_characters(root: str | Path, download: bool = False) -> Pixels:
+    """All of Omniglot, from the cache ``ROOT/omniglot-py/packed_28.npz``, which is made where it is not.
+
+    Args:
+        root: the folder that holds ``omniglot-py``.
+        download: fetch the images if the tree is missing or incomplete.
+
+    Returns:
+        ``[1623, 20, 28, 28]`` uint8, ink = 255, sorted by part, alphabet and character.
+
+    Raises:
+        SettingError: the tree is missing, incomplete or damaged, or cannot be fetched.
+    """
+    folder = Path(root) / "omniglot-py"
+    cache = folder / "packed_28.npz"
+    images = read_cache(cache)
+    if images is None:
+        if download:
+            try:
+                character_files(folder)
+            except SettingError:
+                fetch(folder)
+        images = pack(folder)
+        write_cache(cache, images)
+    return images
+
+
+def split_characters(scheme: Literal["finn", "lake"]) -> dict[Split, npt.NDArray[np.int64]]:
+    """The characters of each split, as indices into the packed images; fixed, whatever the seeds.
+
+    Args:
+        scheme: ``finn``, 1100, 100 and 423 characters by a fixed permutation over all (Finn et al. 2017 give the
+            sizes, not the permutation); ``lake``, the 30 background alphabets, five of them held out whole for
+            validation, and all 20 evaluation alphabets for the test.
+    """
+    if scheme == "finn":
+        # RandomState, for its stream is frozen across NumPy versions
+        permutation = np.random.RandomState(1623).permutation(SHAPE[0])
+        return {"train": permutation[:1100], "val": permutation[1100:1200], "test": permutation[1200:]}
+    names = [alphabet for alphabets in PARTS.values() for alphabet, count in alphabets.items() for _ in range(count)]
+    held_out = np.isin(names, LAKE_VAL_ALPHABETS)
+    background = np.arange(SHAPE[0]) < sum(PARTS["images_background"].values())
+    masks: dict[Split, npt.NDArray[np.bool_]] = {
+        "train": background & ~held_out,
+        "val": background & held_out,
+        "test": ~background,
+    }
+    return {split: np.flatnonzero(mask) for split, mask in masks.items()}
+
+
+class OmniglotDataModule(EpisodicDataModule):
+    """Episodes of handwritten characters, ``[1, 28, 28]``, ink = 1 on 0.
+
+    Args:
+        root: the folder that holds ``omniglot-py/{images_background,images_evaluation}``.
+        download: fetch the images if they are missing (16 MB).
+        split: ``finn`` mixes all alphabets (1100/100/423 characters), ``lake`` tests on alphabets never trained on.
+        rotations: whether training adds each character turned by 90, 180 and 270 degrees as further classes.
+        ways: classes per episode ``N``, at least 2.
+        shots: support examples per class ``K``, at least 1; ``shots + query_shots`` at most 20.
+        query_shots: query examples per class ``Q``, at least 1.
+        meta_batch_size: episodes per outer step ``T``, over all processes.
+        train_episodes: episodes per epoch, a multiple of ``meta_batch_size``.
+        val_episodes: episodes per validation, always the same.
+        test_episodes: episodes per test, always the same.
+        seed: seed of the episodes, any integer; it does not move the splits.
+        num_workers: worker processes per data loader; 0 samples in the main process.
+
+    Raises:
+        SettingError: a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        root: str = "data",
+        download: bool = False,
+        split: Literal["finn", "lake"] = "finn",
+        rotations: bool = True,
+        ways: int = 5,
+        shots: int = 1,
+        query_shots: int = 1,
+        meta_batch_size: int = 32,
+        train_episodes: int = 3200,
+        val_episodes: int = 600,
+        test_episodes: int = 1000,
+        seed: int = 0,
+        num_workers: int = 0,
+    ):
+        super().__init__(
+            ways=ways,
+            shots=shots,
+            query_shots=query_shots,
+            meta_batch_size=meta_batch_size,
+            train_episodes=train_episodes,
+            val_episodes=val_episodes,
+            test_episodes=test_episodes,
+            seed=seed,
+            num_workers=num_workers,
+            rotations=rotations,
+        )
+        if split not in ("finn", "lake"):
+            raise SettingError(f"data.split must be finn or lake (got {split}).")
+        self.root, self.download, self.split = root, download, split
+        self._images: Pixels | None = None
+
+    def prepare_data(self) -> None:
+        """Fetch and pack the images, if that is still to be done."""
+        self._images = load_characters(self.root, self.download)
+
+    def load_split(self, split: Split) -> Tensor:
+        """The images of a split: ``[characters, 20, 28, 28]``, uint8, ink = 255."""
+        if self._images is None:
+            self._images = load_characters(self.root, self.download)
+        return torch.from_numpy(self._images[split_characters(self.split)[split]])

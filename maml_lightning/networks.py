@@ -1,0 +1,89 @@
+"""Networks for few-shot learning: the convolutional network and the perceptron of the MAML paper."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from maml_lightning.errors import SettingError
+
+
+class ConvNet(nn.Module):
+    """Blocks of 3x3 convolution, batch normalisation and ReLU, a mean over positions, and a linear head.
+
+    The network of Vinyals et al. (2016) as used by Finn et al. (2017, section 5.2). It normalises with the batch's own
+    statistics, in training and in evaluation alike: predictions depend on the other examples of their set
+    (transductive). The convolutions have no bias, which the normalisation would cancel.
+
+    Args:
+        in_channels: channels of the images, 1 or more.
+        out_features: classes; the command line sets it to the data's ``ways``.
+        hidden_channels: filters of each convolution, 1 or more.
+        blocks: how many blocks, 1 or more; each halves the image.
+        pooling: halve by 2x2 max-pooling after each block instead of by a stride of 2 in its convolution.
+
+    Example:
+        >>> ConvNet(out_features=5)(torch.rand(10, 1, 28, 28)).shape
+        torch.Size([10, 5])
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        out_features: int = 5,
+        hidden_channels: int = 64,
+        blocks: int = 4,
+        pooling: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in {
+            "in_channels": in_channels,
+            "out_features": out_features,
+            "hidden_channels": hidden_channels,
+            "blocks": blocks,
+        }.items():
+            if value < 1:
+                raise SettingError(f"model.net.{name} must be at least 1 (got {value}); raise it.")
+        layers: list[nn.Module] = []
+        for block in range(blocks):
+            channels = hidden_channels if block else in_channels
+            stride = 1 if pooling else 2
+            layers += [
+                nn.Conv2d(channels, hidden_channels, 3, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(hidden_channels, track_running_stats=False),
+                nn.ReLU(),
+            ]
+            if pooling:
+                layers.append(nn.MaxPool2d(2))
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(hidden_channels, out_features)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``[B, out_features]`` of images ``[B, C, H, W]``."""
+        return self.head(self.body(images).mean((2, 3)))
+
+
+class MLP(nn.Module):
+    """A perceptron with ReLU between its layers; by default that of the paper's sinusoids (Finn et al. 2017, 5.1).
+
+    Args:
+        in_features: size of an example, all its dimensions flattened.
+        out_features: size of the output.
+        hidden_features: sizes of the hidden layers.
+
+    Example:
+        >>> MLP()(torch.rand(10, 1)).shape
+        torch.Size([10, 1])
+    """
+
+    def __init__(self, in_features: int = 1, out_features: int = 1, hidden_features: Sequence[int] = (40, 40)) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Flatten()]
+        for size in hidden_features:
+            layers += [nn.Linear(in_features, size), nn.ReLU()]
+            in_features = size
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(in_features, out_features)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Outputs ``[B, out_features]`` of inputs ``[B, ...]``."""
+        return self.head(self.body(inputs))

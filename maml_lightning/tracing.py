@@ -1,0 +1,197 @@
+"""Functions of tensors as flat ATen graphs: traced once for a signature, then replayed as they are or compiled.
+
+For small networks the interpreters of ``vmap``, ``vjp`` and autograd cost more than the arithmetic; a replayed graph
+has none of them. A function and its pullback are traced together and cut in two, so that the backward half finds what
+the forward half computed.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.func import vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+log = logging.getLogger(__name__)
+
+
+def _signature(leaves: Iterable[Tensor]) -> tuple:
+    autocast = {
+        device: torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) for device in ("cpu", "cuda")
+    }
+    return (*((t.shape, t.stride(), t.dtype, t.device) for t in leaves), *autocast.items())
+
+
+def _restride(tensor: Tensor, like: Tensor) -> Tensor:
+    if tensor.stride() == like.stride():
+        return tensor
+    return torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def _trace(function: Callable[..., list], leaves: list[Tensor]) -> fx.GraphModule:
+    # detach() makes every input an object of its own: make_fx would take two uses of one tensor for one input.
+    with torch.no_grad():
+        graph = make_fx(function, tracing_mode="fake")(*(leaf.detach() for leaf in leaves))
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _output(graph: fx.Graph) -> fx.Node:
+    return next(node for node in reversed(graph.nodes) if node.op == "output")
+
+
+def _is_mutable(node: fx.Node) -> bool:
+    return node.op == "call_function" and getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+
+
+def _copy(
+    nodes: Iterable[fx.Node], placeholders: Iterable[fx.Node], outputs: Any, owner: fx.GraphModule
+) -> fx.GraphModule:
+    graph, copies = fx.Graph(), {}
+    for node in placeholders:
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta = node.meta
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(pytree.tree_map(lambda node: copies.get(node, node), outputs))
+    graph.eliminate_dead_code()
+    return fx.GraphModule(owner, graph)
+
+
+def cut(joint: fx.GraphModule, cotangents: int, outputs: int) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Cut a joint graph into what does not depend on the cotangents and what does.
+
+    Args:
+        joint: its last ``cotangents`` inputs are cotangents; its first ``outputs`` outputs belong to the forward half.
+
+    Returns:
+        ``forward(*primals) -> (outputs, residuals)`` and ``backward(*residuals, *cotangents) -> gradients``.
+
+    Raises:
+        ValueError: the backward half writes in place, so that the order of the two halves would matter.
+    """
+    nodes = [node for node in joint.graph.nodes if node.op != "output"]
+    given = [node for node in nodes if node.op == "placeholder"]
+    late = dict.fromkeys(given[len(given) - cotangents :])
+    for node in nodes:
+        if any(source in late for source in node.all_input_nodes):
+            late[node] = None
+    if any(_is_mutable(node) for node in late):
+        raise ValueError("the backward half works in place")
+    results: Any = _output(joint.graph).args[0]
+    ahead, behind = results[:outputs], results[outputs:]
+    residuals = [n for n in nodes if n not in late and (n in behind or any(user in late for user in n.users))]
+    early = [node for node in nodes if node not in late and node.op != "placeholder"]
+    forward = _copy(early, given[: len(given) - cotangents], [list(ahead), residuals], joint)
+    backward = _copy(
+        [node for node in late if node.op != "placeholder"],
+        [*residuals, *given[len(given) - cotangents :]],
+        list(behind),
+        joint,
+    )
+    return forward, backward
+
+
+class Tracer:
+    """Runs functions of pytrees of tensors, vectorised over tasks, by replaying their graphs.
+
+    A network that cannot be traced (one whose Python control flow reads values) runs untraced: slower, with the same
+    result. Nothing here records autograd graphs.
+
+    Args:
+        compile: hand the graphs to ``torch.compile`` (inductor).
+    """
+
+    def __init__(self, compile: bool = False) -> None:
+        self.compile = compile
+        self._programs: dict[tuple, Any] = {}
+
+    def _program(self, key: tuple, build: Callable[[], Any]) -> Any:
+        if key not in self._programs:
+            try:
+                self._programs[key] = build()
+            except Exception as error:  # whatever a user's network raises under tracing
+                log.warning(
+                    "The network cannot be traced and runs untraced, which is slower: %s", str(error).split("\n")[0]
+                )
+                self._programs[key] = None
+        return self._programs[key]
+
+    def _ready(self, graph: fx.GraphModule) -> Callable[..., Any]:
+        return torch.compile(graph, dynamic=False) if self.compile else graph
+
+    @torch.no_grad()
+    def __call__(self, function: Callable, in_dims: tuple, *args: Any) -> Any:
+        """``vmap(function, in_dims)(*args)``."""
+        leaves, spec = pytree.tree_flatten(args)
+        vectorised = vmap(function, in_dims=in_dims, randomness="different")
+
+        def build() -> tuple:
+            out_spec = None
+
+            def flat(*leaves: Tensor) -> list:
+                nonlocal out_spec
+                out, out_spec = pytree.tree_flatten(vectorised(*pytree.tree_unflatten(leaves, spec)))
+                return out
+
+            graph = _trace(flat, leaves)
+            return self._ready(graph), out_spec
+
+        program = self._program((function, in_dims, *_signature(leaves)), build)
+        if program is None:
+            return vectorised(*args)
+        graph, out_spec = program
+        return pytree.tree_unflatten(graph(*leaves), out_spec)
+
+    @torch.no_grad()
+    def vjp(self, function: Callable, in_dims: tuple, primal: Any, *args: Any) -> tuple[Any, Callable]:
+        """``vmap`` of ``function(primal, *args)``, with its pullback to ``primal``, task by task.
+
+        Args:
+            function: of one task; returns a pytree of the structure of ``primal``.
+            in_dims: of ``(primal, *args)``, 0 or None each.
+
+        Returns:
+            the outputs, and ``pullback(cotangents) -> gradients``, all with a leading task dimension.
+        """
+
+        def joint(cotangents: Any, primal: Any, *args: Any) -> tuple:
+            outputs, pullback = vjp(lambda primal: function(primal, *args), primal)
+            return outputs, pullback(cotangents)[0]
+
+        vectorised = vmap(joint, in_dims=(0, *in_dims), randomness="different")
+        leaves, spec = pytree.tree_flatten((primal, *args))
+        primals, primal_spec = pytree.tree_flatten(primal)
+        count = len(primals)
+
+        def build() -> Any:
+            only = vmap(function, in_dims=in_dims, randomness="different")
+            with torch._subclasses.FakeTensorMode() as mode:
+                fake = pytree.tree_map(mode.from_tensor, (primal, *args))
+                outputs = pytree.tree_leaves(only(*fake))
+            shaped = [torch.empty_strided(o.shape, o.stride(), dtype=o.dtype, device=o.device) for o in outputs]
+
+            def flat(*leaves: Tensor) -> list:
+                cotangents = pytree.tree_unflatten(leaves[-count:], primal_spec)
+                return pytree.tree_leaves(vectorised(cotangents, *pytree.tree_unflatten(leaves[:-count], spec)))
+
+            forward, backward = cut(_trace(flat, [*leaves, *shaped]), count, count)
+            return self._ready(forward), self._ready(backward), shaped
+
+        program: Any = self._program((function, "vjp", in_dims, *_signature(leaves)), build)
+        if program is None:
+            outputs = vmap(function, in_dims=in_dims, randomness="different")(primal, *args)
+            return outputs, lambda cotangents: vectorised(cotangents, primal, *args)[1]
+        forward, backward, shaped = program
+        outputs, residuals = forward(*leaves)
+
+        @torch.no_grad()
+        def pullback(cotangents: Any) -> Any:
+            given = [_restride(c, like) for c, like in zip(pytree.tree_leaves(cotangents), shaped, strict=True)]
+            return pytree.tree_unflatten(backward(*residuals, *given), primal_spec)
+
+        return pytree.tree_unflatten(outputs, primal_spec), pullback
