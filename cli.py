@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from maml_lightning import MAML, SettingError, TestReport
@@ -21,6 +21,7 @@ class MAMLCommandLine(LightningCLI):
         """Link ``ways`` and give the callbacks that every run has their flags."""
         parser.link_arguments("data.init_args.ways", "model.net.init_args.out_features")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(TestReport, "test_report")
         parser.set_defaults(
             {
                 "checkpoint.monitor": "val/accuracy",
@@ -86,7 +87,6 @@ def main(args: ArgsType = None) -> MAMLCommandLine:
         subclass_mode_data=True,
         auto_configure_optimizers=True,
         save_config_kwargs={"overwrite": True},
-        trainer_defaults={"callbacks": [RichProgressBar(), TestReport()]},
         args=args,
     )
 
