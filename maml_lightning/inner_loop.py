@@ -123,17 +123,16 @@ class InnerLoop:
             fast, pullbacks = params, []
             for k in range(steps):
                 arguments = (self._step, (None if k == 0 else 0, None, None, 0, 0), fast, buffers, rate, *support)
-                if first_order or (self.flat_memory and k < steps - 1):
+                if first_order:
                     fast = self._trace(*arguments)
-                    pullbacks.append(lambda lam, arguments=arguments: self._trace.vjp(*arguments)[1](lam))
                 else:
-                    fast, pullback = self._trace.vjp(*arguments)
+                    fast, pullback = self._trace.vjp(*arguments, recompute=self.flat_memory and k < steps - 1)
                     pullbacks.append(pullback)
             shared = 0 if steps else None
             lam, loss, outputs = self._trace(
                 self._judge, (shared, None, 0, 0), fast, buffers, chunk.query_inputs, chunk.query_targets
             )
-            while pullbacks and not first_order:
+            while pullbacks:
                 lam = pullbacks.pop()(lam)
             for name, value in lam.items():
                 total[name] += value.sum(0)

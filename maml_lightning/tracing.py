@@ -6,7 +6,8 @@ the forward half computed.
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -96,6 +97,22 @@ def cut(joint: fx.GraphModule, cotangents: int, outputs: int) -> tuple[fx.GraphM
     return forward, backward
 
 
+class _RandomState:
+    """The random state of now, so that what is computed again draws the same (dropout)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.devices = [device] if device.type == "cuda" else []
+        self.states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self.devices)]
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        with torch.random.fork_rng(self.devices):
+            torch.set_rng_state(self.states[0])
+            for device, state in zip(self.devices, self.states[1:], strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
+
+
 class Tracer:
     """Runs functions of pytrees of tensors, vectorised over tasks, by replaying their graphs.
 
@@ -148,19 +165,22 @@ class Tracer:
         return pytree.tree_unflatten(graph(*leaves), out_spec)
 
     @torch.no_grad()
-    def vjp(self, function: Callable, in_dims: tuple, primal: Any, *args: Any) -> tuple[Any, Callable]:
+    def vjp(
+        self, function: Callable, in_dims: tuple, primal: Any, *args: Any, recompute: bool = False
+    ) -> tuple[Any, Callable]:
         """``vmap`` of ``function(primal, *args)``, with its pullback to ``primal``, task by task.
 
         Args:
             function: of one task; returns a pytree of the structure of ``primal``.
             in_dims: of ``(primal, *args)``, 0 or None each.
+            recompute: keep nothing but the arguments and compute the rest again in the pullback.
 
         Returns:
             the outputs, and ``pullback(cotangents) -> gradients``, all with a leading task dimension.
         """
 
         def joint(cotangents: Any, primal: Any, *args: Any) -> tuple:
-            outputs, pullback = vjp(lambda primal: function(primal, *args), primal)
+            outputs, pullback, *_ = vjp(lambda primal: function(primal, *args), primal)
             return outputs, pullback(cotangents)[0]
 
         vectorised = vmap(joint, in_dims=(0, *in_dims), randomness="different")
@@ -183,15 +203,23 @@ class Tracer:
             return self._ready(forward), self._ready(backward), shaped
 
         program: Any = self._program((function, "vjp", in_dims, *_signature(leaves)), build)
-        if program is None:
-            outputs = vmap(function, in_dims=in_dims, randomness="different")(primal, *args)
-            return outputs, lambda cotangents: vectorised(cotangents, primal, *args)[1]
-        forward, backward, shaped = program
-        outputs, residuals = forward(*leaves)
 
-        @torch.no_grad()
-        def pullback(cotangents: Any) -> Any:
+        def backward(residuals: list[Tensor], cotangents: Any) -> Any:
+            _, half, shaped = program
             given = [_restride(c, like) for c, like in zip(pytree.tree_leaves(cotangents), shaped, strict=True)]
-            return pytree.tree_unflatten(backward(*residuals, *given), primal_spec)
+            return pytree.tree_unflatten(half(*residuals, *given), primal_spec)
 
-        return pytree.tree_unflatten(outputs, primal_spec), pullback
+        if program is None or recompute:
+            random = _RandomState(leaves[0].device)
+
+            @torch.no_grad()
+            def recomputed(cotangents: Any) -> Any:
+                with random.restored():
+                    if program is None:
+                        return vectorised(cotangents, primal, *args)[1]
+                    return backward(program[0](*leaves)[1], cotangents)
+
+            return self(function, in_dims, primal, *args), recomputed
+
+        outputs, residuals = program[0](*leaves)
+        return pytree.tree_unflatten(outputs, primal_spec), lambda cotangents: backward(residuals, cotangents)
