@@ -137,6 +137,13 @@ class MAML(LightningModule):
         outputs = self._trajectory(episode)[-1]
         return outputs if episode.support_targets.is_floating_point() else outputs.softmax(-1)
 
+    def on_validation_epoch_start(self) -> None:
+        """Begin anew; at the end it would leave inference tensors behind for a fit after a validate."""
+        self._scores.reset()
+        self._eval_loss.reset()
+
+    on_test_epoch_start = on_validation_epoch_start
+
     def on_validation_epoch_end(self) -> None:
         """Log the means over all episodes."""
         self._report("val")
@@ -190,8 +197,6 @@ class MAML(LightningModule):
 
     def _report(self, stage: str) -> Tensor:
         scores, loss = self._scores.compute(), self._eval_loss.compute()
-        self._scores.reset()
-        self._eval_loss.reset()
         self.log(f"{stage}/loss", loss, prog_bar=True)
         for step, score in enumerate(scores.mean(0)):
             self.log(f"{stage}/{self.score_name}_step_{step}", score)

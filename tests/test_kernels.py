@@ -1,0 +1,79 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.func import grad, vmap
+
+from maml_lightning import kernels
+
+
+def second_derivative(function, x, *parameters):
+    """Per task, of a scalar of the gradient, with respect to everything."""
+
+    def scalar(x, *parameters):
+        gradients = grad(lambda x, *p: function(x, *p).sin().sum(), tuple(range(1 + len(parameters))))(x, *parameters)
+        return sum((g * torch.linspace(1, 2, g.numel(), dtype=g.dtype).view_as(g)).sum() for g in gradients)
+
+    return vmap(grad(scalar, tuple(range(1 + len(parameters)))))(x, *parameters)
+
+
+WINDOWS = [
+    ((3, 3), {}),
+    ((3, 3), {"stride": 2, "padding": 1}),
+    ((2, 3), {"stride": (2, 1), "padding": (0, 2)}),
+    ((1, 1), {}),
+    ((1, 1), {"stride": 2}),
+    ((3, 1), {"padding": "same"}),
+    ((3, 3), {"dilation": 2}),
+]
+
+
+@pytest.mark.parametrize(("kernel", "settings"), WINDOWS)
+def test_convolution_and_its_second_derivative(kernel, settings):
+    torch.manual_seed(0)
+    x, w, b = (torch.randn(2, *shape, dtype=torch.float64) for shape in ((3, 4, 7, 8), (5, 4, *kernel), (5,)))
+    for bias in ((), (b,)):
+        ours, theirs = (lambda *a, f=f: f(*a, **settings) for f in (kernels.conv2d, F.conv2d))
+        assert torch.allclose(ours(x[0], w[0], *(t[0] for t in bias)), theirs(x[0], w[0], *(t[0] for t in bias)))
+        for a, e in zip(second_derivative(ours, x, w, *bias), second_derivative(theirs, x, w, *bias), strict=True):
+            assert torch.allclose(a, e, rtol=1e-10, atol=1e-10)
+
+
+def test_batch_norm_and_its_second_derivative():
+    torch.manual_seed(0)
+    shapes = ((3, 4, 5, 6), (4,), (4,))
+    tasks = [torch.randn(2, *shape, dtype=torch.float64) for shape in shapes]
+
+    def ours(x, weight, bias):
+        return kernels.batch_norm(x, None, None, weight, bias, True)
+
+    def plain(x, weight, bias):
+        mean, variance = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
+        return (x - mean) / (variance + 1e-5).sqrt() * weight[:, None, None] + bias[:, None, None]
+
+    one = [tensor[0] for tensor in tasks]
+    assert torch.allclose(ours(*one), F.batch_norm(one[0], None, None, *one[1:], True))
+    for a, e in zip(second_derivative(ours, *tasks), second_derivative(plain, *tasks), strict=True):
+        assert torch.allclose(a, e, rtol=1e-10, atol=1e-10)
+
+
+def test_batch_norm_of_constant_input_is_its_bias():
+    x, weight, bias = torch.ones(2, 3, 4, 4), torch.ones(3), torch.tensor([1.0, 2.0, 3.0])
+    y = kernels.batch_norm(x, None, None, weight, bias, True)
+    assert torch.equal(y, bias[:, None, None].expand_as(x))
+
+
+def test_replacement_is_active_inside_only(monkeypatch):
+    seen = []
+    monkeypatch.setitem(kernels._REPLACEMENTS, F.batch_norm, lambda *a, **k: seen.append(1) or a[0])
+    layer, x = torch.nn.BatchNorm2d(3, track_running_stats=False), torch.rand(2, 3, 4, 4)
+    layer(x)
+    assert not seen
+    with kernels.TaskKernels():
+        layer(x)
+    assert seen == [1]
+
+
+def test_kernel_layout_keeps_values():
+    weight = torch.randn(5, 4, 3, 3)
+    assert torch.equal(kernels.kernel_layout(weight), weight)
+    assert kernels.kernel_layout(weight).permute(2, 3, 1, 0).is_contiguous()
