@@ -132,7 +132,8 @@ def test_help_names_every_setting(capsys):
         with pytest.raises(SystemExit) as end:
             main([word.removesuffix("=") for word in command])
         assert end.value.code == 0
-        assert [word for word in expected if word not in (printed := capsys.readouterr().out)] == [], printed
+        printed = capsys.readouterr().out
+        assert [word for word in expected if word not in printed] == []
 
 
 def test_omniglot_learns(omniglot_root):
@@ -178,7 +179,7 @@ def test_bad_settings_are_named_and_nothing_is_written(bad, message, folder):
 
 def test_wrong_output_size_is_named(folder):
     flags = {key: value for key, value in TINY.items() if not key.startswith("model.net")}
-    with pytest.raises(SettingError, match="model.net has 3 outputs, but the episodes have 4 classes; give it 4"):
+    with pytest.raises(SettingError, match=r"model.net has 3 outputs, but the episodes have 4 classes; give it 4"):
         main(words("fit", **{**flags, "data.ways": 4, "model.net": "tests.own_network.FixedNet"}))
 
 

@@ -187,11 +187,8 @@ class EpisodeSampler(DistributedSampler[int]):
                 f"data.meta_batch_size ({meta_batch_size}) must be a multiple of the number of processes ({world}); "
                 f"use {meta_batch_size // world * world + world}."
             )
-        if not fixed and episodes % meta_batch_size:
-            raise SettingError(
-                f"data.train_episodes ({episodes}) must be a multiple of data.meta_batch_size ({meta_batch_size}); "
-                f"use {episodes // meta_batch_size * meta_batch_size + meta_batch_size}."
-            )
+        if not fixed:
+            whole_meta_batches(episodes, meta_batch_size)
         self.episodes, self.meta_batch_size, self.fixed, self.skip = episodes, meta_batch_size, fixed, 0
 
     def _share(self, start: int) -> range:
@@ -255,6 +252,7 @@ class EpisodicDataModule(LightningDataModule, ABC):
         at_least("val_episodes", val_episodes, 1)
         at_least("test_episodes", test_episodes, 1)
         at_least("num_workers", num_workers, 0)
+        whole_meta_batches(train_episodes, meta_batch_size)
         self.ways, self.shots, self.query_shots = ways, shots, query_shots
         self.meta_batch_size, self.seed, self.num_workers, self.rotations = (
             meta_batch_size,
@@ -268,6 +266,11 @@ class EpisodicDataModule(LightningDataModule, ABC):
     @abstractmethod
     def load_split(self, split: Split) -> Tensor:
         """The images of a split: ``[classes, drawings, (C,) H, W]``, uint8, ink = 255."""
+
+    def prepare_data(self) -> None:
+        """Draw up the datasets before Lightning writes anything: a refused setting leaves nothing behind."""
+        if self.trainer is not None and self.trainer.state.fn is not None:
+            self.setup(self.trainer.state.fn)
 
     def setup(self, stage: str | None = None) -> None:
         """Load the splits that the stage needs: ``fit``, ``validate``, ``test``, ``predict``, or None for all."""
@@ -332,3 +335,16 @@ def at_least(setting: str, value: int, least: int) -> None:
     """
     if value < least:
         raise SettingError(f"data.{setting} must be at least {least} (got {value}); raise it.")
+
+
+def whole_meta_batches(train_episodes: int, meta_batch_size: int) -> None:
+    """Refuse an epoch that does not divide into meta-batches.
+
+    Raises:
+        SettingError: ``train_episodes`` is no multiple of ``meta_batch_size``.
+    """
+    if train_episodes % meta_batch_size:
+        raise SettingError(
+            f"data.train_episodes ({train_episodes}) must be a multiple of data.meta_batch_size ({meta_batch_size}); "
+            f"use {train_episodes // meta_batch_size * meta_batch_size + meta_batch_size}."
+        )

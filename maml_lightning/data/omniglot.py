@@ -264,6 +264,7 @@ class OmniglotDataModule(EpisodicDataModule):
     def prepare_data(self) -> None:
         """Fetch and pack the images, if that is still to be done."""
         self._images = load_characters(self.root, self.download)
+        super().prepare_data()
 
     def load_split(self, split: Split) -> Tensor:
         """The images of a split: ``[characters, 20, 28, 28]``, uint8, ink = 255."""
