@@ -15,10 +15,13 @@ The meta-gradient is the adjoint sweep, one vector ``lam`` the size of the model
 normalisation layers a silently wrong second derivative (functorch #534).
 """
 
+import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import psutil
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value
 
@@ -51,9 +54,11 @@ class InnerLoop:
     Args:
         net: any ``nn.Module``; run through ``functional_call``, its own parameters are never written.
         loss: ``loss(outputs, targets)``, a scalar mean over the examples.
-        tasks_per_chunk: how many tasks are vectorised together, at least 1; None takes all.
+        tasks_per_chunk: how many tasks are vectorised together, at least 1; None takes all; "auto" measures what is
+            fastest on the first meta-batch, the same on every rank, and keeps it in ``chosen``.
         flat_memory: keep only the fast weights of each step and compute the rest again on the way back; peak memory
-            then does not grow with the steps, for about a quarter more arithmetic.
+            then does not grow with the steps, for about a quarter more arithmetic. "auto" does so where the steps
+            would otherwise keep more than a quarter of the free memory.
         compile: run the traced graphs through ``torch.compile``.
 
     Example:
@@ -68,14 +73,16 @@ class InnerLoop:
         self,
         net: nn.Module,
         loss: Loss,
-        tasks_per_chunk: int | None = None,
-        flat_memory: bool = False,
+        tasks_per_chunk: int | Literal["auto"] | None = "auto",
+        flat_memory: bool | Literal["auto"] = "auto",
         compile: bool = False,
     ) -> None:
-        if tasks_per_chunk is not None and tasks_per_chunk < 1:
-            raise SettingError(f"model.tasks_per_chunk must be at least 1 or null (got {tasks_per_chunk}).")
+        if isinstance(tasks_per_chunk, int) and tasks_per_chunk < 1:
+            raise SettingError(f"model.tasks_per_chunk must be at least 1, null or auto (got {tasks_per_chunk}).")
         self.tasks_per_chunk = tasks_per_chunk
+        self.chosen: int | None = None
         self.flat_memory = flat_memory
+        self.flat = flat_memory is True
         self._trace = Tracer(compile)
 
         def call(params: Parameters, buffers: Parameters, x: Tensor) -> Tensor:
@@ -97,8 +104,8 @@ class InnerLoop:
         self._call, self._step, self._judge = call, step, judge
         self._buffers = lambda: {name: buffer.detach() for name, buffer in net.named_buffers()}
 
-    def _chunks(self, episode: Episode) -> Iterator[Episode]:
-        size = self.tasks_per_chunk or episode.tasks
+    def _chunks(self, episode: Episode, size: int | None = None) -> Iterator[Episode]:
+        size = size or (self.chosen if self.tasks_per_chunk == "auto" else self.tasks_per_chunk) or episode.tasks
         return (Episode(*part) for part in zip(*(tensor.split(size) for tensor in episode), strict=True))
 
     @torch.no_grad()
@@ -115,10 +122,28 @@ class InnerLoop:
             first_order: drop the Hessian term (FOMAML).
         """
         params = {name: kernel_layout(value.detach()) for name, value in params.items()}
+        if self.tasks_per_chunk == "auto" and self.chosen is None:
+            # Dropout draws in the trials; the run's own draws stay what they are without them.
+            with torch.random.fork_rng([device] if (device := episode.support_inputs.device).type == "cuda" else []):
+                self.chosen = self._fastest(
+                    lambda size: self._sweep(params, episode, lr, steps, first_order, size), episode, steps
+                )
+        return self._sweep(params, episode, lr, steps, first_order)
+
+    def _sweep(
+        self,
+        params: Parameters,
+        episode: Episode,
+        lr: float,
+        steps: int,
+        first_order: bool,
+        only: int | None = None,
+    ) -> MetaGradient:
+        """The meta-gradient over the whole episode, or over its first chunk of ``only`` tasks."""
         buffers, rate = self._buffers(), _scalar(lr, params)
         total = {name: torch.zeros_like(value) for name, value in params.items()}
         losses, predictions = [], []
-        for chunk in self._chunks(episode):
+        for chunk in [next(self._chunks(episode, only))] if only else self._chunks(episode):
             support = (chunk.support_inputs, chunk.support_targets)
             fast, pullbacks = params, []
             for k in range(steps):
@@ -126,8 +151,10 @@ class InnerLoop:
                 if first_order:
                     fast = self._trace(*arguments)
                 else:
-                    fast, pullback = self._trace.vjp(*arguments, recompute=self.flat_memory and k < steps - 1)
+                    fast, pullback = self._trace.vjp(*arguments, recompute=self.flat and k < steps - 1)
                     pullbacks.append(pullback)
+                    if k == 0 and self.flat_memory == "auto" and not self.flat:
+                        self.flat = steps > 1 and self._trace.kept_bytes * steps > _free_bytes(rate.device) / 4
             shared = 0 if steps else None
             lam, loss, outputs = self._trace(
                 self._judge, (shared, None, 0, 0), fast, buffers, chunk.query_inputs, chunk.query_targets
@@ -140,6 +167,33 @@ class InnerLoop:
             predictions.append(outputs)
         gradient = {name: value.div_(episode.tasks) for name, value in total.items()}
         return MetaGradient(torch.cat(losses).mean(), gradient, torch.cat(predictions))
+
+    def _fastest(self, sweep: Callable[[int], object], episode: Episode, steps: int) -> int:
+        """The number of tasks that costs least per task when vectorised together; memory is asked for step by step."""
+        seconds: dict[int, float] = {}
+
+        def measure(size: int) -> float:
+            if size not in seconds:
+                try:
+                    sweep(size)  # traces, compiles, warms up
+                    seconds[size] = (
+                        min(_seconds(lambda: sweep(size), episode.support_inputs.device) for _ in range(3)) / size
+                    )
+                except torch.OutOfMemoryError:
+                    seconds[size] = float("inf")
+            return seconds[size]
+
+        tasks = episode.tasks
+        quarter, size = max(tasks // 4, 1), max(tasks // 4, 1)
+        measure(quarter)
+        needed = self._trace.kept_bytes * tasks / quarter * (1 if self.flat else max(steps, 1))
+        if needed > _free_bytes(episode.support_inputs.device) / 2 or measure(tasks) > measure(quarter):
+            while size > 1 and measure(max(size // 4, 1)) < measure(size):
+                size = max(size // 4, 1)
+        best = [min(seconds, key=seconds.__getitem__)]
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast_object_list(best)
+        return best[0]
 
     def trajectory(self, params: Parameters, episode: Episode, lr: float, steps: int) -> list[Tensor]:
         """The outputs on the query inputs before adaptation and after each of ``steps`` inner steps.
@@ -183,6 +237,18 @@ class InnerLoop:
 def _scalar(lr: float, params: Parameters) -> Tensor:
     like = next(iter(params.values()))
     return torch.as_tensor(lr, dtype=like.dtype, device=like.device)
+
+
+def _free_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def _usable(tensor: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -44,9 +44,10 @@ class MAML(LightningModule):
         eval_inner_steps: adaptation steps in validation, test and predict; null takes inner_steps.
         first_order: drop the second derivatives from the meta-gradient (FOMAML).
         outer_lr: learning rate of Adam on the initialisation, unless an optimizer is configured.
-        tasks_per_chunk: how many tasks are vectorised together; 1 loops over tasks, null takes all.
+        tasks_per_chunk: how many tasks are vectorised together; 1 loops over tasks, null takes all, auto measures
+            what is fastest on the first meta-batch.
         flat_memory: compute each inner step again on the way back instead of keeping what it computed: memory then
-            does not grow with the inner steps.
+            does not grow with the inner steps. auto does so where memory would run short.
         compile: run the meta-gradient through torch.compile; takes minutes at the start, worth it for long runs.
         loss: of (outputs, targets), mean over examples; inner and outer loop share it.
 
@@ -65,8 +66,8 @@ class MAML(LightningModule):
         eval_inner_steps: int | None = None,
         first_order: bool = False,
         outer_lr: float = 1e-3,
-        tasks_per_chunk: int | None = None,
-        flat_memory: bool = False,
+        tasks_per_chunk: int | Literal["auto"] | None = "auto",
+        flat_memory: bool | Literal["auto"] = "auto",
         compile: bool = False,
         loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     ) -> None:
@@ -113,9 +114,14 @@ class MAML(LightningModule):
     def training_step(self, batch: Episode, batch_idx: int) -> Tensor:
         """The outer loss of a meta-batch; its backward leaves the exact meta-gradient in the parameters."""
         episode = self._check(batch)
+        chosen, flat = self._inner_loop.chosen, self._inner_loop.flat
         result = self._inner_loop.meta_gradient(
             self._parameters_of_net(), episode, self.inner_lr, self.inner_steps, self.first_order
         )
+        if self._inner_loop.chosen != chosen:
+            rank_zero_info(f"model.tasks_per_chunk: {self._inner_loop.chosen} of {episode.tasks} is fastest here.")
+        if self._inner_loop.flat and not flat:
+            rank_zero_info("model.flat_memory: inner steps are computed again on the way back, to save memory.")
         if self._trainer is not None:
             self.log("train/loss", result.loss, prog_bar=True, batch_size=episode.tasks)
             score = _scores([result.predictions], episode.query_targets).mean()
@@ -156,8 +162,13 @@ class MAML(LightningModule):
         """Adam, the paper's choice."""
         return torch.optim.Adam(self.parameters(), lr=self.outer_lr)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the measured chunk size, so that a resumed run sums in the same order."""
+        checkpoint["tasks_per_chunk"] = self._inner_loop.chosen
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another network, naming the tensors that differ."""
+        self._inner_loop.chosen = checkpoint.get("tasks_per_chunk")
         ours = {name: tuple(value.shape) for name, value in self.state_dict().items()}
         theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
         if ours != theirs:

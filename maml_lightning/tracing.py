@@ -125,6 +125,7 @@ class Tracer:
 
     def __init__(self, compile: bool = False) -> None:
         self.compile = compile
+        self.kept_bytes = 0  # what the last vjp holds for its pullback
         self._programs: dict[tuple, Any] = {}
 
     def _program(self, key: tuple, build: Callable[[], Any]) -> Any:
@@ -222,4 +223,7 @@ class Tracer:
             return self(function, in_dims, primal, *args), recomputed
 
         outputs, residuals = program[0](*leaves)
+        self.kept_bytes = sum(
+            {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in residuals}.values()
+        )
         return pytree.tree_unflatten(outputs, primal_spec), lambda cotangents: backward(residuals, cotangents)

@@ -27,6 +27,7 @@ TINY = {
     "model.net.blocks": 2,
     "model.inner_lr": 0.3,
     "model.eval_inner_steps": 2,
+    "model.tasks_per_chunk": "null",
     "trainer.max_epochs": 1,
     "trainer.accelerator": "cpu",
     "trainer.log_every_n_steps": 1,
@@ -165,7 +166,7 @@ BAD_SETTINGS = [
     ({"data.train_episodes": 7}, r"data.train_episodes \(7\) must be a multiple of data.meta_batch_size \(4\); use 8"),
     ({"model.inner_lr": 0}, r"model.inner_lr must be above 0 \(got 0.0\)"),
     ({"model.inner_steps": -1}, r"model.inner_steps must be at least 0 \(got -1\)"),
-    ({"model.tasks_per_chunk": 0}, r"model.tasks_per_chunk must be at least 1 or null \(got 0\)"),
+    ({"model.tasks_per_chunk": 0}, r"model.tasks_per_chunk must be at least 1, null or auto \(got 0\)"),
     ({"model.net.hidden_channels": 0}, r"model.net.hidden_channels must be at least 1 \(got 0\)"),
 ]
 

@@ -18,7 +18,7 @@ def convolution(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), *layers, nn.Flatten(), nn.Linear(4 * 100, 3))
 
 
-@pytest.mark.parametrize("tasks_per_chunk", [1, 2, 3, None])
+@pytest.mark.parametrize("tasks_per_chunk", [1, 3, None, "auto"])
 @pytest.mark.parametrize("flat_memory", [False, True])
 @pytest.mark.parametrize("first_order", [False, True])
 @pytest.mark.parametrize("steps", [1, 5])
@@ -122,3 +122,26 @@ def test_half_a_sweep_agrees_with_dropout_recomputed():
 def test_zero_tasks_per_chunk_is_refused():
     with pytest.raises(SettingError, match=r"tasks_per_chunk must be at least 1.*got 0"):
         InnerLoop(nn.Linear(1, 1), F.mse_loss, 0)
+
+
+def test_auto_takes_the_fastest_size_that_was_measured(monkeypatch):
+    clock = {2: 1.0, 8: 8.0}  # seconds per sweep: 0.5 and 1 a task
+    loop, episode = InnerLoop(nn.Linear(1, 1), F.mse_loss), images(tasks=8)
+    running = []
+    monkeypatch.setattr(
+        "maml_lightning.inner_loop._seconds", lambda run, device: (run(), clock.get(running[-1], 9.0))[1]
+    )
+    assert loop._fastest(running.append, episode, 1) == 2
+    clock[8] = 3.0
+    assert loop._fastest(running.append, episode, 1) == 8
+
+
+def test_memory_is_flat_where_asked_for_or_where_it_would_run_short(monkeypatch):
+    net, episode = perturbed(MLP(100, 3, (5,))), images()
+    loop = InnerLoop(net, F.cross_entropy, None)
+    plenty = loop.meta_gradient(parameters(net), episode, 0.4, 3)
+    assert not loop.flat
+    monkeypatch.setattr("maml_lightning.inner_loop._free_bytes", lambda device: 1000)
+    short = loop.meta_gradient(parameters(net), episode, 0.4, 3)
+    assert loop.flat
+    assert relative_error(short.gradient, plenty.gradient) < 1e-12

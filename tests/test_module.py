@@ -26,7 +26,9 @@ def trainer(folder, **changes):
 def small_maml(**changes):
     torch.manual_seed(0)
     net = ConvNet(out_features=3, hidden_channels=8, blocks=3)
-    return MAML(**{"net": net, "inner_lr": 0.4, "outer_lr": 1e-2, "eval_inner_steps": 2, **changes})
+    return MAML(
+        **{"net": net, "inner_lr": 0.4, "outer_lr": 1e-2, "eval_inner_steps": 2, "tasks_per_chunk": None, **changes}
+    )
 
 
 @pytest.fixture(scope="module")
