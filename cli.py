@@ -1,11 +1,12 @@
 """The command line: ``python cli.py {fit,validate,test,predict} --config configs/NAME.yaml [flags]``."""
 
+import inspect
 import pickle
 import sys
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -15,8 +16,18 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from maml_lightning import MAML, SettingError, TestReport
 
 
+class Parser(LightningArgumentParser):
+    """Ends with the message alone; jsonargparse would put screens of usage before it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message and end."""
+        self.exit(2, f"error: {message}\nEvery setting is described by --help.\n")
+
+
 class MAMLCommandLine(LightningCLI):
     """LightningCLI with its links and defaults: the network's output size follows the data's ``ways``."""
+
+    checkpoint: dict[str, Any] | None = None
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link ``ways`` and give the callbacks that every run has their flags."""
@@ -41,8 +52,9 @@ class MAMLCommandLine(LightningCLI):
         path = subcommand and self.config[subcommand].get("ckpt_path")
         if not path or path in ("best", "last", "hpc", "registry"):
             return
-        settings = read_checkpoint(Path(path)).get("hyper_parameters", {})
-        known = {key: value for key, value in settings.items() if not key.startswith("_")}
+        self.checkpoint = read_checkpoint(Path(path))
+        settings = self.checkpoint.get("hyper_parameters", {})
+        known = {key: value for key, value in settings.items() if key in inspect.signature(MAML).parameters}
         self._subcommand_parsers[subcommand].set_defaults({f"model.{key}": value for key, value in known.items()})
         super().parse_arguments(parser, args)
 
@@ -60,8 +72,11 @@ class MAMLCommandLine(LightningCLI):
             raise (cause or error) from None
 
     def after_instantiate_classes(self) -> None:
-        """Save the network's settings, plain values, with the others in the checkpoint."""
+        """Save the network's settings in the checkpoint; refuse another's checkpoint before a run begins."""
         self.model.hparams.update(self.config_dump["model"])
+        if self.checkpoint:
+            self.model.on_load_checkpoint(self.checkpoint)
+            self.checkpoint = None
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -81,7 +96,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             else "it is damaged or no checkpoint"
         )
         raise SettingError(f"ckpt_path {path} was not loaded: {reason}; give a checkpoint that fit wrote.") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise SettingError(f"ckpt_path {path} holds no state_dict; give a checkpoint that fit wrote.")
     return checkpoint
 
@@ -103,6 +118,7 @@ def main(args: ArgsType = None) -> MAMLCommandLine:
         MAML,
         LightningDataModule,
         subclass_mode_data=True,
+        parser_class=Parser,
         seed_everything_default=0,
         auto_configure_optimizers=True,
         save_config_kwargs={"overwrite": True},

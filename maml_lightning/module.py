@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.func import replace_all_batch_norm_modules_
 from torchmetrics import CatMetric, MeanMetric
 
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
 from maml_lightning.inner_loop import InnerLoop
+
+_RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class _Surrogate(torch.autograd.Function):
@@ -77,9 +78,12 @@ class MAML(LightningModule):
         _positive("inner_lr", inner_lr)
         _positive("outer_lr", outer_lr)
         self.save_hyperparameters(ignore=["net", "loss"])
-        if any(getattr(layer, "running_mean", None) is not None for layer in net.modules()):
+        tracking = [layer for layer in net.modules() if getattr(layer, "running_mean", None) is not None]
+        if tracking:
             rank_zero_info("Running statistics of normalisation layers are off: MAML uses those of the batch at hand.")
-            replace_all_batch_norm_modules_(net)
+        for layer in tracking:  # torch.func.replace_all_batch_norm_modules_ would leave instance normalisation as it is
+            for name, off in {**dict.fromkeys(_RUNNING), "track_running_stats": False}.items():
+                setattr(layer, name, off)
         self.net = net
         self.inner_lr, self.inner_steps, self.first_order, self.outer_lr = inner_lr, inner_steps, first_order, outer_lr
         self.eval_inner_steps = inner_steps if eval_inner_steps is None else eval_inner_steps
@@ -110,6 +114,12 @@ class MAML(LightningModule):
             adapted = copy.deepcopy(self.net)
             adapted.load_state_dict(parameters, strict=False)
         return adapted
+
+    def prepare_data(self) -> None:
+        """Refuse a network that does not fit the data before Lightning writes anything."""
+        for dataset in list(getattr(getattr(self.trainer, "datamodule", None), "datasets", {}).values())[:1]:
+            episode = dataset[0]
+            self._check(episode._replace(support_inputs=episode.support_inputs.to(next(self.net.parameters()))))
 
     def training_step(self, batch: Episode, batch_idx: int) -> Tensor:
         """The outer loss of a meta-batch; its backward leaves the exact meta-gradient in the parameters."""

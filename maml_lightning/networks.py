@@ -42,7 +42,8 @@ class ConvNet(nn.Module):
             "blocks": blocks,
         }.items():
             if value < 1:
-                raise SettingError(f"model.net.{name} must be at least 1 (got {value}); raise it.")
+                what = "data.ways" if name == "out_features" else "it"
+                raise SettingError(f"model.net.{name} must be at least 1 (got {value}); raise {what}.")
         layers: list[nn.Module] = []
         for block in range(blocks):
             channels = hidden_channels if block else in_channels

@@ -4,6 +4,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # the networks are tiny here: more threads only wait for each other
 
 ARCHIVES = Path(__file__).parents[2] / "shared" / "data" / "omniglot-py"
 

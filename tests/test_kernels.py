@@ -77,3 +77,34 @@ def test_kernel_layout_keeps_values():
     weight = torch.randn(5, 4, 3, 3)
     assert torch.equal(kernels.kernel_layout(weight), weight)
     assert kernels.kernel_layout(weight).permute(2, 3, 1, 0).is_contiguous()
+
+
+def test_gradgradcheck():
+    torch.manual_seed(0)
+    x, w, b, g = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 5, 4), (2, 3, 3, 2), 2, 3))
+
+    def convolve(x, w, b):
+        return kernels.conv2d(x, w, b, stride=(2, 1), padding=(1, 0))
+
+    def normalise(x, weight, bias):
+        return kernels.batch_norm(x, None, None, weight, bias, True)
+
+    for function, inputs in ((convolve, (x, w, b)), (normalise, (x, g, (g + 1).detach().requires_grad_()))):
+        assert torch.autograd.gradcheck(function, inputs, check_undefined_grad=False)
+        assert torch.autograd.gradgradcheck(function, inputs, check_undefined_grad=False)
+
+
+def test_batch_norm_without_variance_has_finite_derivatives():
+    tasks = [torch.ones(2, 2, 3, 4, 4), torch.ones(2, 3), torch.zeros(2, 3)]
+    derivatives = second_derivative(lambda x, w, b: kernels.batch_norm(x, None, None, w, b, True), *tasks)
+    assert all(torch.isfinite(value).all() for value in derivatives)
+
+
+def test_what_is_left_to_torch_is_torchs():
+    x = torch.rand(2, 4, 6, 6)
+    mean, var, weight, bias = torch.rand(4), torch.rand(4) + 1, torch.rand(4), torch.rand(4)
+    for call in ((mean, var, weight, bias, False), (None, None, None, None, True)):
+        assert torch.equal(kernels.batch_norm(x, *call), F.batch_norm(x, *call))
+    grouped = torch.rand(4, 2, 3, 3)
+    assert torch.equal(kernels.conv2d(x, grouped, groups=2), F.conv2d(x, grouped, groups=2))
+    assert torch.equal(kernels.conv2d(x[0], grouped, groups=2), F.conv2d(x[0], grouped, groups=2))

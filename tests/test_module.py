@@ -142,11 +142,11 @@ def test_output_size_is_checked():
 
 
 def test_checkpoint_of_other_ways_is_refused(trained, tmp_path):
-    _, data, run, _ = trained
+    run = trained[2]
     run.save_checkpoint(tmp_path / "three.ckpt")
     four = MAML(net=ConvNet(out_features=4, hidden_channels=8, blocks=3))
     with warnings.catch_warnings(), pytest.raises(SettingError, match=r"net.head.weight is \(3, 8\).*\(4, 8\)"):
-        trainer(tmp_path, logger=False).test(four, data, ckpt_path=tmp_path / "three.ckpt")
+        trainer(tmp_path, logger=False).test(four, glyphs(ways=4), ckpt_path=tmp_path / "three.ckpt")
     restored = MAML.load_from_checkpoint(
         tmp_path / "three.ckpt", net=ConvNet(out_features=3, hidden_channels=8, blocks=3)
     )
