@@ -9,6 +9,8 @@ from torch import Tensor
 
 from maml_lightning.module import MAML
 
+DIGITS = 7  # an episode's score is a float32
+
 
 def test_results(scores: Tensor, name: str) -> dict:
     """Mean and 95 % interval over episodes.
@@ -22,11 +24,11 @@ def test_results(scores: Tensor, name: str) -> dict:
     """
     final = scores[:, -1]
     return {
-        name: final.mean().item(),
-        "ci95": 1.96 * final.std().item() / len(final) ** 0.5 if len(final) > 1 else None,
+        name: round(final.mean().item(), DIGITS),
+        "ci95": round(1.96 * final.std().item() / len(final) ** 0.5, DIGITS) if len(final) > 1 else None,
         "episodes": len(final),
         "inner_steps": scores.shape[1] - 1,
-        f"{name}_per_step": scores.mean(0).tolist(),
+        f"{name}_per_step": [round(score, DIGITS) for score in scores.mean(0).tolist()],
     }
 
 

@@ -50,7 +50,8 @@ class MAML(LightningModule):
         flat_memory: compute each inner step again on the way back instead of keeping what it computed: memory then
             does not grow with the inner steps. auto does so where memory would run short.
         compile: run the meta-gradient through torch.compile; takes minutes at the start, worth it for long runs.
-        loss: of (outputs, targets), mean over examples; inner and outer loop share it.
+        loss: of (outputs, targets), mean over examples; inner and outer loop share it. By import path it needs its
+            annotations.
 
     Example:
         >>> maml = MAML(net=nn.Linear(4, 2), inner_lr=0.1)
@@ -217,11 +218,11 @@ class MAML(LightningModule):
         self.score_name = _score_name(episode)
 
     def _report(self, stage: str) -> Tensor:
-        scores, loss = self._scores.compute(), self._eval_loss.compute()
+        scores, loss = self._scores.compute().cpu().double(), self._eval_loss.compute()
         self.log(f"{stage}/loss", loss, prog_bar=True)
         for step, score in enumerate(scores.mean(0)):
-            self.log(f"{stage}/{self.score_name}_step_{step}", score)
-        self.log(f"{stage}/{self.score_name}", scores[:, -1].mean(), prog_bar=True)
+            self.log(f"{stage}/{self.score_name}_step_{step}", score.item())
+        self.log(f"{stage}/{self.score_name}", scores[:, -1].mean().item(), prog_bar=True)
         return scores
 
 
@@ -230,11 +231,11 @@ def _score_name(episode: Episode) -> str:
 
 
 def _scores(outputs: list[Tensor], targets: Tensor) -> Tensor:
-    """Accuracy or mean squared error of each episode after each step: ``[T, steps]``, in float64."""
+    """Accuracy or mean squared error of each episode after each step: ``[T, steps]``."""
     if targets.is_floating_point():
-        scores = [(output - targets).double().square().flatten(1).mean(1) for output in outputs]
+        scores = [(output - targets).float().square().flatten(1).mean(1) for output in outputs]
     else:
-        scores = [(output.argmax(-1) == targets).double().mean(1) for output in outputs]
+        scores = [(output.argmax(-1) == targets).float().mean(1) for output in outputs]
     return torch.stack(scores, 1)
 
 

@@ -116,8 +116,8 @@ class _RandomState:
 class Tracer:
     """Runs functions of pytrees of tensors, vectorised over tasks, by replaying their graphs.
 
-    A network that cannot be traced (one whose Python control flow reads values) runs untraced: slower, with the same
-    result. Nothing here records autograd graphs.
+    A network that can be vectorised but not traced runs untraced: slower, with the same result. Nothing here
+    records autograd graphs.
 
     Args:
         compile: hand the graphs to ``torch.compile`` (inductor).
