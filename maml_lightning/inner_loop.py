@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -27,7 +26,8 @@ from torch.func import functional_call, grad, grad_and_value
 
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
-from maml_lightning.kernels import TaskKernels, kernel_layout
+from maml_lightning.kernels import TaskKernels, kernel_layout, sum_over_tasks
+from maml_lightning.memory import free_bytes, keep_freed_memory
 from maml_lightning.tracing import Tracer
 
 Parameters = dict[str, Tensor]
@@ -84,6 +84,7 @@ class InnerLoop:
         self.flat_memory = flat_memory
         self.flat = flat_memory is True
         self._trace = Tracer(compile)
+        keep_freed_memory()
 
         def call(params: Parameters, buffers: Parameters, x: Tensor) -> Tensor:
             with TaskKernels():
@@ -154,7 +155,7 @@ class InnerLoop:
                     fast, pullback = self._trace.vjp(*arguments, recompute=self.flat and k < steps - 1)
                     pullbacks.append(pullback)
                     if k == 0 and self.flat_memory == "auto" and not self.flat:
-                        self.flat = steps > 1 and self._trace.kept_bytes * steps > _free_bytes(rate.device) / 4
+                        self.flat = steps > 1 and self._trace.kept_bytes * steps > free_bytes(rate.device) / 4
             shared = 0 if steps else None
             lam, loss, outputs = self._trace(
                 self._judge, (shared, None, 0, 0), fast, buffers, chunk.query_inputs, chunk.query_targets
@@ -162,7 +163,7 @@ class InnerLoop:
             while pullbacks:
                 lam = pullbacks.pop()(lam)
             for name, value in lam.items():
-                total[name] += value.sum(0)
+                total[name] += sum_over_tasks(value)
             losses.append(loss)
             predictions.append(outputs)
         gradient = {name: value.div_(episode.tasks) for name, value in total.items()}
@@ -176,9 +177,10 @@ class InnerLoop:
             if size not in seconds:
                 try:
                     sweep(size)  # traces, compiles, warms up
-                    seconds[size] = (
-                        min(_seconds(lambda: sweep(size), episode.support_inputs.device) for _ in range(3)) / size
-                    )
+                    runs: list[float] = []
+                    while len(runs) < 3 and sum(runs) < 1:
+                        runs.append(_seconds(lambda: sweep(size), episode.support_inputs.device))
+                    seconds[size] = min(runs) / size
                 except torch.OutOfMemoryError:
                     seconds[size] = float("inf")
             return seconds[size]
@@ -187,7 +189,7 @@ class InnerLoop:
         quarter, size = max(tasks // 4, 1), max(tasks // 4, 1)
         measure(quarter)
         needed = self._trace.kept_bytes * tasks / quarter * (1 if self.flat else max(steps, 1))
-        if needed > _free_bytes(episode.support_inputs.device) / 2 or measure(tasks) > measure(quarter):
+        if needed > free_bytes(episode.support_inputs.device) / 2 or measure(tasks) > measure(quarter):
             while size > 1 and measure(max(size // 4, 1)) < measure(size):
                 size = max(size // 4, 1)
         best = [min(seconds, key=seconds.__getitem__)]
@@ -237,10 +239,6 @@ class InnerLoop:
 def _scalar(lr: float, params: Parameters) -> Tensor:
     like = next(iter(params.values()))
     return torch.as_tensor(lr, dtype=like.dtype, device=like.device)
-
-
-def _free_bytes(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:

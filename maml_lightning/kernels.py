@@ -1,12 +1,14 @@
 """Convolution and batch normalisation in forms that stay exact and fast when differentiated twice across tasks.
 
 :class:`TaskKernels` swaps them in for ``conv2d`` and ``batch_norm`` while an ordinary ``nn.Module`` runs, so networks
-need no special layers. A convolution is a gather of patches and a matrix product, which :func:`torch.func.vmap` turns
-into one batched product over all tasks instead of a grouped convolution; batch normalisation has its first and second
-derivative in closed form, a few passes over memory each. Data stays channels-last between layers.
+need no special layers. Convolution, its gradient to the input and its gradient to the weight are three bilinear maps,
+and the derivative of each is made of the other two. Under :func:`torch.func.vmap` they become matrix products of
+gathered patches, batched over tasks, or direct convolutions task by task where the patches would not fit a cache;
+never a grouped convolution. Batch normalisation has its first and second derivative in closed form, a few passes over
+memory each. Data stays channels-last between layers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,19 +19,27 @@ from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 from torch.overrides import TorchFunctionMode
 
+# Patches of one task above this many bytes leave a core's cache: a direct convolution is then faster (benchmarks).
+_PATCH_BYTES = 2**20
 
-def _spans(size: Sequence[int], kernel: list[int], stride: list[int], padding: list[int]) -> list[int]:
+
+def _spans(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> list[int]:
     return [(n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, kernel, stride, padding, strict=True)]
 
 
-# The two gathers are opaque operators: one node each in a traced graph, and free to work in place inside.
+# Opaque operators: one node each in a traced graph, and free to loop and to work in place inside. All is channels-last:
+# images [B, H, W, C] or, task by task, [T, B, H, W, C]; weights [T, kh, kw, C, O].
 @custom_op("maml_lightning::im2col", mutates_args=())
 def _im2col(x: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
-    if any(padding):
-        x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]))
-    windows = x.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])  # [B, H', W', C, kh, kw]
-    columns = windows.permute(0, 1, 2, 4, 5, 3).flatten(3)
-    return columns.clone() if columns.data_ptr() == x.data_ptr() else columns
+    x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0])).contiguous()
+    rows, cols = _spans(x.shape[1:3], kernel, stride, [0, 0])
+    batch, _, _, channels = x.shape
+    image, row, col, one = x.stride()
+    # A row of the window lies in one piece in memory: one long run to copy instead of kernel[1] short ones.
+    windows = x.as_strided(
+        (batch, rows, cols, kernel[0], kernel[1] * channels), (image, stride[0] * row, stride[1] * col, row, one)
+    )
+    return windows.clone(memory_format=torch.contiguous_format).flatten(3)
 
 
 @_im2col.register_fake
@@ -41,12 +51,22 @@ def _(x: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Te
 def _col2im(columns: Tensor, size: list[int], kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
     batch, rows, cols, _ = columns.shape
     windows = columns.reshape(batch, rows, cols, *kernel, -1)
-    height, width = (n + 2 * p for n, p in zip(size, padding, strict=True))
-    x = columns.new_zeros(batch, height, width, windows.shape[-1])
+    x = columns.new_zeros(batch, *size, windows.shape[-1])
     for i in range(kernel[0]):
+        above, to_rows = _inside(i - padding[0], stride[0], rows, size[0])
         for j in range(kernel[1]):
-            x[:, i : i + stride[0] * rows : stride[0], j : j + stride[1] * cols : stride[1]] += windows[:, :, :, i, j]
-    return x[:, padding[0] : padding[0] + size[0], padding[1] : padding[1] + size[1]].contiguous()
+            left, to_cols = _inside(j - padding[1], stride[1], cols, size[1])
+            x[:, to_rows, to_cols] += windows[:, above, left, i, j]
+    return x
+
+
+def _inside(offset: int, stride: int, count: int, size: int) -> tuple[slice, slice]:
+    """Which of ``count`` windows have their point at ``offset`` inside an image of ``size``, and where it lies there."""
+    first = max(0, -(offset // stride))
+    last = min(count, (size - 1 - offset) // stride + 1)
+    if last <= first:
+        return slice(0, 0), slice(0, 0)
+    return slice(first, last), slice(first * stride + offset, (last - 1) * stride + offset + 1, stride)
 
 
 @_col2im.register_fake
@@ -54,51 +74,197 @@ def _(columns: Tensor, size: list[int], kernel: list[int], stride: list[int], pa
     return columns.new_empty(columns.shape[0], *size, columns.shape[3] // (kernel[0] * kernel[1]))
 
 
-def _over_images(function: Callable[..., Tensor], info: Any, in_dims: tuple, x: Tensor, *settings: Any) -> tuple:
-    """The vmap rule of a function that treats images one by one: tasks join the image dimension."""
-    y = function(x.movedim(in_dims[0], 0).flatten(0, 1), *settings)
-    return y.unflatten(0, (info.batch_size, -1)), 0
+def _channels_first(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
 
 
-class _Gather(Function):
-    """Patches of images ``[B, H, W, C] -> [B, H', W', kh*kw*C]``; linear, with :class:`_Scatter` its transpose."""
+def _filters(w: Tensor) -> Tensor:
+    return w.permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    return parts[0].contiguous()[None] if len(parts) == 1 else torch.stack(parts)
+
+
+@custom_op("maml_lightning::convolution", mutates_args=())
+def _direct(x: Tensor, w: Tensor, stride: list[int], padding: list[int]) -> Tensor:
+    return _stacked(
+        [
+            F.conv2d(_channels_first(x), _filters(w), None, stride, padding).permute(0, 2, 3, 1)
+            for x, w in zip(x, w, strict=True)
+        ]
+    )
+
+
+@_direct.register_fake
+def _(x: Tensor, w: Tensor, stride: list[int], padding: list[int]) -> Tensor:
+    return x.new_empty(*x.shape[:2], *_spans(x.shape[2:4], w.shape[1:3], stride, padding), w.shape[4])
+
+
+def _direct_gradients(
+    g: Tensor, x: Tensor, w: Tensor, stride: list[int], padding: list[int], which: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.aten.convolution_backward(
+        _channels_first(g), _channels_first(x), w, None, stride, padding, [1, 1], False, [0, 0], 1, which
+    )
+
+
+@custom_op("maml_lightning::convolution_input", mutates_args=())
+def _direct_input(g: Tensor, w: Tensor, size: list[int], stride: list[int], padding: list[int]) -> Tensor:
+    x = g.new_empty(g.shape[1], *size, w.shape[3])  # only its shape counts
+    return _stacked(
+        [
+            _direct_gradients(g, x, _filters(w), stride, padding, [True, False, False])[0].permute(0, 2, 3, 1)
+            for g, w in zip(g, w, strict=True)
+        ]
+    )
+
+
+@_direct_input.register_fake
+def _(g: Tensor, w: Tensor, size: list[int], stride: list[int], padding: list[int]) -> Tensor:
+    return g.new_empty(*g.shape[:2], *size, w.shape[3])
+
+
+@custom_op("maml_lightning::convolution_weight", mutates_args=())
+def _direct_weight(x: Tensor, g: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
+    w = _filters(x.new_empty(*kernel, x.shape[4], g.shape[4]))  # only its shape counts
+    return _stacked(
+        [
+            _direct_gradients(g, x, w, stride, padding, [False, True, False])[1].permute(2, 3, 1, 0)
+            for x, g in zip(x, g, strict=True)
+        ]
+    )
+
+
+@_direct_weight.register_fake
+def _(x: Tensor, g: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
+    return x.new_empty(x.shape[0], *kernel, x.shape[4], g.shape[4])
+
+
+def _tasks(tensor: Tensor, in_dim: int | None, count: int, order: tuple[int, ...]) -> Tensor:
+    """With a leading task dimension and the others permuted to ``order``."""
+    tensor = tensor.expand(count, *tensor.shape) if in_dim is None else tensor.movedim(in_dim, 0)
+    return tensor.permute(0, *(dim + 1 for dim in order))
+
+
+_LAST, _FIRST = (0, 2, 3, 1), (0, 3, 1, 2)  # [B, C, H, W] to channels-last, and back
+_HWIO, _OIHW = (2, 3, 1, 0), (3, 2, 0, 1)
+
+
+def _patches(x: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
+    """``[T, B, H, W, C] -> [T, B*H'*W', kh*kw*C]``"""
+    return _im2col(x.flatten(0, 1), kernel, stride, padding).unflatten(0, x.shape[:2]).flatten(1, 3)
+
+
+def _prefers_patches(images: Tensor, spans: Sequence[int], kernel: Sequence[int], channels: int) -> bool:
+    rows = images.shape[1] * spans[0] * spans[1]
+    columns = kernel[0] * kernel[1] * channels * images.element_size()
+    return images.device.type != "cpu" or rows * columns <= _PATCH_BYTES
+
+
+class _Convolution(Function):
+    """``y = x * w``: images ``[B, C, H, W]``, weight ``[O, C, kh, kw]``."""
 
     @staticmethod
-    def forward(x: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
-        return _im2col(x, kernel, stride, padding)
+    def forward(x: Tensor, w: Tensor, stride: list[int], padding: list[int]) -> Tensor:
+        return F.conv2d(x, w, None, stride, padding)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, *window = inputs
-        ctx.settings = (list(x.shape[1:3]), *window)
+        x, w, *ctx.window = inputs
+        ctx.save_for_backward(x, w)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        return _Scatter.apply(grad, *ctx.settings), None, None, None
+    def backward(ctx: Any, g: Tensor) -> tuple:
+        x, w = ctx.saved_tensors
+        to_x = _InputGradient.apply(g, w, list(x.shape[2:]), *ctx.window) if ctx.needs_input_grad[0] else None
+        to_w = _WeightGradient.apply(x, g, list(w.shape[2:]), *ctx.window) if ctx.needs_input_grad[1] else None
+        return to_x, to_w, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple:
-        return _over_images(_Gather.apply, info, in_dims, *args)
+    def vmap(info: Any, in_dims: tuple, x: Tensor, w: Tensor, *window: list[int]) -> tuple:
+        tasks, shared = info.batch_size, in_dims[1] is None
+        x, w = _tasks(x, in_dims[0], tasks, _LAST), _tasks(w, in_dims[1], tasks, _HWIO)
+        kernel = list(w.shape[1:3])
+        spans = _spans(x.shape[2:4], kernel, *window)
+        if _prefers_patches(x, spans, kernel, w.shape[3]):
+            y = _patches(x, kernel, *window).bmm(w.flatten(1, 3))
+        elif shared:
+            y = _direct(x.flatten(0, 1)[None], w[:1], *window)
+        else:
+            y = _direct(x, w, *window)
+        return y.reshape(*x.shape[:2], *spans, -1).permute(0, *(dim + 1 for dim in _FIRST)), 0
 
 
-class _Scatter(Function):
-    """The transpose of :class:`_Gather`: each patch is added back to where it came from."""
+class _InputGradient(Function):
+    """The transpose of :class:`_Convolution` in its input: ``[B, O, H', W'] -> [B, C, H, W]``."""
 
     @staticmethod
-    def forward(columns: Tensor, size: list[int], kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
-        return _col2im(columns, size, kernel, stride, padding)
+    def forward(g: Tensor, w: Tensor, size: list[int], stride: list[int], padding: list[int]) -> Tensor:
+        g, w = g.permute(0, 2, 3, 1)[None], w.permute(2, 3, 1, 0)[None]
+        return _direct_input(g, w, size, stride, padding)[0].permute(0, 3, 1, 2)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.window = inputs[2:]
+        g, w, _, *ctx.window = inputs
+        ctx.save_for_backward(g, w)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        return _Gather.apply(grad, *ctx.window), None, None, None, None
+    def backward(ctx: Any, u: Tensor) -> tuple:
+        g, w = ctx.saved_tensors
+        to_g = _Convolution.apply(u, w, *ctx.window)
+        return to_g, _WeightGradient.apply(u, g, list(w.shape[2:]), *ctx.window), None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple:
-        return _over_images(_Scatter.apply, info, in_dims, *args)
+    def vmap(info: Any, in_dims: tuple, g: Tensor, w: Tensor, size: list[int], *window: list[int]) -> tuple:
+        tasks, shared = info.batch_size, in_dims[1] is None
+        g, w = _tasks(g, in_dims[0], tasks, _LAST), _tasks(w, in_dims[1], tasks, _HWIO)
+        kernel = list(w.shape[1:3])
+        if _prefers_patches(g, g.shape[2:4], kernel, w.shape[3]):
+            columns = g.flatten(1, 3).bmm(w.flatten(1, 3).mT)
+            x = _col2im(columns.reshape(-1, *g.shape[2:4], columns.shape[2]), size, kernel, *window)
+        elif shared:
+            x = _direct_input(g.flatten(0, 1)[None], w[:1], size, *window)
+        else:
+            x = _direct_input(g, w, size, *window)
+        return x.reshape(*g.shape[:2], *size, -1).permute(0, *(dim + 1 for dim in _FIRST)), 0
+
+
+class _WeightGradient(Function):
+    """The transpose of :class:`_Convolution` in its weight: ``[B, C, H, W], [B, O, H', W'] -> [O, C, kh, kw]``."""
+
+    @staticmethod
+    def forward(x: Tensor, g: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
+        x, g = x.permute(0, 2, 3, 1)[None], g.permute(0, 2, 3, 1)[None]
+        return _direct_weight(x, g, kernel, stride, padding)[0].permute(3, 2, 0, 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, g, _, *ctx.window = inputs
+        ctx.save_for_backward(x, g)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple:
+        x, g = ctx.saved_tensors
+        to_x = _InputGradient.apply(g, v, list(x.shape[2:]), *ctx.window) if ctx.needs_input_grad[0] else None
+        return to_x, _Convolution.apply(x, v, *ctx.window), None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, x: Tensor, g: Tensor, kernel: list[int], *window: list[int]) -> tuple:
+        x, g = (_tasks(t, dim, info.batch_size, _LAST) for t, dim in zip((x, g), in_dims, strict=False))
+        if _prefers_patches(x, g.shape[2:4], kernel, x.shape[4]):
+            w = _patches(x, kernel, *window).mT.bmm(g.flatten(1, 3))
+            w = w.unflatten(1, (*kernel, -1))
+        else:
+            w = _direct_weight(x, g, kernel, *window)
+        return w.permute(0, *(dim + 1 for dim in _OIHW)), 0
+
+
+def sum_over_tasks(value: Tensor) -> Tensor:
+    """``value.sum(0)``, read in the order of its memory: torch's own is 20 times slower on a permuted weight."""
+    order = sorted(range(1, value.dim()), key=value.stride, reverse=True)
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return value.permute(0, *order).sum(0).permute(inverse)
 
 
 def kernel_layout(weight: Tensor) -> Tensor:
@@ -122,7 +288,7 @@ def conv2d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor:
-    """``torch.nn.functional.conv2d`` as patches times a matrix.
+    """``torch.nn.functional.conv2d``, exact and fast in its second derivative under vmap.
 
     Args:
         input: ``[B, C, H, W]``, best channels-last in memory. The others as in torch. Grouped, dilated, unbatched
@@ -130,12 +296,10 @@ def conv2d(
     """
     if groups != 1 or _pair(dilation) != [1, 1] or isinstance(padding, str) or input.dim() != 4:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    kernel = list(weight.shape[2:])
-    columns = _Gather.apply(input.permute(0, 2, 3, 1), kernel, _pair(stride), _pair(padding))
-    matrix = weight.permute(2, 3, 1, 0).flatten(0, 2)
-    rows = columns.flatten(0, 2)
-    y = rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
-    return y.unflatten(0, columns.shape[:3]).permute(0, 3, 1, 2)
+    if torch.is_autocast_enabled(input.device.type):
+        input, weight = (t.to(torch.get_autocast_dtype(input.device.type)) for t in (input, weight))
+    y = _Convolution.apply(input, weight, _pair(stride), _pair(padding))
+    return y if bias is None else y + bias.to(y.dtype)[:, None, None]
 
 
 class _Normalise(Function):

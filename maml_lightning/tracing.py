@@ -16,6 +16,8 @@ from torch.func import vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+import maml_lightning.kernels  # noqa: F401 (registers col2im)
+
 log = logging.getLogger(__name__)
 
 
@@ -37,8 +39,70 @@ def _trace(function: Callable[..., list], leaves: list[Tensor]) -> fx.GraphModul
     with torch.no_grad():
         graph = make_fx(function, tracing_mode="fake")(*(leaf.detach() for leaf in leaves))
     graph.graph.eliminate_dead_code()
+    if not any(_is_mutable(node) for node in graph.graph.nodes):
+        _share(graph.graph)
+        _gather_sums(graph.graph)
     graph.recompile()
     return graph
+
+
+def _share(graph: fx.Graph) -> None:
+    """Compute equal subexpressions once: each derivative of a convolution gathers its patches anew."""
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            continue
+        arguments, spec = pytree.tree_flatten((node.args, node.kwargs))
+        first = seen.setdefault((node.target, spec, *((type(a), a) for a in arguments)), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+_aten = torch.ops.aten
+_LINEAR = {_aten.view.default, _aten._unsafe_view.default, _aten.permute.default, torch.ops.maml_lightning.col2im.default}
+
+
+def _gather_sums(graph: fx.Graph) -> None:
+    """``f(a) + f(b) -> f(a + b)`` for linear ``f``, ``a @ b + c @ d`` in one pass over memory, ``0 + a -> a``.
+
+    The two terms of a convolution's second derivative become one matrix product and one scatter; the zeros are what
+    torch takes for the second derivative of an activation.
+    """
+    sums = [node for node in graph.nodes if node.target is _aten.add.Tensor and len(node.args) == 2]
+    sums = [node for node in sums if not node.kwargs and all(isinstance(a, fx.Node) for a in node.args)]
+    for node in sums:
+        for zero, other in (node.args, node.args[::-1]):
+            if zero.target is _aten.zeros_like.default and _same(other, node):
+                node.replace_all_uses_with(other)
+                break
+    graph.eliminate_dead_code()
+    sums = [node for node in sums if node.users]
+    while sums:
+        node = sums.pop()
+        a, b = node.args
+        if a is b or a.target is not b.target or len(a.users) > 1 or len(b.users) > 1:
+            continue
+        with graph.inserting_before(node):
+            if a.target is _aten.bmm.default:
+                merged = graph.call_function(_aten.baddbmm.default, (a, *b.args))
+            elif a.target in _LINEAR and a.args[1:] == b.args[1:] and _same(a.args[0], b.args[0]):
+                inner = graph.call_function(_aten.add.Tensor, (a.args[0], b.args[0]))
+                inner.meta = dict(a.args[0].meta)
+                merged = graph.call_function(a.target, (inner, *a.args[1:]))
+                sums.append(inner)
+            else:
+                continue
+        merged.meta = dict(node.meta)
+        node.replace_all_uses_with(merged)
+        for dead in (node, b, a):
+            if not dead.users:
+                graph.erase_node(dead)
+
+
+def _same(a: fx.Node, b: fx.Node) -> bool:
+    a, b = a.meta["val"], b.meta["val"]
+    return a.shape == b.shape and a.dtype == b.dtype
 
 
 def _output(graph: fx.Graph) -> fx.Node:

@@ -1,0 +1,30 @@
+"""How much memory is free, and how the C library hands it out."""
+
+import ctypes
+import functools
+
+import psutil
+import torch
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of the GNU C library
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of a device, in bytes."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Let the process reuse freed memory instead of returning it to the system after every large tensor.
+
+    Each return costs page faults when the next tensor is filled: a third of the time of a meta-batch on a CPU
+    (benchmarks). Like the caching allocator of CUDA tensors, the process stays as large as its peak. Only the GNU C
+    library has the switch; elsewhere nothing happens.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, -1)
