@@ -17,6 +17,7 @@ normalisation layers a silently wrong second derivative (functorch #534).
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -92,7 +93,7 @@ class InnerLoop:
 
         def step(params: Parameters, buffers: Parameters, lr: Tensor, x: Tensor, y: Tensor) -> Parameters:
             gradient = grad(lambda params: loss(call(params, buffers, x), y))(params)
-            return {name: value - lr * gradient[name] for name, value in params.items()}
+            return {name: torch.addcmul(value, gradient[name], lr, value=-1) for name, value in params.items()}
 
         def judge(params: Parameters, buffers: Parameters, x: Tensor, y: Tensor) -> tuple:
             def objective(params: Parameters) -> tuple[Tensor, Tensor]:
@@ -171,28 +172,30 @@ class InnerLoop:
 
     def _fastest(self, sweep: Callable[[int], object], episode: Episode, steps: int) -> int:
         """The number of tasks that costs least per task when vectorised together; memory is asked for step by step."""
-        seconds: dict[int, float] = {}
+        device, tasks = episode.support_inputs.device, episode.tasks
 
-        def measure(size: int) -> float:
-            if size not in seconds:
-                try:
+        def faster(size: int, than: int) -> bool:
+            # In turns, for a machine is not equally fast at all times; a gain within the noise is none.
+            seconds: dict[int, list[float]] = {size: [], than: []}
+            try:
+                for _ in range(2):
                     sweep(size)  # traces, compiles, warms up
-                    runs: list[float] = []
-                    while len(runs) < 3 and sum(runs) < 1:
-                        runs.append(_seconds(lambda: sweep(size), episode.support_inputs.device))
-                    seconds[size] = min(runs) / size
-                except torch.OutOfMemoryError:
-                    seconds[size] = float("inf")
-            return seconds[size]
+                for _ in range(3):
+                    for each, taken in seconds.items():
+                        taken.append(_seconds(partial(sweep, each), device) / each)
+            except torch.OutOfMemoryError:
+                return False
+            return min(seconds[size]) < 0.97 * min(seconds[than])
 
-        tasks = episode.tasks
-        quarter, size = max(tasks // 4, 1), max(tasks // 4, 1)
-        measure(quarter)
-        needed = self._trace.kept_bytes * tasks / quarter * (1 if self.flat else max(steps, 1))
-        if needed > free_bytes(episode.support_inputs.device) / 2 or measure(tasks) > measure(quarter):
-            while size > 1 and measure(max(size // 4, 1)) < measure(size):
+        size = max(tasks // 4, 1)
+        sweep(size)
+        needed = self._trace.kept_bytes * tasks / size * (1 if self.flat else max(steps, 1))
+        if needed < free_bytes(device) / 2 and tasks > size and faster(tasks, than=size):
+            size = tasks
+        else:
+            while size > 1 and faster(max(size // 4, 1), than=size):
                 size = max(size // 4, 1)
-        best = [min(seconds, key=seconds.__getitem__)]
+        best = [size]
         if dist.is_available() and dist.is_initialized():
             dist.broadcast_object_list(best)
         return best[0]

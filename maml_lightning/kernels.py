@@ -8,19 +8,21 @@ never a grouped convolution. Batch normalisation has its first and second deriva
 memory each. Data stays channels-last between layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 from torch.overrides import TorchFunctionMode
 
-# Patches of one task above this many bytes leave a core's cache: a direct convolution is then faster (benchmarks).
-_PATCH_BYTES = 2**20
+# Above this many bytes one task's patches or activations leave a core's cache: torch's own kernels, task by task, are
+# then faster than batched products of patches and than passes over all tasks (benchmarks).
+_CACHE_BYTES = 2**20
 
 
 def _spans(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> list[int]:
@@ -61,7 +63,7 @@ def _col2im(columns: Tensor, size: list[int], kernel: list[int], stride: list[in
 
 
 def _inside(offset: int, stride: int, count: int, size: int) -> tuple[slice, slice]:
-    """Which of ``count`` windows have their point at ``offset`` inside an image of ``size``, and where it lies there."""
+    """Which of ``count`` windows have their point at ``offset`` inside ``size``, and where it lies there."""
     first = max(0, -(offset // stride))
     last = min(count, (size - 1 - offset) // stride + 1)
     if last <= first:
@@ -141,25 +143,29 @@ def _(x: Tensor, g: Tensor, kernel: list[int], stride: list[int], padding: list[
     return x.new_empty(x.shape[0], *kernel, x.shape[4], g.shape[4])
 
 
-def _tasks(tensor: Tensor, in_dim: int | None, count: int, order: tuple[int, ...]) -> Tensor:
-    """With a leading task dimension and the others permuted to ``order``."""
+def _tasks(tensor: Tensor, in_dim: int | None, count: int, order: tuple[int, ...] = ()) -> Tensor:
+    """With a leading task dimension, and the others permuted to ``order``."""
     tensor = tensor.expand(count, *tensor.shape) if in_dim is None else tensor.movedim(in_dim, 0)
-    return tensor.permute(0, *(dim + 1 for dim in order))
+    return tensor.permute(0, *(dim + 1 for dim in order)) if order else tensor
 
 
 _LAST, _FIRST = (0, 2, 3, 1), (0, 3, 1, 2)  # [B, C, H, W] to channels-last, and back
 _HWIO, _OIHW = (2, 3, 1, 0), (3, 2, 0, 1)
 
 
+def _by_task(info: Any, in_dims: tuple, *tensors: Tensor) -> list[Tensor]:
+    return [_tasks(t, dim, info.batch_size).contiguous() for t, dim in zip(tensors, in_dims, strict=False)]
+
+
 def _patches(x: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
-    """``[T, B, H, W, C] -> [T, B*H'*W', kh*kw*C]``"""
+    """``[T, B, H, W, C] -> [T, B*H'*W', kh*kw*C]``."""
     return _im2col(x.flatten(0, 1), kernel, stride, padding).unflatten(0, x.shape[:2]).flatten(1, 3)
 
 
 def _prefers_patches(images: Tensor, spans: Sequence[int], kernel: Sequence[int], channels: int) -> bool:
     rows = images.shape[1] * spans[0] * spans[1]
     columns = kernel[0] * kernel[1] * channels * images.element_size()
-    return images.device.type != "cpu" or rows * columns <= _PATCH_BYTES
+    return images.device.type != "cpu" or rows * columns <= _CACHE_BYTES
 
 
 class _Convolution(Function):
@@ -302,21 +308,74 @@ def conv2d(
     return y if bias is None else y + bias.to(y.dtype)[:, None, None]
 
 
+def _per_channel(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(values.shape[0], *(1,) * (like.dim() - 2), values.shape[1])
+
+
+def _is_large(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x[0].numel() * x.element_size() > _CACHE_BYTES
+
+
+def _standardise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``n = (x - mean) * r`` and ``r = (var + eps)^-1/2`` per task and channel of ``[T, ..., C]``."""
+    over = tuple(range(1, x.dim() - 1))
+    centred = x - x.mean(over, keepdim=True)
+    r = ((centred * centred).mean(over) + eps).rsqrt()
+    return centred * _per_channel(r, x), r
+
+
+@custom_op("maml_lightning::standardise", mutates_args=())
+def _standardise_op(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if not _is_large(x):
+        return _standardise(x, eps)
+    tasks = [torch.native_batch_norm(x.flatten(0, -2), None, None, None, None, True, 0.0, eps) for x in x]
+    return _stacked([n for n, _, _ in tasks]).view(x.shape), torch.stack([r for _, _, r in tasks])
+
+
+@_standardise_op.register_fake
+def _(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], x.shape[-1])
+
+
+def _project(g: Tensor, n: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``scale * (g - mean(g) - n mean(g n))``, ``sum(g n)`` and ``sum(g)`` per task and channel."""
+    over, count = tuple(range(1, g.dim() - 1)), g[0, ..., 0].numel()
+    sum_g, sum_gn = g.sum(over), (g * n).sum(over)
+    weights = (_per_channel(w, g) for w in (sum_g * scale / -count, sum_gn * scale / -count, scale))
+    mean, along_n, along_g = weights
+    return torch.addcmul(torch.addcmul(mean, n, along_n), g, along_g), sum_gn, sum_g
+
+
+@custom_op("maml_lightning::project", mutates_args=())
+def _project_op(g: Tensor, n: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if not _is_large(g):
+        return _project(g, n, scale)
+    zero, one = torch.zeros_like(scale[0]), torch.ones_like(scale[0])
+    tasks = [
+        torch.ops.aten.native_batch_norm_backward(
+            g.flatten(0, -2), n.flatten(0, -2), s, None, None, zero, one, True, 0.0, [True, True, True]
+        )
+        for g, n, s in zip(g, n, scale, strict=True)
+    ]
+    dx, sum_gn, sum_g = zip(*tasks, strict=True)
+    return _stacked(list(dx)).view(g.shape), torch.stack(sum_gn), torch.stack(sum_g)
+
+
+@_project_op.register_fake
+def _(g: Tensor, n: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return g.new_empty(g.shape), g.new_empty(scale.shape), g.new_empty(scale.shape)
+
+
 class _Normalise(Function):
     """``y = weight * n + bias`` with ``n = (x - mean) * r``, ``r = (var + eps)^-1/2`` over all but the last dimension.
 
     The projection ``J = r (I - 1 1^T / M - n n^T / M)`` is symmetric, which is all that both derivatives need.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        over = tuple(range(x.dim() - 1))
-        centred = x - x.mean(over)
-        r = ((centred * centred).mean(over) + eps).rsqrt()
-        n = centred * r
-        return torch.addcmul(bias, n, weight), n, r
+        (n,), (r,) = _standardise_op(x.contiguous()[None], eps)
+        return torch.addcmul(bias, n, weight), n.clone(), r.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -330,25 +389,31 @@ class _Normalise(Function):
     def backward(ctx: Any, g: Tensor, *_: None) -> tuple:
         return *_NormaliseBackward.apply(g, *ctx.saved_tensors), None
 
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple:
+        x, weight, bias = _by_task(info, in_dims, x, weight, bias)
+        n, r = _standardise_op(x, eps)
+        return (torch.addcmul(_per_channel(bias, n), n, _per_channel(weight, n)), n, r), (0, 0, 0)
+
 
 class _NormaliseBackward(Function):
     """``dx = weight * J g``, ``dweight = sum(g n)``, ``dbias = sum(g)``, and the derivative of these three."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(g: Tensor, x: Tensor, weight: Tensor, n: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        over, count = tuple(range(g.dim() - 1)), g[..., 0].numel()
-        sum_g, sum_gn = g.sum(over), (g * n).sum(over)
-        scale = weight * r
-        dx = torch.addcmul(torch.addcmul(sum_g * scale / -count, n, sum_gn * scale / -count), g, scale)
-        return dx, sum_gn, sum_g
+        dx, sum_gn, sum_g = _project_op(g.contiguous()[None], n.contiguous()[None], (weight * r)[None])
+        return dx[0].clone(), sum_gn[0].clone(), sum_g[0].clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         g, _, weight, n, r = inputs
         _, sum_gn, sum_g = output
         ctx.save_for_backward(g, weight, n, r, sum_gn, sum_g)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, g: Tensor, x: Tensor, weight: Tensor, n: Tensor, r: Tensor) -> tuple:
+        g, weight, n, r = _by_task(info, (in_dims[0], *in_dims[2:]), g, weight, n, r)
+        return _project_op(g, n, weight * r), (0, 0, 0)
 
     @staticmethod
     @once_differentiable
@@ -391,6 +456,12 @@ def batch_norm(
     x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
     return _Normalise.apply(x.movedim(1, -1), weight, bias, eps)[0].movedim(-1, 1)
 
+
+# What a compiler fuses better than it calls.
+FUSIBLE: dict[OpOverload, Callable[..., Any]] = {
+    torch.ops.maml_lightning.standardise.default: _standardise,
+    torch.ops.maml_lightning.project.default: _project,
+}
 
 _REPLACEMENTS = {torch.conv2d: conv2d, F.conv2d: conv2d, F.batch_norm: batch_norm}
 

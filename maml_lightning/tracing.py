@@ -16,7 +16,7 @@ from torch.func import vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-import maml_lightning.kernels  # noqa: F401 (registers col2im)
+from maml_lightning.kernels import FUSIBLE
 
 log = logging.getLogger(__name__)
 
@@ -34,10 +34,12 @@ def _restride(tensor: Tensor, like: Tensor) -> Tensor:
     return torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
-def _trace(function: Callable[..., list], leaves: list[Tensor]) -> fx.GraphModule:
+def _trace(function: Callable[..., list], leaves: list[Tensor], fusible: bool) -> fx.GraphModule:
     # detach() makes every input an object of its own: make_fx would take two uses of one tensor for one input.
     with torch.no_grad():
-        graph = make_fx(function, tracing_mode="fake")(*(leaf.detach() for leaf in leaves))
+        graph = make_fx(function, FUSIBLE if fusible else None, tracing_mode="fake")(
+            *(leaf.detach() for leaf in leaves)
+        )
     graph.graph.eliminate_dead_code()
     if not any(_is_mutable(node) for node in graph.graph.nodes):
         _share(graph.graph)
@@ -60,7 +62,12 @@ def _share(graph: fx.Graph) -> None:
 
 
 _aten = torch.ops.aten
-_LINEAR = {_aten.view.default, _aten._unsafe_view.default, _aten.permute.default, torch.ops.maml_lightning.col2im.default}
+_LINEAR = {
+    _aten.view.default,
+    _aten._unsafe_view.default,
+    _aten.permute.default,
+    torch.ops.maml_lightning.col2im.default,
+}
 
 
 def _gather_sums(graph: fx.Graph) -> None:
@@ -101,8 +108,7 @@ def _gather_sums(graph: fx.Graph) -> None:
 
 
 def _same(a: fx.Node, b: fx.Node) -> bool:
-    a, b = a.meta["val"], b.meta["val"]
-    return a.shape == b.shape and a.dtype == b.dtype
+    return all(getattr(a.meta["val"], what) == getattr(b.meta["val"], what) for what in ("shape", "dtype"))
 
 
 def _output(graph: fx.Graph) -> fx.Node:
@@ -220,7 +226,7 @@ class Tracer:
                 out, out_spec = pytree.tree_flatten(vectorised(*pytree.tree_unflatten(leaves, spec)))
                 return out
 
-            graph = _trace(flat, leaves)
+            graph = _trace(flat, leaves, self.compile)
             return self._ready(graph), out_spec
 
         program = self._program((function, in_dims, *_signature(leaves)), build)
@@ -264,7 +270,7 @@ class Tracer:
                 cotangents = pytree.tree_unflatten(leaves[-count:], primal_spec)
                 return pytree.tree_leaves(vectorised(cotangents, *pytree.tree_unflatten(leaves[:-count], spec)))
 
-            forward, backward = cut(_trace(flat, [*leaves, *shaped]), count, count)
+            forward, backward = cut(_trace(flat, [*leaves, *shaped], self.compile), count, count)
             return self._ready(forward), self._ready(backward), shaped
 
         program: Any = self._program((function, "vjp", in_dims, *_signature(leaves)), build)

@@ -141,7 +141,7 @@ def test_memory_is_flat_where_asked_for_or_where_it_would_run_short(monkeypatch)
     loop = InnerLoop(net, F.cross_entropy, None)
     plenty = loop.meta_gradient(parameters(net), episode, 0.4, 3)
     assert not loop.flat
-    monkeypatch.setattr("maml_lightning.inner_loop._free_bytes", lambda device: 1000)
+    monkeypatch.setattr("maml_lightning.inner_loop.free_bytes", lambda device: 1000)
     short = loop.meta_gradient(parameters(net), episode, 0.4, 3)
     assert loop.flat
     assert relative_error(short.gradient, plenty.gradient) < 1e-12

@@ -27,8 +27,13 @@ WINDOWS = [
 ]
 
 
+@pytest.fixture(params=[2**20, 0], ids=["within a cache", "beyond a cache"])
+def cache(request, monkeypatch):
+    monkeypatch.setattr(kernels, "_CACHE_BYTES", request.param)
+
+
 @pytest.mark.parametrize(("kernel", "settings"), WINDOWS)
-def test_convolution_and_its_second_derivative(kernel, settings):
+def test_convolution_and_its_second_derivative(kernel, settings, cache):
     torch.manual_seed(0)
     x, w, b = (torch.randn(2, *shape, dtype=torch.float64) for shape in ((3, 4, 7, 8), (5, 4, *kernel), (5,)))
     for bias in ((), (b,)):
@@ -38,7 +43,7 @@ def test_convolution_and_its_second_derivative(kernel, settings):
             assert torch.allclose(a, e, rtol=1e-10, atol=1e-10)
 
 
-def test_batch_norm_and_its_second_derivative():
+def test_batch_norm_and_its_second_derivative(cache):
     torch.manual_seed(0)
     shapes = ((3, 4, 5, 6), (4,), (4,))
     tasks = [torch.randn(2, *shape, dtype=torch.float64) for shape in shapes]
@@ -71,6 +76,24 @@ def test_replacement_is_active_inside_only(monkeypatch):
     with kernels.TaskKernels():
         layer(x)
     assert seen == [1]
+
+
+def test_shared_weight_and_shared_input(cache):
+    torch.manual_seed(0)
+    x, w = torch.randn(3, 2, 4, 7, 8, dtype=torch.float64), torch.randn(3, 5, 4, 3, 3, dtype=torch.float64)
+    for in_dims, args in (((0, None), (x, w[0])), ((None, 0), (x[0], w)), ((1, 2), (x.movedim(0, 1), w.movedim(0, 2)))):
+        results = []
+        for function in (kernels.conv2d, F.conv2d):
+            gradient = grad(lambda x, w, f=function: f(x, w, stride=2, padding=1).sin().sum(), (0, 1))
+            results.append(vmap(gradient, in_dims)(*args))
+        for a, e in zip(*results, strict=True):
+            assert torch.allclose(a, e, rtol=1e-10, atol=1e-10)
+
+
+def test_sum_over_tasks_is_the_sum():
+    value = torch.randn(3, 3, 3, 4, 5, dtype=torch.float64).permute(0, 4, 3, 1, 2)
+    assert torch.allclose(kernels.sum_over_tasks(value), value.sum(0))
+    assert torch.equal(kernels.sum_over_tasks(torch.arange(3.0)), torch.tensor(3.0))
 
 
 def test_kernel_layout_keeps_values():

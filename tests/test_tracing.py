@@ -1,0 +1,56 @@
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from maml_lightning.tracing import Tracer, _trace
+
+aten = torch.ops.aten
+
+
+def targets(graph):
+    return [node.target for node in graph.graph.nodes if node.op == "call_function"]
+
+
+def traced(function, *inputs):
+    graph = _trace(lambda *leaves: [function(*leaves)], list(inputs), False)
+    assert torch.allclose(graph(*inputs)[0], function(*inputs))
+    return targets(graph)
+
+
+def test_equal_expressions_are_computed_once():
+    x = torch.rand(3, 3)
+    assert traced(lambda x: x.sin() * x.sin(), x) == [aten.sin.default, aten.mul.Tensor]
+
+
+def test_random_draws_and_works_in_place_are_left_alone():
+    x = torch.rand(100)
+    draws = targets(_trace(lambda x: [torch.rand_like(x), torch.rand_like(x)], [x], False))
+    assert draws == [aten.rand_like.default] * 2
+    in_place = traced(lambda x: x.sin().add_(1) + x.sin(), x)
+    assert in_place.count(aten.sin.default) == 2
+
+
+def test_sums_of_products_are_gathered():
+    a, b, c, d = torch.rand(4, 2, 3, 3, dtype=torch.float64)
+    assert traced(lambda a, b, c, d: (a @ b).mT + (c @ d).mT, a, b, c, d)[-1] != aten.add.Tensor
+    views = traced(lambda a, b, c, d: a.bmm(b).view(2, 9) + c.bmm(d).view(2, 9), a, b, c, d)
+    assert views == [aten.bmm.default, aten.baddbmm.default, aten.view.default]
+    shared = traced(lambda a, b, c: a.bmm(b) + a.bmm(b) + c, a, b, c)
+    assert shared == [aten.bmm.default, aten.add.Tensor, aten.add.Tensor]
+
+
+def test_zeros_are_not_added():
+    x = torch.rand(3)
+    assert traced(lambda x: torch.zeros_like(x) + x.sin(), x) == [aten.sin.default]
+    assert aten.add.Tensor in traced(lambda x: torch.zeros_like(x) + x.sum(), x)
+
+
+def test_pullback_is_that_of_autograd():
+    tracer, x = Tracer(), torch.rand(4, 3, dtype=torch.float64)
+    outputs, pullback = tracer.vjp(lambda p, x: {"w": (p["w"] * x).sin()}, (None, 0), {"w": torch.ones_like(x[0])}, x)
+    assert torch.allclose(outputs["w"], x.sin())
+    assert torch.allclose(pullback({"w": torch.full_like(x, 2)})["w"], 2 * x * x.cos())
+
+
+def test_make_fx_is_what_is_assumed():
+    graph = make_fx(lambda x: x.relu(), tracing_mode="fake")(torch.rand(3))
+    assert "val" in next(node for node in graph.graph.nodes if node.op == "call_function").meta
