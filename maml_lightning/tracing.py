@@ -66,6 +66,7 @@ _LINEAR = {
     _aten.view.default,
     _aten._unsafe_view.default,
     _aten.permute.default,
+    _aten.transpose.int,
     torch.ops.maml_lightning.col2im.default,
 }
 
