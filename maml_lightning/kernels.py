@@ -302,7 +302,7 @@ def conv2d(
     """
     if groups != 1 or _pair(dilation) != [1, 1] or isinstance(padding, str) or input.dim() != 4:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    if torch.is_autocast_enabled(input.device.type):
+    if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
         input, weight = (t.to(torch.get_autocast_dtype(input.device.type)) for t in (input, weight))
     y = _Convolution.apply(input, weight, _pair(stride), _pair(padding))
     return y if bias is None else y + bias.to(y.dtype)[:, None, None]
@@ -457,10 +457,33 @@ def batch_norm(
     return _Normalise.apply(x.movedim(1, -1), weight, bias, eps)[0].movedim(-1, 1)
 
 
+def _im2col_views(x: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
+    x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]))
+    windows = x.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])
+    return windows.permute(0, 1, 2, 4, 5, 3).flatten(3)
+
+
+def _col2im_sum(columns: Tensor, size: list[int], kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
+    batch, rows, cols, _ = columns.shape
+    windows = columns.view(batch, rows, 1, cols, 1, *kernel, -1)
+    # Zeros between the points, then each tap moved to its place.
+    spread = F.pad(windows, (0, 0, 0, 0, 0, 0, 0, stride[1] - 1, 0, 0, 0, stride[0] - 1))
+    spread = spread.flatten(3, 4).flatten(1, 2)
+    x = 0
+    for i in range(kernel[0]):
+        for j in range(kernel[1]):
+            top, left = i - padding[0], j - padding[1]
+            bottom, right = size[0] - top - spread.shape[1], size[1] - left - spread.shape[2]
+            x = x + F.pad(spread[:, :, :, i, j], (0, 0, left, right, top, bottom))
+    return x
+
+
 # What a compiler fuses better than it calls.
 FUSIBLE: dict[OpOverload, Callable[..., Any]] = {
     torch.ops.maml_lightning.standardise.default: _standardise,
     torch.ops.maml_lightning.project.default: _project,
+    torch.ops.maml_lightning.im2col.default: _im2col_views,
+    torch.ops.maml_lightning.col2im.default: _col2im_sum,
 }
 
 _REPLACEMENTS = {torch.conv2d: conv2d, F.conv2d: conv2d, F.batch_norm: batch_norm}

@@ -70,3 +70,18 @@ def test_the_meta_gradient_is_the_mean_over_tasks_and_leaves_the_parameters_alon
     assert relative_error(mean, whole.gradient) < 1e-12
     assert torch.allclose(torch.cat([single.predictions for single in singles]), whole.predictions, rtol=1e-9)
     assert all(torch.equal(value, before[name]) and value.grad is None for name, value in parameters(net).items())
+
+
+@pytest.mark.parametrize("pooling", [False, True])
+def test_under_bfloat16_it_points_where_the_exact_one_does(pooling):
+    torch.manual_seed(3)
+    net, episode = ConvNet(out_features=3, hidden_channels=16, blocks=2, pooling=pooling), images()
+    episode = Episode(*(t.float() if t.is_floating_point() else t for t in episode))
+    loop = InnerLoop(net, F.cross_entropy, None)
+    exact = loop.meta_gradient(parameters(net), episode, 0.4, 2).gradient
+    with torch.autocast("cpu", torch.bfloat16):
+        half = loop.meta_gradient(parameters(net), episode, 0.4, 2)
+    flat, flat_half = (torch.cat([g.flatten() for g in each.values()]) for each in (exact, half.gradient))
+    assert all(value.dtype == torch.float32 for value in half.gradient.values())
+    assert half.predictions.dtype == torch.bfloat16  # the inner loop did run in it
+    assert F.cosine_similarity(flat, flat_half, dim=0) > 0.98
