@@ -35,11 +35,11 @@ def _spans(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], pa
 def _im2col(x: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
     x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0])).contiguous()
     rows, cols = _spans(x.shape[1:3], kernel, stride, [0, 0])
-    batch, _, _, channels = x.shape
-    image, row, col, one = x.stride()
+    batch, height, width, channels = x.shape
+    row, col = width * channels, channels  # x.stride() says anything of a dimension of size 1
     # A row of the window lies in one piece in memory: one long run to copy instead of kernel[1] short ones.
     windows = x.as_strided(
-        (batch, rows, cols, kernel[0], kernel[1] * channels), (image, stride[0] * row, stride[1] * col, row, one)
+        (batch, rows, cols, kernel[0], kernel[1] * channels), (height * row, stride[0] * row, stride[1] * col, row, 1)
     )
     return windows.clone(memory_format=torch.contiguous_format).flatten(3)
 
@@ -469,7 +469,7 @@ def _col2im_sum(columns: Tensor, size: list[int], kernel: list[int], stride: lis
     # Zeros between the points, then each tap moved to its place.
     spread = F.pad(windows, (0, 0, 0, 0, 0, 0, 0, stride[1] - 1, 0, 0, 0, stride[0] - 1))
     spread = spread.flatten(3, 4).flatten(1, 2)
-    x = 0
+    x = columns.new_zeros(())
     for i in range(kernel[0]):
         for j in range(kernel[1]):
             top, left = i - padding[0], j - padding[1]

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.func import grad, vmap
+from torch.utils import _pytree as pytree
 
 from maml_lightning import kernels
 
@@ -88,6 +89,27 @@ def test_shared_weight_and_shared_input(cache):
             results.append(vmap(gradient, in_dims)(*args))
         for a, e in zip(*results, strict=True):
             assert torch.allclose(a, e, rtol=1e-10, atol=1e-10)
+
+
+def test_patches_of_one_channel_whatever_its_stride():
+    x = torch.rand(2, 1, 6, 6, dtype=torch.float64)
+    seen = kernels._im2col(x.permute(0, 2, 3, 1), [3, 3], [2, 2], [0, 0])
+    assert torch.equal(seen.flatten(1, 2).mT, F.unfold(x, 3, stride=2))
+
+
+@pytest.mark.parametrize("op", kernels.FUSIBLE)
+def test_what_a_compiler_fuses_is_what_is_called_otherwise(op):
+    torch.manual_seed(0)
+    window = ([3, 2], [2, 1], [1, 0])
+    images, scale = torch.randn(4, 2, 6, 5, 3, dtype=torch.float64), torch.rand(4, 3, dtype=torch.float64)
+    arguments = {
+        "im2col": (images[0], *window),
+        "col2im": (torch.randn(2, 3, 4, 18, dtype=torch.float64), [6, 5], *window),
+        "standardise": (images, 1e-5),
+        "project": (images, images.flip(0), scale),
+    }[op._schema.name.split("::")[1]]
+    for called, fused in zip(*map(pytree.tree_leaves, (op(*arguments), kernels.FUSIBLE[op](*arguments))), strict=True):
+        assert torch.allclose(called, fused, rtol=1e-12, atol=1e-12)
 
 
 def test_sum_over_tasks_is_the_sum():
