@@ -12,8 +12,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,9 +65,14 @@ def episodes(case: Case, device: str = "cpu") -> Episode:
     return Episode(*part(case.shots), *part(case.query_shots))
 
 
-def ours(net: nn.Module, episode: Episode, lr: float, steps: int, compile: bool = False) -> Run:
-    loop, parameters = InnerLoop(net, F.cross_entropy, compile=compile), dict(net.named_parameters())
+def ours(net: nn.Module, episode: Episode, lr: float, steps: int, **settings: Any) -> Run:
+    loop, parameters = InnerLoop(net, F.cross_entropy, **settings), dict(net.named_parameters())
     return lambda: loop.meta_gradient(parameters, episode, lr, steps).gradient
+
+
+# Of one meta-batch in chunks of 4, so that the measured choice of a chunk does not blur the growth with steps.
+FOUR = partial(ours, tasks_per_chunk=4)
+CONTENDERS = {OURS: ours, "chunks of 4": FOUR, "chunks of 4, flat": partial(FOUR, flat_memory=True), **PEERS}
 
 
 def disagreement(case: Case, device: str, contenders: dict) -> float:
@@ -105,7 +111,7 @@ def speed(
     """
     contenders = {**PEERS, OURS: ours}
     if compile:
-        contenders["compiled"] = lambda *args: ours(*args, compile=True)
+        contenders["compiled"] = partial(ours, compile=True)
     print(f"| case | {' | '.join(contenders)} | ratio | error |")
     print("|---" * (len(contenders) + 3) + "|")
     for key in cases:
@@ -135,7 +141,7 @@ def speed(
 
 
 def _peak_bytes(name: str, case: Case) -> int:
-    make = {**PEERS, OURS: ours}[name]
+    make = CONTENDERS[name]
     run = make(network(case), episodes(case), LR, case.steps)
 
     def status(key: str) -> int:
@@ -149,7 +155,7 @@ def _peak_bytes(name: str, case: Case) -> int:
     return status("VmHWM") - before
 
 
-def memory(steps: tuple[int, ...] = (1, 2, 5, 10), names: tuple[str, ...] = (OURS, *PEERS)) -> None:
+def memory(steps: tuple[int, ...] = (1, 2, 5, 10), names: tuple[str, ...] = tuple(CONTENDERS)) -> None:
     """Peak memory of one meta-batch against inner steps: 16 tasks, max-pooled network, a process each.
 
     Args:
