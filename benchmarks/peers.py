@@ -91,5 +91,75 @@ def torchopt(net: nn.Module, episode: Episode, lr: float, steps: int) -> Run:
     return run
 
 
-_NEEDS = {"plain loop": (plain_loop, "torch"), "higher": (higher, "higher"), "TorchOpt": (torchopt, "torchopt")}
+def learn2learn(net: nn.Module, episode: Episode, lr: float, steps: int) -> Run:
+    """``learn2learn.algorithms.MAML``, a clone for each task, as in its examples."""
+    from learn2learn.algorithms import MAML
+
+    net = _leaves(net)
+    maml = MAML(net, lr=lr, first_order=False)
+
+    def run() -> dict[str, Tensor]:
+        for x, y, query_x, query_y in zip(*episode, strict=True):
+            learner = maml.clone()
+            for _ in range(steps):
+                learner.adapt(F.cross_entropy(learner(x), y))
+            F.cross_entropy(learner(query_x), query_y).backward()
+        return _gradient(net, episode.tasks)
+
+    return run
+
+
+def jax(net: nn.Module, episode: Episode, lr: float, steps: int) -> Run:
+    """``jax.jit`` of the gradient vectorised over tasks; convolutions as patches, which is its faster way on a CPU."""
+    import jax
+    import jax.numpy as jnp
+
+    jax.config.update("jax_enable_x64", True)
+    layers = list(net.body.named_children())
+
+    def forward(params: dict, x: jax.Array) -> jax.Array:
+        for number, layer in layers:
+            weight, bias = (params.get(f"body.{number}.{name}") for name in ("weight", "bias"))
+            if isinstance(layer, nn.Conv2d):
+                padding = [(p, p) for p in layer.padding]
+                patches = jax.lax.conv_general_dilated_patches(x, layer.kernel_size, layer.stride, padding)
+                x = jnp.einsum("bkhw,ok->bohw", patches, weight.reshape(weight.shape[0], -1))
+            elif isinstance(layer, nn.BatchNorm2d):
+                mean, var = (f(x, (0, 2, 3), keepdims=True) for f in (jnp.mean, jnp.var))
+                x = (x - mean) * jax.lax.rsqrt(var + layer.eps) * weight[:, None, None] + bias[:, None, None]
+            elif isinstance(layer, nn.MaxPool2d):
+                x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 1, 2, 2), (1, 1, 2, 2), "VALID")
+            else:
+                x = jax.nn.relu(x)
+        return x.mean((2, 3)) @ params["head.weight"].T + params["head.bias"]
+
+    def loss(params: dict, x: jax.Array, y: jax.Array) -> jax.Array:
+        return -jnp.take_along_axis(jax.nn.log_softmax(forward(params, x)), y[:, None], 1).mean()
+
+    def outer(params: dict, x: jax.Array, y: jax.Array, query_x: jax.Array, query_y: jax.Array) -> jax.Array:
+        for _ in range(steps):
+            params = jax.tree.map(lambda value, grad: value - lr * grad, params, jax.grad(loss)(params, x, y))
+        return loss(params, query_x, query_y)
+
+    @jax.jit
+    def gradient(params: dict, *episode: jax.Array) -> dict:
+        each = jax.vmap(jax.grad(outer), (None, 0, 0, 0, 0))(params, *episode)
+        return jax.tree.map(lambda value: value.mean(0), each)
+
+    arrays = [jnp.asarray(tensor.cpu().numpy()) for tensor in episode]
+
+    def run() -> dict[str, Tensor]:
+        params = {name: jnp.asarray(value.detach().cpu().numpy()) for name, value in net.named_parameters()}
+        return {name: torch.from_dlpack(value) for name, value in gradient(params, *arrays).items()}
+
+    return run
+
+
+_NEEDS = {
+    "plain loop": (plain_loop, "torch"),
+    "higher": (higher, "higher"),
+    "TorchOpt": (torchopt, "torchopt"),
+    "learn2learn": (learn2learn, "learn2learn"),
+    "JAX": (jax, "jax"),
+}
 PEERS = {name: peer for name, (peer, module) in _NEEDS.items() if importlib.util.find_spec(module)}

@@ -1,0 +1,241 @@
+"""Time and memory of the meta-gradient beside its peers."""
+
+import copy
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor, nn
+
+from benchmarks.peers import PEERS, Run
+from maml_lightning import MAML, ConvNet, Episode, GlyphsDataModule
+from maml_lightning.data.episodic import EpisodeDataset
+from maml_lightning.inner_loop import InnerLoop
+
+LR = 0.4
+OURS = "maml_lightning"
+
+
+class Case(NamedTuple):
+    name: str
+    tasks: int = 32
+    ways: int = 5
+    shots: int = 1
+    query_shots: int = 1
+    steps: int = 1
+    pooling: bool = False
+
+
+CASES = {
+    "1": Case("5-way 1-shot, 1 step"),
+    "2": Case("5-way 1-shot, 5 steps", steps=5),
+    "3": Case("20-way 5-shot, 5 steps", tasks=16, ways=20, shots=5, steps=5),
+    "4": Case("5-way 1-shot, 15 queries, max-pooled", query_shots=15, pooling=True),
+}
+POOLED = Case("max-pooled", tasks=16, pooling=True)
+
+
+def network(case: Case) -> nn.Module:
+    torch.manual_seed(0)
+    return ConvNet(out_features=case.ways, pooling=case.pooling)
+
+
+def episodes(case: Case, device: str = "cpu") -> Episode:
+    generator = torch.Generator().manual_seed(0)
+
+    def part(count: int) -> tuple[Tensor, Tensor]:
+        x = torch.rand(case.tasks, case.ways * count, 1, 28, 28, generator=generator)
+        return x.to(device), torch.arange(case.ways, device=device).repeat_interleave(count).repeat(case.tasks, 1)
+
+    return Episode(*part(case.shots), *part(case.query_shots))
+
+
+def ours(net: nn.Module, episode: Episode, lr: float, steps: int, **settings: Any) -> Run:
+    loop, parameters = InnerLoop(net, F.cross_entropy, **settings), dict(net.named_parameters())
+    return lambda: loop.meta_gradient(parameters, episode, lr, steps).gradient
+
+
+# Of one meta-batch in chunks of 4, so that the measured choice of a chunk does not blur the growth with steps.
+FOUR = partial(ours, tasks_per_chunk=4)
+CONTENDERS = {OURS: ours, "chunks of 4": FOUR, "chunks of 4, flat": partial(FOUR, flat_memory=True), **PEERS}
+
+
+def disagreement(case: Case, device: str, contenders: dict) -> float:
+    """Largest error against the plain loop over two tasks in float64, relative to the whole gradient's norm."""
+    net = network(case).double().to(device)
+    few = [tensor[:2].double() if tensor.is_floating_point() else tensor[:2] for tensor in episodes(case, device)]
+    gradients = {name: make(copy.deepcopy(net), Episode(*few), LR, case.steps)() for name, make in contenders.items()}
+    exact = gradients["plain loop"]
+    norm = torch.cat([value.flatten() for value in exact.values()]).norm()
+    return max(((g[n] - e).norm() / norm).item() for g in gradients.values() for n, e in exact.items())
+
+
+def seconds(run: Run, device: str) -> float:
+    start = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def speed(
+    cases: tuple[str, ...] = tuple(CASES),
+    compile: bool = False,
+    rounds: int = 9,
+    budget: float = 90,
+    device: str = "cpu",
+) -> None:
+    """Milliseconds of one meta-batch, medians over interleaved rounds, and the ratio to the fastest peer.
+
+    Args:
+        cases: which of 1, 2, 3 and 4.
+        compile: time the compiled meta-gradient as well; compiling takes minutes.
+        rounds: at most so many, at least 3.
+        budget: seconds after which no further round begins.
+        device: cpu or cuda.
+    """
+    contenders = {**PEERS, OURS: ours}
+    if compile:
+        contenders["compiled"] = partial(ours, compile=True)
+    print(f"| case | {' | '.join(contenders)} | ratio | error |")
+    print("|---" * (len(contenders) + 3) + "|")
+    for key in cases:
+        case = CASES[key]
+        error = disagreement(case, device, {**PEERS, OURS: ours})
+        runs = {
+            n: make(network(case).to(device), episodes(case, device), LR, case.steps) for n, make in contenders.items()
+        }
+        for run in runs.values():
+            run()  # traces, compiles, chooses the chunk size
+            run()
+        taken: dict[str, list[float]] = {name: [] for name in runs}
+        start = time.perf_counter()
+        for number in range(rounds):
+            if number >= 3 and time.perf_counter() - start > budget:
+                break
+            for name, run in runs.items():
+                taken[name].append(seconds(run, device))
+        peer = min(PEERS, key=lambda name: statistics.median(taken[name]))
+        ratios = [
+            f"{statistics.median(p / o for p, o in zip(taken[peer], taken[name], strict=True)):.2f}"
+            for name in contenders
+            if name not in PEERS
+        ]
+        cells = [f"{statistics.median(times) * 1e3:.0f}" for times in taken.values()]
+        print(f"| {case.name} | {' | '.join(cells)} | {' and '.join(ratios)} | {error:.0e} |", flush=True)
+
+
+def _peak_bytes(name: str, case: Case) -> int:
+    make = CONTENDERS[name]
+    run = make(network(case), episodes(case), LR, case.steps)
+
+    def status(key: str) -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+        return int(line.split()[1]) * 1024
+
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # begins the peak anew (Linux)
+    run()
+    run()
+    return status("VmHWM") - before
+
+
+def memory(steps: tuple[int, ...] = (1, 2, 5, 10), names: tuple[str, ...] = tuple(CONTENDERS)) -> None:
+    """Peak memory of one meta-batch against inner steps: 16 tasks, max-pooled network, a process each.
+
+    Args:
+        steps: inner steps.
+        names: whose.
+    """
+    print(f"| MB at inner steps | {' | '.join(map(str, steps))} | growth |")
+    print("|---" * (len(steps) + 2) + "|")
+    for name in names:
+        peaks = []
+        for count in steps:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                peaks.append(process.submit(_peak_bytes, name, POOLED._replace(steps=count)).result())
+        print(f"| {name} | {' | '.join(f'{p / 2**20:.0f}' for p in peaks)} | {peaks[-1] / peaks[0]:.2f} |", flush=True)
+
+
+def batch(sizes: tuple[int, ...] = (8, 32, 128), device: str = "cpu") -> None:
+    """Milliseconds per task against the meta-batch: 5-way 1-shot, 1 step.
+
+    Args:
+        sizes: tasks in a meta-batch.
+        device: cpu or cuda.
+    """
+    runs = {}
+    for size in sizes:
+        case = CASES["1"]._replace(tasks=size)
+        runs[size] = ours(network(case).to(device), episodes(case, device), LR, case.steps)
+        runs[size]()
+    taken: dict[int, list[float]] = {size: [] for size in sizes}
+    for _ in range(9):
+        for size, run in runs.items():
+            taken[size].append(seconds(run, device) / size)
+    print(f"| meta-batch | {' | '.join(map(str, sizes))} |")
+    print("|---" * (len(sizes) + 1) + "|")
+    print(
+        f"| ms per task | {' | '.join(f'{statistics.median(taken[size]) * 1e3:.2f}' for size in sizes)} |", flush=True
+    )
+
+
+class _Clock(Callback):
+    """Wall time of a fit from its step ``first`` on, and the part of it inside the functions given to ``timed``."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+        self.spent: dict[str, float] = {}
+
+    def timed(self, name: str, function: Callable) -> Callable:
+        def call(*args: object, **kwargs: object) -> object:
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            self.spent[name] = self.spent.get(name, 0) + time.perf_counter() - start
+            return result
+
+        return call
+
+    def on_train_batch_start(self, trainer: Trainer, module: MAML, batch: Episode, index: int) -> None:
+        if index == self.first:
+            self.spent.clear()
+            self.start = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, module: MAML) -> None:
+        self.wall = time.perf_counter() - self.start
+
+
+def fit(steps: int = 200) -> None:
+    """Where the wall time of ``Trainer.fit`` goes: 5-way 1-shot on glyphs with the logger and checkpoints of a run.
+
+    Args:
+        steps: meta-steps, after 20 that are not counted.
+    """
+    clock = _Clock(first=20)
+    maml = MAML(ConvNet(out_features=5), inner_lr=LR)
+    maml._inner_loop.meta_gradient = clock.timed("meta-gradient", maml._inner_loop.meta_gradient)
+    data = GlyphsDataModule(ways=5, train_episodes=32 * (steps + clock.first), val_episodes=32)
+    data.prepare_data()
+    data.setup("fit")
+    draw = EpisodeDataset.__getitems__
+    EpisodeDataset.__getitems__ = clock.timed("sampling", draw)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            Trainer(max_epochs=1, default_root_dir=folder, callbacks=[clock]).fit(maml, datamodule=data)
+    finally:
+        EpisodeDataset.__getitems__ = draw
+    print("| ms per meta-step | in the meta-gradient | sampling | all else |")
+    print("|---|---|---|---|")
+    parts = [clock.spent[name] / clock.wall for name in ("meta-gradient", "sampling")]
+    print(
+        f"| {clock.wall / steps * 1e3:.1f} | {' | '.join(f'{p:.1%}' for p in (*parts, 1 - sum(parts)))} |", flush=True
+    )
