@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from benchmarks.peers import PEERS, Run
 from maml_lightning import MAML, ConvNet, Episode, GlyphsDataModule
 from maml_lightning.data.episodic import EpisodeDataset
-from maml_lightning.inner_loop import InnerLoop
+from maml_lightning.inner_loop import InnerLoop, _seconds
 
 LR = 0.4
 OURS = "maml_lightning"
@@ -79,14 +79,6 @@ def disagreement(case: Case, device: str, contenders: dict) -> float:
     return max(((g[n] - e).norm() / norm).item() for g in gradients.values() for n, e in exact.items())
 
 
-def seconds(run: Run, device: str) -> float:
-    start = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def speed(
     cases: tuple[str, ...] = tuple(CASES),
     compile: bool = False,
@@ -103,14 +95,13 @@ def speed(
         budget: seconds after which no further round begins.
         device: cpu or cuda.
     """
-    contenders = {**PEERS, OURS: ours}
-    if compile:
-        contenders["compiled"] = partial(ours, compile=True)
+    compared = {**PEERS, OURS: ours}
+    contenders = {**compared, "compiled": partial(ours, compile=True)} if compile else compared
     print(f"| case | {' | '.join(contenders)} | ratio | error |")
     print("|---" * (len(contenders) + 3) + "|")
     for key in cases:
         case = CASES[key]
-        error = disagreement(case, device, {**PEERS, OURS: ours})
+        error = disagreement(case, device, compared)
         runs = {
             n: make(network(case).to(device), episodes(case, device), LR, case.steps) for n, make in contenders.items()
         }
@@ -123,7 +114,7 @@ def speed(
             if number >= 3 and time.perf_counter() - start > budget:
                 break
             for name, run in runs.items():
-                taken[name].append(seconds(run, device))
+                taken[name].append(_seconds(run, torch.device(device)))
         peer = min(PEERS, key=lambda name: statistics.median(taken[name]))
         ratios = [
             f"{statistics.median(p / o for p, o in zip(taken[peer], taken[name], strict=True)):.2f}"
@@ -181,7 +172,7 @@ def batch(sizes: tuple[int, ...] = (8, 32, 128), device: str = "cpu") -> None:
     taken: dict[int, list[float]] = {size: [] for size in sizes}
     for _ in range(9):
         for size, run in runs.items():
-            taken[size].append(seconds(run, device) / size)
+            taken[size].append(_seconds(run, torch.device(device)) / size)
     print(f"| meta-batch | {' | '.join(map(str, sizes))} |")
     print("|---" * (len(sizes) + 1) + "|")
     print(

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from cli import main
+from tests.command_line import TINY, words
+
 torch.set_num_threads(1)  # the networks are tiny here: more threads only wait for each other
 
 ARCHIVES = Path(__file__).parents[2] / "shared" / "data" / "omniglot-py"
@@ -22,3 +25,24 @@ def omniglot_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with zipfile.ZipFile(archive) as file:
             file.extractall(root / "omniglot-py")
     return root
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory of the test, empty."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The log folder of one tiny run."""
+    folder = tmp_path_factory.mktemp("run")
+    main(words("fit", **TINY, **{"trainer.default_root_dir": folder}))
+    return folder / "lightning_logs" / "version_0"
+
+
+@pytest.fixture
+def checkpoint(trained: Path) -> Path:
+    """The last checkpoint of the tiny run."""
+    return trained / "checkpoints" / "last.ckpt"

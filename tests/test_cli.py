@@ -1,7 +1,5 @@
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,52 +8,9 @@ import yaml
 
 from cli import main
 from maml_lightning import SettingError
+from tests.command_line import DATA, TINY, omniglot, run, words
 
-ROOT = Path(__file__).parents[1]
-TINY = {
-    "data": "GlyphsDataModule",
-    "data.ways": 3,
-    "data.meta_batch_size": 4,
-    "data.train_episodes": 8,
-    "data.val_episodes": 4,
-    "data.test_episodes": 12,
-    "data.train_classes": 8,
-    "data.val_classes": 8,
-    "data.test_classes": 8,
-    "model.net": "maml_lightning.ConvNet",
-    "model.net.hidden_channels": 4,
-    "model.net.blocks": 2,
-    "model.inner_lr": 0.3,
-    "model.eval_inner_steps": 2,
-    "model.tasks_per_chunk": "null",
-    "trainer.max_epochs": 1,
-    "trainer.accelerator": "cpu",
-    "trainer.log_every_n_steps": 1,
-    "trainer.enable_progress_bar": "false",
-}
-DATA = {key: value for key, value in TINY.items() if not key.startswith("model.")}
-
-
-def words(*command, **flags):
-    return [*map(str, command), *(f"--{key}={value}" for key, value in flags.items() if value is not None)]
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    main(words("fit", **TINY, **{"trainer.default_root_dir": folder}))
-    return folder / "lightning_logs" / "version_0"
-
-
-@pytest.fixture
-def checkpoint(trained):
-    return trained / "checkpoints" / "last.ckpt"
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def test_test_writes_its_results(folder, checkpoint):
@@ -184,11 +139,6 @@ def test_wrong_output_size_is_named(folder):
         main(words("fit", **{**flags, "data.ways": 4, "model.net": "tests.own_network.FixedNet"}))
 
 
-def test_checkpoint_of_other_ways(checkpoint):
-    with pytest.raises(SettingError, match=r"net.head.weight is \(3, 4\) in it and \(4, 4\).*data.ways"):
-        main(words("test", **{**DATA, "data.ways": 4}, ckpt_path=checkpoint))
-
-
 class Attack:
     def __reduce__(self):
         return os.mkdir, ("attacked",)
@@ -211,21 +161,6 @@ def test_files_that_are_no_checkpoint(kind, folder):
     if kind == "code":  # the attack is a real one
         torch.load(file, weights_only=False)
         assert (folder / "attacked").exists()
-
-
-def run(*arguments, **environment):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    command = [sys.executable, str(ROOT / "cli.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-
-
-def omniglot(root, **extra):
-    flags = {
-        key: value
-        for key, value in TINY.items()
-        if key not in ("data.train_classes", "data.val_classes", "data.test_classes")
-    }
-    return words("fit", **{**flags, "data": "OmniglotDataModule", "data.root": root, **extra})
 
 
 OFFLINE = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https", "HTTP", "HTTPS")}

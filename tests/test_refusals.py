@@ -1,6 +1,5 @@
 """What the command line refuses, it refuses in one message and before it writes anything."""
 
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,21 +8,10 @@ from torch import Tensor
 
 from cli import main
 from maml_lightning import SettingError
-from tests.test_cli import DATA, TINY, omniglot, run, words
+from tests.command_line import DATA, TINY, omniglot, run, words
 
 FIXED = {**DATA, "model.net": "tests.own_network.FixedNet"}
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    cli = main(words("fit", **TINY, **{"trainer.default_root_dir": tmp_path_factory.mktemp("run")}))
-    return Path(cli.trainer.log_dir) / "checkpoints" / "last.ckpt"
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def test_wrong_output_size_leaves_nothing(folder):
