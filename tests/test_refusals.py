@@ -1,6 +1,5 @@
 """What the command line refuses, it refuses in one message and before it writes anything."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
