@@ -16,7 +16,7 @@ from torch.func import vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from maml_lightning.kernels import FUSIBLE
+from maml_lightning.kernels import COMPILED
 
 log = logging.getLogger(__name__)
 
@@ -34,10 +34,10 @@ def _restride(tensor: Tensor, like: Tensor) -> Tensor:
     return torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
-def _trace(function: Callable[..., list], leaves: list[Tensor], fusible: bool) -> fx.GraphModule:
+def _trace(function: Callable[..., list], leaves: list[Tensor], compiled: bool) -> fx.GraphModule:
     # detach() makes every input an object of its own: make_fx would take two uses of one tensor for one input.
     with torch.no_grad():
-        graph = make_fx(function, FUSIBLE if fusible else None, tracing_mode="fake")(
+        graph = make_fx(function, COMPILED if compiled else None, tracing_mode="fake")(
             *(leaf.detach() for leaf in leaves)
         )
     graph.graph.eliminate_dead_code()
