@@ -2,36 +2,43 @@
 
 For a task with support loss ``L_s`` and query loss ``L_q`` (Finn, Abbeel and Levine 2017, algorithm 1)::
 
-    theta_{k+1} = theta_k - alpha * grad L_s(theta_k)         k = 0 .. S-1
-    outer loss  = L_q(theta_S)
+    theta_{k+1} = theta_k - alpha_k * grad L_s(theta_k)       k = 0 .. S-1
+    outer loss  = sum_k w_k L_q(theta_k)                      MAML: w_S = 1, all others 0
 
-The meta-gradient is the adjoint sweep, one vector ``lam`` the size of the model::
+The meta-gradient is the adjoint sweep, one vector ``lam`` the size of the adapted parameters::
 
-    lam_S = grad L_q(theta_S)
-    lam_k = lam_{k+1} - H_k (alpha * lam_{k+1})               H_k = Hessian of L_s at theta_k, never formed
+    lam_S = w_S grad L_q(theta_S)
+    d / d alpha_k = -lam_{k+1} * grad L_s(theta_k)
+    lam_k = lam_{k+1} - H_k (alpha_k * lam_{k+1}) + w_k grad L_q(theta_k)     H_k = Hessian of L_s, never formed
     meta-gradient = mean over tasks of lam_0
 
-``first_order`` drops ``H_k``. Everything is taken inside ``vmap``: taking the outer gradient outside of it gives
-normalisation layers a silently wrong second derivative (functorch #534).
+Each ``H_k`` product is the pullback of the step, so the same sweep holds for momentum and Adam, whose state is carried
+beside the parameters. The family is what the arguments say: which parameters have a rate (ANIL, BOIL), whether rates
+require a gradient (Meta-SGD, LSLR), the weights ``w`` (multi-step loss), ``first_order`` (FOMAML). Parameters without a
+rate, and those given per step (MAML++), are held: the same for all tasks, with a gradient but no adjoint.
+
+Everything is taken inside ``vmap``: taking the outer gradient outside of it gives normalisation layers a silently
+wrong second derivative (functorch #534).
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value
+from torch.utils import _pytree as pytree
 
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
 from maml_lightning.kernels import TaskKernels, kernel_layout, sum_over_tasks
 from maml_lightning.memory import free_bytes, keep_freed_memory
+from maml_lightning.optimizers import InnerOptimizer, Parameters, sgd
 from maml_lightning.tracing import Tracer
 
-Parameters = dict[str, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -39,13 +46,15 @@ class MetaGradient(NamedTuple):
     """What one meta-batch yields.
 
     Args:
-        loss: the query loss after adaptation, mean over tasks, a scalar.
+        loss: the outer loss, mean over tasks, a scalar.
         gradient: of ``loss`` with respect to each parameter, shaped like it.
+        rates: of ``loss`` with respect to each rate that requires a gradient, shaped like it.
         predictions: the adapted networks' outputs on the query inputs, ``[T, N*Q, ...]``.
     """
 
     loss: Tensor
     gradient: Parameters
+    rates: Parameters
     predictions: Tensor
 
 
@@ -61,12 +70,19 @@ class InnerLoop:
             then does not grow with the steps, for about a quarter more arithmetic. "auto" does so where the steps
             would otherwise keep more than a quarter of the free memory.
         compile: run the traced graphs through ``torch.compile``.
+        optimizer: the rule of the inner updates; None is gradient descent.
+        proximal: strength ``mu`` of a pull to the initialisation, ``mu / 2 |theta - theta_0|^2`` added to ``L_s``
+            (iMAML, equation 3); 0 is none.
+
+    Parameters are given by name, shaped like the network's or with a leading dimension ``[S+1, ...]``, one value for
+    each ``theta_k``: those are not adapted. Rates are a number, or a dictionary ``[1 or S, ...]`` by name, each rate
+    broadcastable to its parameter; a parameter without a rate is not adapted. Steps beyond the last take the last.
 
     Example:
         >>> net = nn.Linear(2, 1, bias=False)
         >>> loop = InnerLoop(net, nn.functional.mse_loss)
         >>> x, y = torch.ones(1, 3, 2), torch.zeros(1, 3, 1)
-        >>> loop.meta_gradient(dict(net.named_parameters()), Episode(x, y, x, y), lr=0.1, steps=1).gradient.keys()
+        >>> loop.meta_gradient(dict(net.named_parameters()), Episode(x, y, x, y), 0.1, steps=1).gradient.keys()
         dict_keys(['weight'])
     """
 
@@ -77,98 +93,288 @@ class InnerLoop:
         tasks_per_chunk: int | Literal["auto"] | None = "auto",
         flat_memory: bool | Literal["auto"] = "auto",
         compile: bool = False,
+        optimizer: InnerOptimizer | None = None,
+        proximal: float = 0.0,
     ) -> None:
         if isinstance(tasks_per_chunk, int) and tasks_per_chunk < 1:
             raise SettingError(f"model.tasks_per_chunk must be at least 1, null or auto (got {tasks_per_chunk}).")
         self.tasks_per_chunk = tasks_per_chunk
-        self.chosen: int | None = None
+        self.chosen: dict[str, int] = {}
         self.flat_memory = flat_memory
         self.flat = flat_memory is True
+        self.optimizer = optimizer or sgd()
         self._trace = Tracer(compile)
         keep_freed_memory()
 
-        def call(params: Parameters, buffers: Parameters, x: Tensor) -> Tensor:
+        self.proximal = proximal
+
+        def call(fast: Parameters, held: Parameters, buffers: Parameters, x: Tensor) -> Tensor:
             with TaskKernels():
-                return functional_call(net, {**params, **buffers}, (x,))
+                return functional_call(net, {**fast, **held, **buffers}, (x,))
 
-        def step(params: Parameters, buffers: Parameters, lr: Tensor, x: Tensor, y: Tensor) -> Parameters:
-            gradient = grad(lambda params: loss(call(params, buffers, x), y))(params)
-            return {name: torch.addcmul(value, gradient[name], lr, value=-1) for name, value in params.items()}
+        def slope(params: tuple[Parameters, Parameters], buffers: Parameters, x: Tensor, y: Tensor) -> Parameters:
+            fast, held = params
+            return grad(lambda fast: loss(call(fast, held, buffers, x), y))(fast)
 
-        def judge(params: Parameters, buffers: Parameters, x: Tensor, y: Tensor) -> tuple:
-            def objective(params: Parameters) -> tuple[Tensor, Tensor]:
-                outputs = call(params, buffers, x)
+        def step(primal: tuple, fixed: Parameters, buffers: Parameters, x: Tensor, y: Tensor, order: int = 2) -> tuple:
+            (fast, state), wanted = primal
+            given: Any = {**fixed, **wanted}
+            at = (fast, given["held"])
+            gradient = slope(pytree.tree_map(torch.detach, at) if order == 1 else at, buffers, x, y)
+            if proximal:
+                gradient = {name: g + proximal * (fast[name] - given["anchor"][name]) for name, g in gradient.items()}
+            return self.optimizer.update(gradient, state, fast, given["rates"])
+
+        def judge(fast: Parameters, held: Parameters, buffers: Parameters, x: Tensor, y: Tensor) -> tuple:
+            def objective(params: tuple[Parameters, Parameters]) -> tuple[Tensor, Tensor]:
+                outputs = call(*params, buffers, x)
                 return loss(outputs, y), outputs
 
-            gradient, (value, outputs) = grad_and_value(objective, has_aux=True)(params)
+            gradient, (value, outputs) = grad_and_value(objective, has_aux=True)((fast, held))
             return gradient, value, outputs
 
-        self._call, self._step, self._judge = call, step, judge
+        self._call, self._slope, self._judge, self._loss = call, slope, judge, loss
+        self._step: dict[int, Callable[..., tuple]] = {2: step, 1: partial(step, order=1)}
         self._buffers = lambda: {name: buffer.detach() for name, buffer in net.named_buffers()}
-
-    def _chunks(self, episode: Episode, size: int | None = None) -> Iterator[Episode]:
-        size = size or (self.chosen if self.tasks_per_chunk == "auto" else self.tasks_per_chunk) or episode.tasks
-        return (Episode(*part) for part in zip(*(tensor.split(size) for tensor in episode), strict=True))
+        self._dims = {name: value.dim() for name, value in net.named_parameters()}
 
     @torch.no_grad()
     def meta_gradient(
-        self, params: Parameters, episode: Episode, lr: float, steps: int, first_order: bool = False
+        self,
+        params: Parameters,
+        episode: Episode,
+        rates: float | Parameters,
+        steps: int,
+        first_order: bool = False,
+        weights: Sequence[float] | None = None,
     ) -> MetaGradient:
-        """The exact gradient of the mean query loss after ``steps`` steps of gradient descent on the support set.
+        """The exact gradient of the mean outer loss after ``steps`` steps of adaptation to the support set.
 
         Args:
             params: the shared initialisation, by name.
             episode: ``T`` tasks.
-            lr: the inner learning rate alpha.
+            rates: the inner learning rates alpha.
             steps: inner steps ``S``, at least 0.
             first_order: drop the Hessian term (FOMAML).
+            weights: ``w_0 … w_S``, of the query losses along the way; None judges ``theta_S`` alone.
         """
-        params = {name: kernel_layout(value.detach()) for name, value in params.items()}
-        if self.tasks_per_chunk == "auto" and self.chosen is None:
-            # Dropout draws in the trials; the run's own draws stay what they are without them.
-            with torch.random.fork_rng([device] if (device := episode.support_inputs.device).type == "cuda" else []):
-                self.chosen = self._fastest(
-                    lambda size: self._sweep(params, episode, lr, steps, first_order, size), episode, steps
+        start = self._start(params, rates, steps)
+        weights = weights or [0.0] * steps + [1.0]
+
+        def sweep(chunk: Episode, total: MetaGradient) -> tuple[Tensor, Tensor]:
+            return self._sweep(start, chunk, total, first_order, weights)
+
+        return self._collect(params, rates, episode, sweep, "first order" if first_order else "exact", steps)
+
+    @torch.no_grad()
+    def implicit_gradient(
+        self, params: Parameters, episode: Episode, rates: float | Parameters, steps: int, iterations: int = 5
+    ) -> MetaGradient:
+        """iMAML: the gradient of the mean query loss as if the steps had found the minimum of the proximal objective.
+
+        ``(I + H / mu)^-1 grad L_q(theta_S)`` by conjugate gradients (Rajeswaran et al. 2019, equation 7 and algorithm
+        2), for ``mu = proximal``, larger than minus the smallest eigenvalue of ``H``. Memory does not depend on the
+        steps.
+
+        Args:
+            iterations: of conjugate gradients, at least 1; the others as in ``meta_gradient``, ``steps`` at least 1.
+        """
+        start, mu = self._start(params, rates, steps), self.proximal
+
+        def solve(chunk: Episode, total: MetaGradient) -> tuple[Tensor, Tensor]:
+            support, held = (chunk.support_inputs, chunk.support_targets), start.held[-1]
+            fast = self._descend(start, support)[-1]
+            query = (chunk.query_inputs, chunk.query_targets)
+            (slope, direct), loss, outputs = self._trace(
+                self._judge, (0, None, None, 0, 0), fast, held, self._buffers(), *query
+            )
+            in_dims = ((0, None), None, 0, 0)
+            _, product = self._trace.vjp(self._slope, in_dims, (fast, held), self._buffers(), *support)
+
+            def regularised(v: Parameters) -> Parameters:
+                return {name: torch.add(v[name], hv, alpha=1 / mu) for name, hv in product(v)[0].items()}
+
+            solution = _conjugate_gradients(regularised, slope, iterations)
+            through = product(solution)[1]  # how the minimum moves with the held parameters
+            held_gradient = {name: torch.add(g, through[name], alpha=-1 / mu) for name, g in direct.items()}
+            _add(total.gradient, {**solution, **held_gradient}, steps)
+            return loss, outputs
+
+        return self._collect(params, rates, episode, solve, "implicit", 1)
+
+    @torch.no_grad()
+    def reptile_gradient(
+        self, params: Parameters, episode: Episode, rates: float | Parameters, steps: int
+    ) -> MetaGradient:
+        """Reptile: ``theta_0 - theta_S``, mean over tasks (Nichol, Achiam and Schulman 2018, algorithm 2).
+
+        There is no query set in it: the steps descend on support and query examples together. The loss is that of the
+        query set afterwards.
+        """
+        start = self._start(params, rates, steps)
+
+        def move(chunk: Episode, total: MetaGradient) -> tuple[Tensor, Tensor]:
+            x, y = (torch.cat(parts, 1) for parts in (chunk[::2], chunk[1::2]))
+            fast = self._descend(start, (x, y))[-1]
+            _add(total.gradient, {name: value - fast[name] for name, value in start.fast.items()}, steps)
+            in_dims = (0, None, None, 0)
+            outputs = self._trace(self._call, in_dims, fast, start.held[-1], self._buffers(), chunk.query_inputs)
+            targets = chunk.query_targets
+            return torch.stack([self._loss(o, t) for o, t in zip(outputs, targets, strict=True)]), outputs
+
+        return self._collect(params, rates, episode, move, "reptile", 1)
+
+    def trajectory(self, params: Parameters, episode: Episode, rates: float | Parameters, steps: int) -> list[Tensor]:
+        """The outputs on the query inputs before adaptation and after each of ``steps`` inner steps.
+
+        Adapts whatever the grad and inference mode of the caller, and keeps no graph.
+
+        Returns:
+            ``steps + 1`` tensors ``[T, N*Q, ...]``.
+        """
+        # grad under inference mode silently returns zeros (pytorch #177318); clones are no inference tensors.
+        with torch.inference_mode(False), torch.no_grad():
+            start = self._start(params, rates, steps)
+            chunks = []
+            for chunk in self._chunks(Episode(*map(_usable, episode)), self._size("exact")):
+                states = self._descend(start, (chunk.support_inputs, chunk.support_targets))
+                chunks.append(
+                    [
+                        self._trace(
+                            self._call, (_over(k), None, None, 0), fast, held, self._buffers(), chunk.query_inputs
+                        )
+                        for k, (fast, held) in enumerate(zip(states, start.held, strict=True))
+                    ]
                 )
-        return self._sweep(params, episode, lr, steps, first_order)
+            return [torch.cat(outputs) for outputs in zip(*chunks, strict=True)]
+
+    def adapt(
+        self, params: Parameters, inputs: Tensor, targets: Tensor, rates: float | Parameters, steps: int
+    ) -> Parameters:
+        """The parameters of one task after ``steps`` inner steps.
+
+        Args:
+            inputs: ``[N*K, ...]``.
+            targets: ``[N*K]``.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            start = self._start(params, rates, steps)
+            inputs, targets = _usable(inputs), _usable(targets)
+            state = (start.fast, self.optimizer.init(start.fast))
+            for fixed in start.fixed(self.proximal):
+                state = self._step[2]((state, {}), fixed, self._buffers(), inputs, targets)
+            return {**state[0], **start.held[-1]}
+
+    def _start(self, params: Parameters, rates: float | Parameters, steps: int) -> "_Start":
+        values = {name: _usable(value) for name, value in params.items()}
+        if not isinstance(rates, dict):
+            rate = next(iter(values.values())).new_tensor([rates])
+            rates = {name: rate for name, value in values.items() if value.dim() == self._dims[name]}
+        held = {
+            name: kernel_layout(v) for name, v in values.items() if name not in rates and v.dim() == self._dims[name]
+        }
+        by_step = {name: value for name, value in values.items() if value.dim() > self._dims[name]}
+        return _Start(
+            {name: kernel_layout(value) for name, value in values.items() if name in rates},
+            [{**held, **_at(by_step, k)} for k in range(steps + 1)],
+            [_at({name: _usable(rate) for name, rate in rates.items()}, k) for k in range(steps)],
+            any(rate.requires_grad for rate in rates.values()),
+        )
+
+    def _descend(self, start: "_Start", support: tuple[Tensor, Tensor]) -> list[Parameters]:
+        """``theta_0 … theta_S``, without what a gradient needs."""
+        state = (start.fast, self.optimizer.init(start.fast))
+        states = [start.fast]
+        for k, fixed in enumerate(start.fixed(self.proximal)):
+            in_dims = ((_over(k), None), None, None, 0, 0)
+            state = self._trace(self._step[2], in_dims, (state, {}), fixed, self._buffers(), *support)
+            states.append(state[0])
+        return states
 
     def _sweep(
+        self, start: "_Start", chunk: Episode, total: MetaGradient, first_order: bool, weights: Sequence[float]
+    ) -> tuple[Tensor, Tensor]:
+        """Add one chunk's gradients to ``total``; its losses ``[T]`` and predictions."""
+        support, buffers = (chunk.support_inputs, chunk.support_targets), self._buffers()
+        step, steps = self._step[1 if first_order else 2], len(start.rates)
+        wants = {
+            name
+            for name, wanted in (
+                ("held", not first_order and bool(start.held[0])),
+                ("rates", start.learnt),
+                ("anchor", bool(self.proximal)),
+            )
+            if wanted
+        }
+        state: Any = (start.fast, self.optimizer.init(start.fast))
+        trail, pullbacks = [state[0]], []
+        for k, given in enumerate(start.fixed(self.proximal)):
+            wanted = {name: given.pop(name) for name in wants}
+            in_dims = ((_over(k), None), None, None, 0, 0)
+            again = self.flat and not first_order and k < steps - 1
+            state, pullback = self._trace.vjp(step, in_dims, (state, wanted), given, buffers, *support, recompute=again)
+            trail.append(state[0])
+            pullbacks.append(pullback)
+            if k == 0 and self.flat_memory == "auto" and not self.flat:
+                device = chunk.support_inputs.device
+                self.flat = steps > 1 and self._trace.kept_bytes * steps > free_bytes(device) / 4
+        adjoint: Any = None
+        loss: Any = 0.0
+        for k in reversed(range(steps + 1)):
+            if adjoint is not None:
+                adjoint, gradients = pullbacks.pop()(adjoint)
+                _add(total.rates, gradients.get("rates", {}), k)
+                for name in ("held", "anchor"):
+                    _add(total.gradient, gradients.get(name, {}), k)
+            fast = trail.pop()
+            if weights[k] or k == steps:
+                (slope, held), value, outputs = self._trace(
+                    self._judge, (_over(k), None, None, 0, 0), fast, start.held[k], buffers, *chunk[2:]
+                )
+                if weights[k] != 1:
+                    slope, held = pytree.tree_map(lambda g, w=weights[k]: g * w, (slope, held))
+                loss = loss + weights[k] * value
+                _add(total.gradient, held, k)
+                if adjoint is None:
+                    predictions, adjoint = outputs, (slope, pytree.tree_map(torch.zeros_like, state[1]))
+                else:
+                    adjoint = ({name: lam + slope[name] for name, lam in adjoint[0].items()}, adjoint[1])
+        _add(total.gradient, adjoint[0], 0)
+        return loss, predictions
+
+    def _collect(
         self,
         params: Parameters,
+        rates: float | Parameters,
         episode: Episode,
-        lr: float,
+        run: Callable[[Episode, MetaGradient], tuple[Tensor, Tensor]],
+        what: str,
         steps: int,
-        first_order: bool,
-        only: int | None = None,
     ) -> MetaGradient:
-        """The meta-gradient over the whole episode, or over its first chunk of ``only`` tasks."""
-        buffers, rate = self._buffers(), _scalar(lr, params)
-        total = {name: torch.zeros_like(value) for name, value in params.items()}
-        losses, predictions = [], []
-        for chunk in [next(self._chunks(episode, only))] if only else self._chunks(episode):
-            support = (chunk.support_inputs, chunk.support_targets)
-            fast, pullbacks = params, []
-            for k in range(steps):
-                arguments = (self._step, (None if k == 0 else 0, None, None, 0, 0), fast, buffers, rate, *support)
-                if first_order:
-                    fast = self._trace(*arguments)
-                else:
-                    fast, pullback = self._trace.vjp(*arguments, recompute=self.flat and k < steps - 1)
-                    pullbacks.append(pullback)
-                    if k == 0 and self.flat_memory == "auto" and not self.flat:
-                        self.flat = steps > 1 and self._trace.kept_bytes * steps > free_bytes(rate.device) / 4
-            shared = 0 if steps else None
-            lam, loss, outputs = self._trace(
-                self._judge, (shared, None, 0, 0), fast, buffers, chunk.query_inputs, chunk.query_targets
-            )
-            while pullbacks:
-                lam = pullbacks.pop()(lam)
-            for name, value in lam.items():
-                total[name] += sum_over_tasks(value)
-            losses.append(loss)
-            predictions.append(outputs)
-        gradient = {name: value.div_(episode.tasks) for name, value in total.items()}
-        return MetaGradient(torch.cat(losses).mean(), gradient, torch.cat(predictions))
+        """The mean over all tasks of what ``run`` adds up chunk by chunk, the chunk's size measured first."""
+        learnt = {n: r for n, r in rates.items() if r.requires_grad} if isinstance(rates, dict) else {}
+
+        def over(size: int | None, only_one: bool = False) -> MetaGradient:
+            total = MetaGradient(torch.zeros(()), _zeros(params), _zeros(learnt), torch.zeros(()))
+            chunks = self._chunks(episode, size)
+            results = [run(chunk, total) for chunk in ([next(chunks)] if only_one else chunks)]
+            losses, predictions = (torch.cat(parts) for parts in zip(*results, strict=True))
+            for value in (*total.gradient.values(), *total.rates.values()):
+                value.div_(episode.tasks)
+            return MetaGradient(losses.mean(), total.gradient, total.rates, predictions)
+
+        if self.tasks_per_chunk == "auto" and what not in self.chosen:
+            # Dropout draws in the trials; the run's own draws stay what they are without them.
+            with torch.random.fork_rng([device] if (device := episode.support_inputs.device).type == "cuda" else []):
+                self.chosen[what] = self._fastest(lambda size: over(size, only_one=True), episode, steps)
+        return over(self._size(what))
+
+    def _size(self, what: str) -> int | None:
+        return self.chosen.get(what) if self.tasks_per_chunk == "auto" else self.tasks_per_chunk
+
+    def _chunks(self, episode: Episode, size: int | None) -> Iterator[Episode]:
+        size = size or episode.tasks
+        return (Episode(*part) for part in zip(*(tensor.split(size) for tensor in episode), strict=True))
 
     def _fastest(self, sweep: Callable[[int], object], episode: Episode, steps: int) -> int:
         """The number of tasks that costs least per task when vectorised together; memory is asked for step by step."""
@@ -200,48 +406,79 @@ class InnerLoop:
             dist.broadcast_object_list(best)
         return best[0]
 
-    def trajectory(self, params: Parameters, episode: Episode, lr: float, steps: int) -> list[Tensor]:
-        """The outputs on the query inputs before adaptation and after each of ``steps`` inner steps.
 
-        Adapts whatever the grad and inference mode of the caller, and keeps no graph.
+class _Start(NamedTuple):
+    """Where the inner loop begins: adapted parameters, and the held ones and rates of each step."""
 
-        Returns:
-            ``steps + 1`` tensors ``[T, N*Q, ...]``.
-        """
-        # grad under inference mode silently returns zeros (pytorch #177318); clones are no inference tensors.
-        with torch.inference_mode(False), torch.no_grad():
-            params = {name: kernel_layout(_usable(value)) for name, value in params.items()}
-            buffers, rate = self._buffers(), _scalar(lr, params)
-            chunks = []
-            for chunk in self._chunks(Episode(*map(_usable, episode))):
-                fast = params
-                outputs = [self._trace(self._call, (None, None, 0), fast, buffers, chunk.query_inputs)]
-                for k in range(steps):
-                    in_dims = (None if k == 0 else 0, None, None, 0, 0)
-                    support = (chunk.support_inputs, chunk.support_targets)
-                    fast = self._trace(self._step, in_dims, fast, buffers, rate, *support)
-                    outputs.append(self._trace(self._call, (0, None, 0), fast, buffers, chunk.query_inputs))
-                chunks.append(outputs)
-            return [torch.cat(outputs) for outputs in zip(*chunks, strict=True)]
+    fast: Parameters
+    held: list[Parameters]  # at theta_0 … theta_S
+    rates: list[Parameters]
+    learnt: bool
 
-    def adapt(self, params: Parameters, inputs: Tensor, targets: Tensor, lr: float, steps: int) -> Parameters:
-        """The parameters of one task after ``steps`` inner steps.
-
-        Args:
-            inputs: ``[N*K, ...]``.
-            targets: ``[N*K]``.
-        """
-        with torch.inference_mode(False), torch.no_grad():
-            params = {name: _usable(value) for name, value in params.items()}
-            rate, inputs, targets = _scalar(lr, params), _usable(inputs), _usable(targets)
-            for _ in range(steps):
-                params = self._step(params, self._buffers(), rate, inputs, targets)
-            return params
+    def fixed(self, proximal: float) -> list[dict[str, Parameters]]:
+        """What each step takes beside its state."""
+        anchor = {"anchor": self.fast} if proximal else {}
+        return [{"held": held, "rates": rates, **anchor} for held, rates in zip(self.held, self.rates, strict=False)]
 
 
-def _scalar(lr: float, params: Parameters) -> Tensor:
-    like = next(iter(params.values()))
-    return torch.as_tensor(lr, dtype=like.dtype, device=like.device)
+def multi_step_weights(steps: int, epoch: int, epochs: int) -> list[float]:
+    """Weights ``w_0 … w_S`` of MAML++'s multi-step loss, annealed to the last step (Antoniou et al. 2019, section 4).
+
+    Each of ``theta_1 … theta_S`` begins at ``1 / S``; those before the last fall linearly to 0.03 / S within
+    ``epochs`` epochs, and the last takes what they lose.
+
+    Example:
+        >>> multi_step_weights(steps=2, epoch=0, epochs=10)
+        [0.0, 0.5, 0.5]
+    """
+    if steps == 0:
+        return [1.0]
+    early = max(1 - epoch / epochs, 0.03) / steps
+    return [0.0, *[early] * (steps - 1), 1 - early * (steps - 1)]
+
+
+def _zeros(values: Parameters) -> Parameters:
+    return {name: kernel_layout(torch.zeros_like(value)) for name, value in values.items()}
+
+
+def _over(step: int) -> int | None:
+    """The task dimension of what step 0 shares over all tasks."""
+    return 0 if step else None
+
+
+def _at(values: Parameters, step: int) -> Parameters:
+    return {name: kernel_layout(value[min(step, len(value) - 1)]) for name, value in values.items()}
+
+
+def _add(total: Parameters, gradient: Parameters, step: int) -> None:
+    """Add the sum over tasks to the whole of ``total``, or to the step's part where it has one for each."""
+    for name, value in gradient.items():
+        into = total[name]
+        if into.dim() == value.dim():
+            into = into[min(step, len(into) - 1)]
+        into += sum_over_tasks(value)
+
+
+def _conjugate_gradients(product: Callable[[Parameters], Parameters], b: Parameters, iterations: int) -> Parameters:
+    """Solve ``product(x) = b`` for each task, ``product`` linear, symmetric and positive definite."""
+
+    def dot(a: Parameters, b: Parameters) -> Tensor:
+        return torch.stack([(value * b[name]).flatten(1).sum(1) for name, value in a.items()]).sum(0)
+
+    def move(a: Parameters, scale: Tensor, b: Parameters) -> Parameters:
+        return {n: torch.addcmul(v, b[n], scale.view(-1, *[1] * (v.dim() - 1))) for n, v in a.items()}
+
+    x = {name: torch.zeros_like(value) for name, value in b.items()}
+    residual = direction = b
+    square = dot(b, b)
+    enough = square * torch.finfo(square.dtype).eps ** 2
+    for _ in range(iterations):
+        along, active = product(direction), square > enough
+        step = torch.where(active, square / dot(direction, along), 0)
+        x, residual = move(x, step, direction), move(residual, -step, along)
+        before, square = square, dot(residual, residual)
+        direction = move(residual, torch.where(active, square / before, 0), direction)
+    return x
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -11,9 +11,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import CatMetric, MeanMetric
 
+from maml_lightning.adaptation import Adaptation
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
-from maml_lightning.inner_loop import InnerLoop
+from maml_lightning.inner_loop import InnerLoop, MetaGradient, multi_step_weights
+from maml_lightning.optimizers import Parameters
+from maml_lightning.optimizers import inner_optimizer as rule
 
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -35,7 +38,12 @@ class _Surrogate(torch.autograd.Function):
 
 
 class MAML(LightningModule):
-    """Model-agnostic meta-learning (Finn, Abbeel and Levine 2017) of any network.
+    """Model-agnostic meta-learning (Finn, Abbeel and Levine 2017) and its family, of any network.
+
+    Each member is a setting: FOMAML is first_order; ANIL adapted_parameters=head, BOIL body; Meta-SGD
+    learn_inner_lr=weight; MAML++ learn_inner_lr=step, multi_step_epochs, first_order_epochs and
+    per_step_normalization together; iMAML and Reptile are algorithms. With inner_steps=0 the network is trained
+    without an inner loop.
 
     Args:
         net: the network. Batch normalisation layers always use the statistics of the batch at hand: running
@@ -52,6 +60,26 @@ class MAML(LightningModule):
         compile: run the meta-gradient through torch.compile; takes minutes at the start, worth it for long runs.
         loss: of (outputs, targets), mean over examples; inner and outer loop share it. By import path it needs its
             annotations.
+        algorithm: maml; imaml takes the implicit gradient of a proximal inner loop (Rajeswaran et al. 2019); reptile
+            moves towards the adapted weights (Nichol et al. 2018), on support and query examples together.
+        adapted_parameters: all; head, the last layer (ANIL, Raghu et al. 2020); body, all but it (BOIL, Oh et al.
+            2021); or name patterns such as "body.3.*". The others are learnt by the outer loop alone.
+        learn_inner_lr: learn the inner learning rate, from inner_lr on: one for the network, for each tensor, for
+            each tensor and step (LSLR) or for each weight (Meta-SGD, Li et al. 2017); null keeps inner_lr.
+        multi_step_epochs: judge after each inner step, in weights annealed to the last step over so many epochs
+            (Antoniou et al. 2019); 0 judges after the last step alone.
+        first_order_epochs: drop the second derivatives in so many epochs at the start (derivative-order annealing,
+            Antoniou et al. 2019).
+        per_step_normalization: learn the weights of normalisation layers for each inner step, and do not adapt them
+            (Antoniou et al. 2019).
+        inner_optimizer: sgd, momentum (0.9) or adam (0.9, 0.999), differentiated through.
+        inner_weight_decay: of the inner loop, 0 or more, as in torch.optim.SGD.
+        inner_clip_norm: clip each task's inner gradient to this norm, above 0; null does not clip.
+        proximal: strength of imaml's pull to the initialisation, above 0.
+        implicit_iterations: imaml's conjugate gradient iterations, 1 or more.
+
+    Raises:
+        SettingError: a setting is out of range, or does not go together with another.
 
     Example:
         >>> maml = MAML(net=nn.Linear(4, 2), inner_lr=0.1)
@@ -72,12 +100,49 @@ class MAML(LightningModule):
         flat_memory: bool | Literal["auto"] = "auto",
         compile: bool = False,
         loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        algorithm: Literal["maml", "imaml", "reptile"] = "maml",
+        adapted_parameters: str | list[str] = "all",
+        learn_inner_lr: Literal["network", "tensor", "step", "weight"] | None = None,
+        multi_step_epochs: int = 0,
+        first_order_epochs: int = 0,
+        per_step_normalization: bool = False,
+        inner_optimizer: Literal["sgd", "momentum", "adam"] = "sgd",
+        inner_weight_decay: float = 0.0,
+        inner_clip_norm: float | None = None,
+        proximal: float = 2.0,
+        implicit_iterations: int = 5,
     ) -> None:
         super().__init__()
         _at_least("inner_steps", inner_steps, 0)
         _at_least("eval_inner_steps", eval_inner_steps or 0, 0)
         _positive("inner_lr", inner_lr)
         _positive("outer_lr", outer_lr)
+        _at_least("multi_step_epochs", multi_step_epochs, 0)
+        _at_least("first_order_epochs", first_order_epochs, 0)
+        _at_least("inner_weight_decay", inner_weight_decay, 0)
+        _at_least("implicit_iterations", implicit_iterations, 1)
+        _positive("inner_clip_norm", 1.0 if inner_clip_norm is None else inner_clip_norm)
+        _positive("proximal", proximal)
+        unrolled = {
+            "first_order": first_order,
+            "learn_inner_lr": learn_inner_lr,
+            "multi_step_epochs": multi_step_epochs,
+            "first_order_epochs": first_order_epochs,
+            "per_step_normalization": per_step_normalization,
+        }
+        if algorithm != "maml":
+            why = f"model.algorithm {algorithm} does not differentiate through the inner steps"
+            _refuse(unrolled, why)
+            _at_least("inner_steps", inner_steps, 1)
+        if algorithm == "reptile":
+            _refuse(
+                {"adapted_parameters": adapted_parameters != "all" and adapted_parameters},
+                "reptile moves only what adapts, so that the rest would not be learnt",
+            )
+        if inner_steps == 0:
+            _refuse(unrolled, "model.inner_steps is 0: training has no inner loop")
+        if first_order:
+            _refuse({"first_order_epochs": first_order_epochs}, "model.first_order is true in every epoch")
         self.save_hyperparameters(ignore=["net", "loss"])
         tracking = [layer for layer in net.modules() if getattr(layer, "running_mean", None) is not None]
         if tracking:
@@ -88,7 +153,20 @@ class MAML(LightningModule):
         self.net = net
         self.inner_lr, self.inner_steps, self.first_order, self.outer_lr = inner_lr, inner_steps, first_order, outer_lr
         self.eval_inner_steps = inner_steps if eval_inner_steps is None else eval_inner_steps
-        self._inner_loop = InnerLoop(net, loss, tasks_per_chunk, flat_memory, compile)
+        self.algorithm, self.implicit_iterations = algorithm, implicit_iterations
+        self.multi_step_epochs, self.first_order_epochs = multi_step_epochs, first_order_epochs
+        self.adaptation = Adaptation(
+            net, inner_lr, inner_steps, adapted_parameters, learn_inner_lr, per_step_normalization
+        )
+        self._inner_loop = InnerLoop(
+            net,
+            loss,
+            tasks_per_chunk,
+            flat_memory,
+            compile,
+            rule(inner_optimizer, inner_weight_decay, inner_clip_norm),
+            proximal if algorithm == "imaml" else 0.0,
+        )
         self._eval_loss = MeanMetric()
         self._scores = CatMetric()
         self._loss = loss
@@ -97,7 +175,8 @@ class MAML(LightningModule):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The network before adaptation."""
-        return self.net(inputs)
+        by_step = {name.replace("/", "."): value[0] for name, value in self.adaptation.by_step.items()}
+        return torch.func.functional_call(self.net, by_step, (inputs,))
 
     def adapt(self, support_inputs: Tensor, support_targets: Tensor, steps: int | None = None) -> nn.Module:
         """A copy of the network, adapted to one task.
@@ -108,9 +187,7 @@ class MAML(LightningModule):
             steps: inner steps; None takes ``eval_inner_steps``.
         """
         steps = self.eval_inner_steps if steps is None else steps
-        parameters = self._inner_loop.adapt(
-            self._parameters_of_net(), support_inputs, support_targets, self.inner_lr, steps
-        )
+        parameters = self._inner_loop.adapt(self._params(), support_inputs, support_targets, self._rates(), steps)
         with torch.inference_mode(False):
             adapted = copy.deepcopy(self.net)
             adapted.load_state_dict(parameters, strict=False)
@@ -125,20 +202,37 @@ class MAML(LightningModule):
     def training_step(self, batch: Episode, batch_idx: int) -> Tensor:
         """The outer loss of a meta-batch; its backward leaves the exact meta-gradient in the parameters."""
         episode = self._check(batch)
-        chosen, flat = self._inner_loop.chosen, self._inner_loop.flat
-        result = self._inner_loop.meta_gradient(
-            self._parameters_of_net(), episode, self.inner_lr, self.inner_steps, self.first_order
-        )
+        chosen, flat = dict(self._inner_loop.chosen), self._inner_loop.flat
+        params, rates = self._params(), self._rates()
+        result = self._gradient(params, rates, episode)
         if self._inner_loop.chosen != chosen:
-            rank_zero_info(f"model.tasks_per_chunk: {self._inner_loop.chosen} of {episode.tasks} is fastest here.")
+            size = next(size for what, size in self._inner_loop.chosen.items() if what not in chosen)
+            rank_zero_info(f"model.tasks_per_chunk: {size} of {episode.tasks} is fastest here.")
         if self._inner_loop.flat and not flat:
             rank_zero_info("model.flat_memory: inner steps are computed again on the way back, to save memory.")
         if self._trainer is not None:
             self.log("train/loss", result.loss, prog_bar=True, batch_size=episode.tasks)
             score = _scores([result.predictions], episode.query_targets).mean()
             self.log(f"train/{_score_name(episode)}", score, prog_bar=True, batch_size=episode.tasks)
-        names, parameters = zip(*((n, p) for n, p in self.net.named_parameters() if p.requires_grad), strict=True)
-        return _Surrogate.apply(result.loss, tuple(result.gradient[name] for name in names), *parameters)
+        pairs = [
+            (value, gradient[name])
+            for values, gradient in ((params, result.gradient), (rates, result.rates))
+            for name, value in values.items()
+            if value.requires_grad
+        ]
+        parameters, gradients = zip(*pairs, strict=True)
+        return _Surrogate.apply(result.loss, gradients, *parameters)
+
+    def _gradient(self, params: Parameters, rates: Parameters, episode: Episode) -> MetaGradient:
+        arguments, steps = (params, episode, rates), self.inner_steps
+        if self.algorithm == "imaml":
+            return self._inner_loop.implicit_gradient(*arguments, steps, self.implicit_iterations)
+        if self.algorithm == "reptile":
+            return self._inner_loop.reptile_gradient(*arguments, steps)
+        first_order = self.first_order or self.current_epoch < self.first_order_epochs
+        epochs = self.multi_step_epochs
+        weights = multi_step_weights(steps, self.current_epoch, epochs) if epochs else None
+        return self._inner_loop.meta_gradient(*arguments, steps, first_order, weights)
 
     def validation_step(self, batch: Episode, batch_idx: int) -> None:
         """Adapt to each task and judge before adaptation and after each inner step."""
@@ -175,22 +269,26 @@ class MAML(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the measured chunk size, so that a resumed run sums in the same order."""
-        checkpoint["tasks_per_chunk"] = self._inner_loop.chosen
+        checkpoint["tasks_per_chunk"] = dict(self._inner_loop.chosen)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another network, naming the tensors that differ."""
-        self._inner_loop.chosen = checkpoint.get("tasks_per_chunk")
+        self._inner_loop.chosen = dict(checkpoint.get("tasks_per_chunk") or {})
         ours = {name: tuple(value.shape) for name, value in self.state_dict().items()}
         theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
         if ours != theirs:
             name = next(n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n))
             raise SettingError(
-                f"The checkpoint is of another network: {name} is {theirs.get(name, 'missing')} in it and "
-                f"{ours.get(name, 'missing')} in model.net; give the data.ways and model.net that it was trained with."
+                f"The checkpoint is of another network, or other rates were learnt: {name} is "
+                f"{theirs.get(name, 'missing')} in it and {ours.get(name, 'missing')} here; give the data.ways and the "
+                "model settings that it was trained with."
             )
 
-    def _parameters_of_net(self) -> dict[str, Tensor]:
-        return dict(self.net.named_parameters())
+    def _params(self) -> Parameters:
+        return self.adaptation.params(self.net)
+
+    def _rates(self) -> Parameters:
+        return self.adaptation.rates(self.net)
 
     def _check(self, batch: Episode) -> Episode:
         episode = Episode(*batch).check()
@@ -207,7 +305,7 @@ class MAML(LightningModule):
         return episode
 
     def _trajectory(self, episode: Episode) -> list[Tensor]:
-        return self._inner_loop.trajectory(self._parameters_of_net(), episode, self.inner_lr, self.eval_inner_steps)
+        return self._inner_loop.trajectory(self._params(), episode, self._rates(), self.eval_inner_steps)
 
     def _evaluate(self, batch: Episode) -> None:
         episode = self._check(batch)
@@ -239,7 +337,13 @@ def _scores(outputs: list[Tensor], targets: Tensor) -> Tensor:
     return torch.stack(scores, 1)
 
 
-def _at_least(setting: str, value: int, least: int) -> None:
+def _refuse(settings: dict[str, Any], why: str) -> None:
+    for setting, value in settings.items():
+        if value:
+            raise SettingError(f"model.{setting} {value} has no meaning here: {why}; leave it at its default.")
+
+
+def _at_least(setting: str, value: float, least: int) -> None:
     if value < least:
         raise SettingError(f"model.{setting} must be at least {least} (got {value}).")
 

@@ -230,7 +230,7 @@ class Tracer:
             graph = _trace(flat, leaves, self.compile)
             return self._ready(graph), out_spec
 
-        program = self._program((function, in_dims, *_signature(leaves)), build)
+        program = self._program((function, in_dims, spec, *_signature(leaves)), build)
         if program is None:
             return vectorised(*args)
         graph, out_spec = program
@@ -243,8 +243,8 @@ class Tracer:
         """``vmap`` of ``function(primal, *args)``, with its pullback to ``primal``, task by task.
 
         Args:
-            function: of one task; returns a pytree of the structure of ``primal``.
-            in_dims: of ``(primal, *args)``, 0 or None each.
+            function: of one task; returns a pytree of tensors.
+            in_dims: of ``(primal, *args)``, 0 or None for each or for parts of it.
             recompute: keep nothing but the arguments and compute the rest again in the pullback.
 
         Returns:
@@ -257,27 +257,30 @@ class Tracer:
 
         vectorised = vmap(joint, in_dims=(0, *in_dims), randomness="different")
         leaves, spec = pytree.tree_flatten((primal, *args))
-        primals, primal_spec = pytree.tree_flatten(primal)
-        count = len(primals)
+        primal_spec = pytree.tree_structure(primal)
 
         def build() -> Any:
             only = vmap(function, in_dims=in_dims, randomness="different")
             with torch._subclasses.FakeTensorMode() as mode:
                 fake = pytree.tree_map(mode.from_tensor, (primal, *args))
-                outputs = pytree.tree_leaves(only(*fake))
+                outputs, out_spec = pytree.tree_flatten(only(*fake))
+                outputs = [output.clone() for output in outputs]  # vmap may expand; cotangents are dense
             shaped = [torch.empty_strided(o.shape, o.stride(), dtype=o.dtype, device=o.device) for o in outputs]
+            count = len(shaped)
 
             def flat(*leaves: Tensor) -> list:
-                cotangents = pytree.tree_unflatten(leaves[-count:], primal_spec)
-                return pytree.tree_leaves(vectorised(cotangents, *pytree.tree_unflatten(leaves[:-count], spec)))
+                cotangents = pytree.tree_unflatten(leaves[len(leaves) - count :], out_spec)
+                return pytree.tree_leaves(
+                    vectorised(cotangents, *pytree.tree_unflatten(leaves[: len(leaves) - count], spec))
+                )
 
             forward, backward = cut(_trace(flat, [*leaves, *shaped], self.compile), count, count)
-            return self._ready(forward), self._ready(backward), shaped
+            return self._ready(forward), self._ready(backward), shaped, out_spec
 
-        program: Any = self._program((function, "vjp", in_dims, *_signature(leaves)), build)
+        program: Any = self._program((function, "vjp", in_dims, spec, *_signature(leaves)), build)
 
         def backward(residuals: list[Tensor], cotangents: Any) -> Any:
-            _, half, shaped = program
+            _, half, shaped, _ = program
             given = [_restride(c, like) for c, like in zip(pytree.tree_leaves(cotangents), shaped, strict=True)]
             return pytree.tree_unflatten(half(*residuals, *given), primal_spec)
 
@@ -297,4 +300,4 @@ class Tracer:
         self.kept_bytes = sum(
             {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in residuals}.values()
         )
-        return pytree.tree_unflatten(outputs, primal_spec), lambda cotangents: backward(residuals, cotangents)
+        return pytree.tree_unflatten(outputs, program[3]), lambda cotangents: backward(residuals, cotangents)

@@ -24,6 +24,63 @@ def reference(net: nn.Module, episode: Episode, lr: float, steps: int, loss, fir
     return mean_loss, total
 
 
+def family(maml: nn.Module, net: nn.Module, episode: Episode, loss, steps: int, **settings):
+    """The gradient of every parameter of ``maml`` under ``settings``, with the outer loss.
+
+    ``net`` is what ``maml`` was made of, before: its parameters are the initialisation.
+    """
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in maml.named_parameters()}
+    adapted, names = settings["adapted"], list(dict(net.named_parameters()))
+    rates, by_step = "adaptation.learnt.", "adaptation.by_step."
+
+    def given(fast, k):
+        held = {name: leaves[by_step + name.replace(".", "/")][k] for name in names if name not in fast_names(fast)}
+        return {**fast, **held}
+
+    def fast_names(fast):
+        return [name for name in fast if by_step + name.replace(".", "/") not in leaves]
+
+    def rate(name, k):
+        key = next((key for key in (rates + name.replace(".", "/"), rates + "all") if key in leaves), None)
+        return settings["inner_lr"] if key is None else leaves[key][min(k, len(leaves[key]) - 1)]
+
+    total = torch.zeros((), dtype=torch.float64)
+    for x, y, query_x, query_y in zip(*episode, strict=True):
+        fast = {name: leaves[f"net.{name}"] for name in names if by_step + name.replace(".", "/") not in leaves}
+        buffer = dict.fromkeys(adapted, 0.0)
+        square = dict.fromkeys(adapted, 0.0)
+        for k in range(steps + 1):
+            if settings["weights"][k]:
+                total = total + settings["weights"][k] * loss(functional_call(net, given(fast, k), (query_x,)), query_y)
+            if k == steps:
+                break
+            inner = loss(functional_call(net, given(fast, k), (x,)), y)
+            inner = inner + settings.get("proximal", 0) / 2 * sum(
+                ((fast[name] - leaves[f"net.{name}"]) ** 2).sum() for name in adapted
+            )
+            create = not settings.get("first_order", False)
+            grads = dict(
+                zip(adapted, torch.autograd.grad(inner, [fast[n] for n in adapted], create_graph=create), strict=True)
+            )
+            clip = settings.get("clip")
+            norm = torch.cat([g.flatten() for g in grads.values()]).norm()
+            if clip is not None and norm > clip:
+                grads = {name: g * clip / norm for name, g in grads.items()}
+            for name, g in grads.items():
+                g = g + settings.get("decay", 0.0) * fast[name]
+                if settings.get("rule") == "momentum":
+                    buffer[name] = 0.9 * buffer[name] + g
+                    g = buffer[name]
+                if settings.get("rule") == "adam":
+                    buffer[name] = 0.9 * buffer[name] + 0.1 * g
+                    square[name] = 0.999 * square[name] + 0.001 * g**2
+                    mean, second = buffer[name] / (1 - 0.9 ** (k + 1)), square[name] / (1 - 0.999 ** (k + 1))
+                    g = mean / torch.sqrt(second + 1e-8)
+                fast = {**fast, name: fast[name] - rate(name, k) * g}
+    (total / episode.tasks).backward()
+    return total.item() / episode.tasks, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
 def relative_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     """Largest error of a tensor, relative to the norm of the whole gradient."""
     norm = torch.cat([value.flatten() for value in theirs.values()]).norm()

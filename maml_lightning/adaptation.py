@@ -1,0 +1,119 @@
+"""What of a network adapts, at which rates: the settings in which the members of the MAML family differ."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from maml_lightning.errors import SettingError
+from maml_lightning.optimizers import Parameters
+
+_NORMALISATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+def adapted_names(net: nn.Module, which: str | Sequence[str] = "all") -> list[str]:
+    """Names of the parameters that the inner loop changes; frozen ones (``requires_grad=False``) never are.
+
+    Args:
+        which: all; head, the last layer with parameters; body, all but the head; or name patterns such as
+            ``"body.3.*"``.
+
+    Raises:
+        SettingError: a pattern, or the whole selection, matches no parameter.
+
+    Example:
+        >>> adapted_names(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)), "head")
+        ['2.weight', '2.bias']
+    """
+    names = [name for name, value in net.named_parameters() if value.requires_grad]
+    layers = [name for name, layer in net.named_modules() if any(True for _ in layer.parameters(recurse=False))]
+    prefix = f"{layers[-1]}." if layers and layers[-1] else ""
+    head = [name for name in names if name.startswith(prefix)]
+    groups = {"all": names, "head": head, "body": [name for name in names if name not in head]}
+    if isinstance(which, str) and which in groups:
+        chosen, missed = groups[which], [] if groups[which] else [which]
+    else:
+        patterns = [which] if isinstance(which, str) else list(which)
+        chosen = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+        missed = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
+    if missed or not chosen:
+        raise SettingError(
+            f"model.adapted_parameters {missed or which} matches no trainable parameter of model.net; "
+            f"they are {', '.join(names) or 'none'}."
+        )
+    return chosen
+
+
+class Adaptation(nn.Module):
+    """Parameters and inner learning rates as the inner loop takes them, with those that are learnt.
+
+    Args:
+        net: the network; not kept. With ``per_step_normalization`` its normalisation weights are frozen.
+        inner_lr: the inner learning rate, or where it begins if it is learnt.
+        steps: inner steps ``S`` of training.
+        adapted: see :func:`adapted_names`.
+        learn: learn one rate for the ``network``, for each ``tensor``, for each tensor and ``step`` (LSLR, Antoniou
+            et al. 2019, section 4) or for each ``weight`` (Meta-SGD, Li et al. 2017, equation 2); None learns none.
+        per_step_normalization: give weights and biases of normalisation layers a value for each ``theta_0 … theta_S``,
+            learnt and not adapted (Antoniou et al. 2019, section 4). The statistics are always those of the batch
+            at hand, so there are none to keep for each step.
+
+    Raises:
+        SettingError: nothing to adapt, or no normalisation layer with weights.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        inner_lr: float,
+        steps: int,
+        adapted: str | Sequence[str] = "all",
+        learn: Literal["network", "tensor", "step", "weight"] | None = None,
+        per_step_normalization: bool = False,
+    ) -> None:
+        super().__init__()
+        self.inner_lr, self.learn = inner_lr, learn
+        self.by_step = nn.ParameterDict()
+        if per_step_normalization:
+            values = {
+                f"{layer}.{name}".lstrip("."): value
+                for layer, module in net.named_modules()
+                if isinstance(module, _NORMALISATIONS)
+                for name, value in module.named_parameters(recurse=False)
+            }
+            if not values:
+                raise SettingError(
+                    "model.per_step_normalization is true, but model.net has no normalisation layer with weights; "
+                    "set it to false."
+                )
+            for name, value in values.items():
+                self.by_step[_key(name)] = nn.Parameter(value.detach().repeat(steps + 1, *[1] * value.dim()))
+                value.requires_grad_(False)
+        self.names = adapted_names(net, adapted)
+        shapes = {
+            None: {},
+            "network": {"all": (1,)},
+            "tensor": dict.fromkeys(self.names, (1,)),
+            "step": dict.fromkeys(self.names, (steps,)),
+            "weight": {name: (1, *net.get_parameter(name).shape) for name in self.names},
+        }[learn]
+        self.learnt = nn.ParameterDict({_key(n): nn.Parameter(torch.full(s, inner_lr)) for n, s in shapes.items()})
+
+    def params(self, net: nn.Module) -> Parameters:
+        """The network's parameters by name, those per step with a leading dimension ``[S+1, ...]``."""
+        own = dict(net.named_parameters())
+        return {n: self.by_step.get(_key(n), value) for n, value in own.items()}
+
+    def rates(self, net: nn.Module) -> Parameters:
+        """The inner learning rates of what adapts, ``[1 or S, ...]`` by name."""
+        if self.learn:
+            return {n: self.learnt["all" if self.learn == "network" else _key(n)] for n in self.names}
+        return dict.fromkeys(self.names, next(net.parameters()).new_tensor([self.inner_lr]))
+
+
+def _key(name: str) -> str:
+    """A parameter's name as the key of a ParameterDict, where dots are not allowed."""
+    return name.replace(".", "/")

@@ -1,0 +1,98 @@
+"""What the inner loop does with a gradient: pure functions of one task, differentiable throughout.
+
+An inner optimiser is a pair like those of optax: ``init`` gives the state that goes with the parameters, ``update``
+the next parameters and state. Its rates come by parameter name, each broadcastable to its parameter.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Parameters = dict[str, Tensor]
+MOMENTUM = 0.9  # also Adam's beta_1
+BETA_2, EPS = 0.999, 1e-4
+
+
+class InnerOptimizer(NamedTuple):
+    """A rule of inner updates.
+
+    Args:
+        init: ``init(params) -> state``.
+        update: ``update(gradient, state, params, rates) -> (params, state)``.
+    """
+
+    init: Callable[[Parameters], Any]
+    update: Callable[[Parameters, Any, Parameters, Parameters], tuple[Parameters, Any]]
+
+
+def _descend(params: Parameters, direction: Parameters, rates: Parameters) -> Parameters:
+    return {name: torch.addcmul(value, direction[name], rates[name], value=-1) for name, value in params.items()}
+
+
+def _zeros(params: Parameters) -> Parameters:
+    return {name: torch.zeros_like(value) for name, value in params.items()}
+
+
+def sgd() -> InnerOptimizer:
+    """Gradient descent, ``theta - rate * g``, the rule of the MAML paper."""
+    return InnerOptimizer(
+        lambda params: {}, lambda gradient, state, params, rates: (_descend(params, gradient, rates), state)
+    )
+
+
+def momentum(decay: float = MOMENTUM) -> InnerOptimizer:
+    """Heavy-ball momentum as in :class:`torch.optim.SGD`: ``b = decay * b + g``, ``theta - rate * b``."""
+
+    def update(gradient: Parameters, state: Any, params: Parameters, rates: Parameters) -> tuple[Parameters, Any]:
+        state = {name: torch.add(g, state[name], alpha=decay) for name, g in gradient.items()}
+        return _descend(params, state, rates), state
+
+    return InnerOptimizer(_zeros, update)
+
+
+def adam(beta_1: float = MOMENTUM, beta_2: float = BETA_2, eps: float = EPS) -> InnerOptimizer:
+    """Adam (Kingma and Ba 2015, algorithm 1) with ``sqrt(v + eps^2)`` for ``sqrt(v) + eps``.
+
+    The square root alone has no derivative where a gradient is zero. Where gradients are much larger than ``eps``
+    the first step is ``rate * sign(g)``, whose derivative is zero.
+    """
+
+    def init(params: Parameters) -> Any:
+        like = next(iter(params.values()))
+        return {"mean": _zeros(params), "square": _zeros(params), "count": like.new_zeros(())}
+
+    def update(gradient: Parameters, state: Any, params: Parameters, rates: Parameters) -> tuple[Parameters, Any]:
+        count = state["count"] + 1
+        mean = {name: torch.lerp(g, state["mean"][name], beta_1) for name, g in gradient.items()}
+        square = {name: torch.lerp(g * g, state["square"][name], beta_2) for name, g in gradient.items()}
+        first, second = 1 - beta_1**count, 1 - beta_2**count
+        direction = {name: m / first * (square[name] / second + eps**2).rsqrt() for name, m in mean.items()}
+        return _descend(params, direction, rates), {"mean": mean, "square": square, "count": count}
+
+    return InnerOptimizer(init, update)
+
+
+def inner_optimizer(
+    rule: Literal["sgd", "momentum", "adam"] = "sgd", weight_decay: float = 0.0, clip_norm: float | None = None
+) -> InnerOptimizer:
+    """The rule of that name, after clipping a task's whole gradient to a norm and adding the decay's pull to zero.
+
+    Args:
+        rule: sgd, momentum or adam.
+        weight_decay: factor of the parameters added to their gradient, 0 or more, as in :class:`torch.optim.SGD`.
+        clip_norm: a longer gradient is scaled down to this norm, above 0; None leaves it.
+    """
+    base = {"sgd": sgd, "momentum": momentum, "adam": adam}[rule]()
+
+    def update(gradient: Parameters, state: Any, params: Parameters, rates: Parameters) -> tuple[Parameters, Any]:
+        if clip_norm is not None:
+            square = torch.stack([g.square().sum() for g in gradient.values()]).sum()
+            scale = clip_norm * square.clamp_min(clip_norm**2).rsqrt()
+            gradient = {name: g * scale for name, g in gradient.items()}
+        if weight_decay:
+            gradient = {name: torch.add(g, params[name], alpha=weight_decay) for name, g in gradient.items()}
+        return base.update(gradient, state, params, rates)
+
+    return InnerOptimizer(base.init, update)

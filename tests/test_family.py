@@ -1,0 +1,264 @@
+"""Every member of the family, as a user sets it, against plain autograd task by task in float64."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from maml_lightning import MAML, MLP, ConvNet, SettingError
+from tests.own_network import Branching
+from tests.reference import family, images, perturbed, relative_error
+
+LR, STEPS = 0.3, 2
+LAST = [0.0] * STEPS + [1.0]
+
+# settings of MAML, and what they mean to the reference
+VARIANTS = {
+    "MAML": ({}, {}),
+    "FOMAML": ({"first_order": True}, {"first_order": True}),
+    "annealed order, at first": ({"first_order_epochs": 2}, {"first_order": True}),
+    "ANIL": ({"adapted_parameters": "head"}, {}),
+    "first-order ANIL": ({"adapted_parameters": "head", "first_order": True}, {"first_order": True}),
+    "BOIL": ({"adapted_parameters": "body"}, {}),
+    "patterns": ({"adapted_parameters": ["*.weight"]}, {}),
+    "one learnt rate": ({"learn_inner_lr": "network"}, {}),
+    "a rate per tensor": ({"learn_inner_lr": "tensor"}, {}),
+    "LSLR": ({"learn_inner_lr": "step"}, {}),
+    "Meta-SGD": ({"learn_inner_lr": "weight"}, {}),
+    "first-order Meta-SGD": ({"learn_inner_lr": "weight", "first_order": True}, {"first_order": True}),
+    "multi-step loss": ({"multi_step_epochs": 5}, {"weights": [0, 1 / 2, 1 / 2]}),
+    "momentum": ({"inner_optimizer": "momentum"}, {"rule": "momentum"}),
+    "Adam": ({"inner_optimizer": "adam", "inner_lr": 0.01}, {"rule": "adam"}),
+    "first-order momentum": (
+        {"inner_optimizer": "momentum", "first_order": True},
+        {"rule": "momentum", "first_order": True},
+    ),
+    "weight decay": ({"inner_weight_decay": 0.1}, {"decay": 0.1}),
+    "clipping": ({"inner_clip_norm": 0.5}, {"clip": 0.5}),
+    "all at once": (
+        {
+            "adapted_parameters": "body",
+            "learn_inner_lr": "step",
+            "multi_step_epochs": 5,
+            "inner_optimizer": "momentum",
+            "inner_weight_decay": 0.1,
+            "inner_clip_norm": 0.5,
+        },
+        {"weights": [0, 1 / 2, 1 / 2], "rule": "momentum", "decay": 0.1, "clip": 0.5},
+    ),
+}
+NORMALISED = {
+    "per-step normalisation": ({"per_step_normalization": True}, {}),
+    "MAML++ at first": (
+        {
+            "per_step_normalization": True,
+            "learn_inner_lr": "step",
+            "multi_step_epochs": 5,
+            "first_order_epochs": 2,
+        },
+        {"weights": [0, 1 / 2, 1 / 2], "first_order": True},
+    ),
+    "per-step normalisation with ANIL": ({"per_step_normalization": True, "adapted_parameters": "head"}, {}),
+}
+
+
+def convolutional():
+    return ConvNet(out_features=3, hidden_channels=4, blocks=2)
+
+
+def assert_exact(net, changes, meaning, **settings):
+    net = perturbed(net)
+    untouched, episode = copy.deepcopy(net), images(tasks=2)
+    maml = MAML(net=net, **{"inner_lr": LR, "inner_steps": STEPS, **changes, **settings}).double()
+    with torch.no_grad():
+        for value in maml.adaptation.parameters():
+            value.mul_(1 + 0.3 * torch.rand_like(value))
+    loss = maml.training_step(episode, 0)
+    loss.backward()
+    meaning = {"weights": LAST, "adapted": maml.adaptation.names, "inner_lr": maml.inner_lr, **meaning}
+    expected_loss, expected = family(maml, untouched, episode, F.cross_entropy, STEPS, **meaning)
+    assert loss.item() == pytest.approx(expected_loss, rel=1e-12)
+    found = {name: value.grad for name, value in maml.named_parameters() if value.grad is not None}
+    assert set(found) == set(expected)
+    for part in ("net.", "adaptation."):
+        theirs = {name: value for name, value in expected.items() if name.startswith(part)}
+        assert not theirs or relative_error(found, theirs) < 1e-9
+    return found
+
+
+@pytest.mark.parametrize("name", {**VARIANTS, **NORMALISED})
+def test_gradients_are_exact(name):
+    assert_exact(convolutional(), *{**VARIANTS, **NORMALISED}[name], tasks_per_chunk=None)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_own_networks_need_no_edits(name):
+    own = nn.Sequential(Scaled(), nn.Conv2d(1, 3, 3, stride=3), nn.LayerNorm([3, 3, 3]), nn.Flatten(), nn.Linear(27, 3))
+    assert_exact(own, *VARIANTS[name], tasks_per_chunk=1, flat_memory=True)
+
+
+class Scaled(nn.Module):
+    """A layer of one's own with a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+def test_a_network_that_cannot_be_traced_learns_its_rates():
+    assert_exact(Branching(), {"learn_inner_lr": "weight"}, {})
+
+
+def test_rates_do_not_matter_to_what_is_not_adapted():
+    found = assert_exact(convolutional(), {"adapted_parameters": "head", "learn_inner_lr": "weight"}, {})
+    assert {name for name in found if name.startswith("adaptation")} == {
+        "adaptation.learnt.head/weight",
+        "adaptation.learnt.head/bias",
+    }
+
+
+@pytest.mark.parametrize(("which", "same"), [("head", "body"), ("body", "head"), (["body.3.*"], "head")])
+def test_adaptation_leaves_the_rest_as_it_is(which, same):
+    net = perturbed(convolutional())
+    maml, episode = MAML(net=net, adapted_parameters=which, inner_steps=2), images()
+    adapted = maml.adapt(episode.support_inputs[0], episode.support_targets[0])
+    changed = {name for name, value in adapted.named_parameters() if not torch.equal(value, net.get_parameter(name))}
+    assert changed == set(maml.adaptation.names)
+    assert not any(name.startswith(same) for name in changed)
+
+
+def test_order_is_annealed_at_its_epoch():
+    gradients = []
+    for settings, epoch in (({"first_order": True}, 0), ({}, 0), *(({"first_order_epochs": 2}, e) for e in (1, 2))):
+        maml = MAML(net=perturbed(convolutional()), inner_lr=LR, inner_steps=2, **settings)
+        type(maml).current_epoch = property(lambda self, epoch=epoch: epoch)
+        try:
+            maml.training_step(images(), 0).backward()
+        finally:
+            del type(maml).current_epoch
+        gradients.append(torch.cat([value.grad.flatten() for value in maml.parameters()]))
+    first, exact, before, after = gradients
+    assert torch.equal(before, first)
+    assert torch.equal(after, exact)
+    assert not torch.allclose(first, exact, rtol=1e-2)
+
+
+def test_evaluation_beyond_the_trained_steps_takes_the_last_rate_and_normalisation():
+    maml = MAML(
+        net=perturbed(convolutional()),
+        inner_steps=2,
+        eval_inner_steps=4,
+        learn_inner_lr="step",
+        per_step_normalization=True,
+    ).double()
+    episode = images()
+    outputs = maml.predict_step(episode, 0)
+    assert outputs.shape == (4, 6, 3)
+    alone = maml.adapt(episode.support_inputs[1], episode.support_targets[1])(episode.query_inputs[1]).softmax(-1)
+    assert torch.allclose(outputs[1], alone, atol=1e-12)
+
+
+def quadratic():
+    """``L = (x (theta - target))^2`` in one weight: everything is a line of algebra."""
+    net = nn.Linear(1, 1, bias=False).double()
+    net.weight.data.fill_(0.5)
+    x = torch.tensor([[[1.0]]], dtype=torch.float64)
+    return net, (x, 2 * x, 2 * x, x)
+
+
+def test_reptile_moves_to_the_adapted_weights():
+    net, episode = quadratic()
+    episode = type(images())(*episode)
+    maml = MAML(net=net, algorithm="reptile", inner_lr=0.05, inner_steps=2, loss=F.mse_loss)
+    maml.training_step(episode, 0).backward()
+    # support (1, 2) and query (2, 1) together: L = ((w - 2)^2 + (2 w - 1)^2) / 2, L' = 5 w - 4
+    theta = 0.5
+    for _ in range(2):
+        theta -= 0.05 * (5 * theta - 4)
+    assert net.weight.grad.item() == pytest.approx(0.5 - theta, rel=1e-12)
+
+
+def test_reptile_direction_is_the_mean_over_tasks():
+    net, episode = perturbed(convolutional()), images()
+    maml = MAML(net=net, algorithm="reptile", inner_lr=LR, inner_steps=2, tasks_per_chunk=3)
+    maml.training_step(episode, 0).backward()
+    moves = []
+    for x, y, query_x, query_y in zip(*episode, strict=True):
+        adapted = maml.adapt(torch.cat([x, query_x]), torch.cat([y, query_y]))
+        moves.append(
+            torch.cat([(a - b).flatten() for a, b in zip(net.parameters(), adapted.parameters(), strict=True)])
+        )
+    found = torch.cat([value.grad.flatten() for value in net.parameters()])
+    assert torch.allclose(found, torch.stack(moves).mean(0).detach(), rtol=1e-9, atol=1e-12)
+
+
+def test_implicit_gradient_is_the_exact_linear_solve():
+    # Ridge regression: H = 2 X^T X / n is constant, so theta* = (H + mu)^-1 (2 X^T y / n + mu theta_0) and the
+    # gradient (I + H / mu)^-1 dL_q/dtheta are solves of 4 x 4 systems.
+    torch.manual_seed(0)
+    net, mu = nn.Linear(4, 1, bias=False).double(), 0.7
+    x, y, query_x, query_y = (torch.randn(2, 6, size, dtype=torch.float64) for size in (4, 1, 4, 1))
+    maml = MAML(
+        net=net,
+        algorithm="imaml",
+        inner_lr=0.3,
+        inner_steps=200,
+        proximal=mu,
+        implicit_iterations=4,
+        loss=F.mse_loss,
+    )
+    maml.training_step(type(images())(x, y, query_x, query_y), 0).backward()
+    expected = torch.zeros(4, dtype=torch.float64)
+    start, eye = net.weight.detach()[0], torch.eye(4, dtype=torch.float64)
+    for task in range(2):
+        hessian = 2 * x[task].T @ x[task] / 6
+        best = torch.linalg.solve(hessian + mu * eye, 2 * x[task].T @ y[task][:, 0] / 6 + mu * start)
+        slope = 2 * query_x[task].T @ (query_x[task] @ best - query_y[task][:, 0]) / 6
+        expected += torch.linalg.solve(eye + hessian / mu, slope) / 2
+    assert torch.allclose(net.weight.grad[0], expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("which", ["all", "head"])
+def test_implicit_gradient_is_the_limit_of_many_proximal_steps(which):
+    net = perturbed(MLP(100, 3, (5,)))
+    net.body[2] = nn.Tanh()  # smooth, so that the steps converge
+    untouched, episode, steps, mu = copy.deepcopy(net), images(tasks=2), 400, 3.0
+    settings = {"algorithm": "imaml", "proximal": mu, "implicit_iterations": 60, "adapted_parameters": which}
+    maml = MAML(net=net, inner_lr=0.02, inner_steps=steps, **settings)
+    maml.training_step(episode, 0).backward()
+    meaning = {"weights": [0.0] * steps + [1.0], "adapted": maml.adaptation.names, "inner_lr": 0.02, "proximal": mu}
+    _, expected = family(maml, untouched, episode, F.cross_entropy, steps, **meaning)
+    assert relative_error({name: value.grad for name, value in maml.named_parameters()}, expected) < 1e-8
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"algorithm": "imaml", "learn_inner_lr": "step"}, "learn_inner_lr step .*imaml does not differentiate"),
+        ({"algorithm": "imaml", "first_order": True}, "first_order True .*imaml"),
+        ({"algorithm": "reptile", "multi_step_epochs": 3}, "multi_step_epochs 3 .*reptile"),
+        ({"algorithm": "reptile", "adapted_parameters": "head"}, "adapted_parameters head .*not be learnt"),
+        ({"algorithm": "reptile", "inner_steps": 0}, "inner_steps must be at least 1 .*0"),
+        ({"first_order": True, "first_order_epochs": 2}, "first_order_epochs 2 .*true in every epoch"),
+        ({"inner_steps": 0, "learn_inner_lr": "weight"}, "learn_inner_lr weight .*no inner loop"),
+        ({"adapted_parameters": "heads"}, "adapted_parameters .*heads.* matches no .*body.0.weight"),
+        ({"adapted_parameters": ["head.*", "tail"]}, "adapted_parameters .*tail"),
+        ({"inner_clip_norm": 0.0}, "inner_clip_norm must be above 0"),
+        ({"inner_weight_decay": -1.0}, "inner_weight_decay must be at least 0"),
+        ({"proximal": 0.0}, "proximal must be above 0"),
+        ({"implicit_iterations": 0}, "implicit_iterations must be at least 1"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(settings, message):
+    with pytest.raises(SettingError, match=message):
+        MAML(net=convolutional(), **settings)
+
+
+def test_per_step_normalisation_needs_a_normalisation():
+    with pytest.raises(SettingError, match=r"per_step_normalization is true, but model.net has no normalisation"):
+        MAML(net=MLP(4, 2), per_step_normalization=True)
