@@ -227,7 +227,7 @@ def test_implicit_gradient_is_the_exact_linear_solve():
 def test_implicit_gradient_is_the_limit_of_many_proximal_steps(which):
     net = perturbed(MLP(100, 3, (5,)))
     net.body[2] = nn.Tanh()  # smooth, so that the steps converge
-    untouched, episode, steps, mu = copy.deepcopy(net), images(tasks=2), 400, 3.0
+    untouched, episode, steps, mu = copy.deepcopy(net), images(tasks=2), 600, 3.0
     settings = {"algorithm": "imaml", "proximal": mu, "implicit_iterations": 60, "adapted_parameters": which}
     maml = MAML(net=net, inner_lr=0.02, inner_steps=steps, **settings)
     maml.training_step(episode, 0).backward()
