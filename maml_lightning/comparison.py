@@ -161,14 +161,19 @@ def find_test(folder: Path) -> dict | None:
 
 
 def labelled(words: Sequence[str]) -> list[tuple[str, Path]]:
-    """The label and the folder of each run: without a given label, its algorithm; where two are alike, the folder too.
+    """The label and the folder of each run.
+
+    A label that is not given is the algorithm, with the folder where two are alike; the folder where it is not known.
 
     Args:
         words: of each run its folder, or ``NAME=folder``.
     """
     split = [("", "", word) if Path(word).is_dir() else word.rpartition("=") for word in words]
     folders = [Path(folder) for *_, folder in split]
-    names = [name or _algorithm(read_config(folder)) for (name, *_), folder in zip(split, folders, strict=True)]
+    names = [
+        name or _algorithm(read_config(folder)) or str(folder)
+        for (name, *_), folder in zip(split, folders, strict=True)
+    ]
     return [
         (name if names.count(name) == 1 else f"{name} ({folder})", folder)
         for name, folder in zip(names, folders, strict=True)
@@ -274,10 +279,10 @@ def _task(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _algorithm(config: dict[str, Any]) -> str:
-    """Such as ``FOMAML, 5 inner steps``."""
+    """Such as ``FOMAML, 5 inner steps``; empty where the settings do not tell."""
     model = config.get("model") or {}
     if "inner_steps" not in model:
-        return "run"
+        return ""
     steps = model["inner_steps"]
     name = "FOMAML" if model.get("first_order") else "MAML"
     return f"{name}, {steps} inner step{'' if steps == 1 else 's'}" if steps else "without MAML"
