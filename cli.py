@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from maml_lightning import MAML, SettingError, TestReport
+from maml_lightning import MAML, Cost, SettingError, TestReport
 
 
 class Parser(LightningArgumentParser):
@@ -33,6 +33,7 @@ class MAMLCommandLine(LightningCLI):
         """Link ``ways`` and give the callbacks that every run has their flags."""
         parser.link_arguments("data.init_args.ways", "model.net.init_args.out_features")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Cost, "cost")
         parser.add_lightning_class_args(TestReport, "test_report")
         parser.set_defaults(
             {

@@ -1,6 +1,6 @@
 """The MAML family of meta-learning algorithms as one PyTorch Lightning module with torch.func gradients."""
 
-from maml_lightning.callbacks import TestReport
+from maml_lightning.callbacks import Cost, TestReport
 from maml_lightning.data import GlyphsDataModule, OmniglotDataModule
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
@@ -12,6 +12,7 @@ __all__ = [
     "MAML",
     "MLP",
     "ConvNet",
+    "Cost",
     "Episode",
     "GlyphsDataModule",
     "InnerLoop",

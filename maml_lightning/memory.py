@@ -2,6 +2,8 @@
 
 import ctypes
 import functools
+import re
+from pathlib import Path
 
 import psutil
 import torch
@@ -12,6 +14,23 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of the GNU C library
 def free_bytes(device: torch.device) -> int:
     """Free memory of a device, in bytes."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory held so far, in bytes.
+
+    CUDA: by tensors, since ``torch.cuda.reset_peak_memory_stats``. CPU: resident, by the whole process since it
+    began; where the system keeps no peak (macOS), what is resident now.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Not resource.getrusage: on Linux its peak begins with that of the process which launched this one.
+    status = Path("/proc/self/status")
+    peak = status.exists() and re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+    if peak:
+        return int(peak[1]) * 1024
+    memory = psutil.Process().memory_info()
+    return getattr(memory, "peak_wset", memory.rss)
 
 
 @functools.cache

@@ -1,7 +1,16 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.data import DataLoader
 
+from maml_lightning import Cost
 from maml_lightning.callbacks import test_results as summarise
+from maml_lightning.comparison import read_scalars
 
 
 def test_mean_and_interval_by_hand():
@@ -16,3 +25,79 @@ def test_mean_and_interval_by_hand():
         "inner_steps": 1,
         "accuracy_per_step": [0.25, 0.75],
     }
+
+
+class Clocked(BoringModel):
+    """A meta-step takes 2 seconds on a clock of its own, validation 100 and saving 1000."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = 0.0
+
+    def training_step(self, batch, batch_idx):
+        self.now += 2
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.now += 100
+
+    def on_save_checkpoint(self, checkpoint):
+        self.now += 1000
+
+    def train_dataloader(self):
+        return DataLoader(RandomDataset(32, 8))
+
+    def val_dataloader(self):
+        return DataLoader(RandomDataset(32, 1))
+
+
+@pytest.fixture
+def clocked(monkeypatch):
+    model = Clocked()
+    monkeypatch.setattr("maml_lightning.callbacks.time", SimpleNamespace(perf_counter=lambda: model.now))
+    return model
+
+
+def quiet(**settings):
+    return Trainer(
+        accelerator="cpu", log_every_n_steps=1, enable_progress_bar=False, enable_model_summary=False, **settings
+    )
+
+
+@pytest.mark.parametrize(("accumulate", "seconds"), [(1, 2.0), (2, 4.0)])
+def test_seconds_of_a_meta_step_leave_out_validation_and_saving(clocked, tmp_path, accumulate, seconds):
+    trainer = quiet(
+        max_epochs=3,
+        val_check_interval=0.5,
+        accumulate_grad_batches=accumulate,
+        callbacks=[Cost(), ModelCheckpoint(save_top_k=-1)],
+        logger=TensorBoardLogger(tmp_path, name=None, version=""),
+    )
+    trainer.fit(clocked)
+    assert clocked.now == 3 * 8 * 2 + 7 * 100 + 6 * 1000  # validated once before training
+    scalars = read_scalars(tmp_path)
+    steps = 8 // accumulate
+    ends = [steps - 1, 2 * steps - 1, 3 * steps - 1]
+    # the first 5 meta-steps are not counted: with accumulation all of the first epoch's
+    assert scalars["train/seconds_per_step"] == [(end, seconds) for end in ends if end >= 5]
+    memory = [value for _, value in scalars["train/peak_memory_mb"]]
+    assert len(memory) == 3
+    assert memory == sorted(memory)
+
+
+def test_steps_that_draw_their_data_slowly_show_it(clocked):
+    class Slow(RandomDataset):
+        def __getitem__(self, index):
+            clocked.now += 4
+            return super().__getitem__(index)
+
+    trainer = quiet(max_epochs=2, limit_val_batches=0, logger=False, enable_checkpointing=False, callbacks=[Cost()])
+    trainer.fit(clocked, DataLoader(Slow(32, 8)))
+    assert trainer.callback_metrics["train/seconds_per_step"] == (8 * 2 + 7 * 4) / 8  # the epoch's first is ready
+
+
+def test_nothing_to_time_in_a_run_of_few_steps(clocked):
+    trainer = quiet(max_steps=5, limit_val_batches=0, logger=False, enable_checkpointing=False, callbacks=[Cost()])
+    trainer.fit(clocked)
+    assert "train/seconds_per_step" not in trainer.callback_metrics
+    assert trainer.callback_metrics["train/peak_memory_mb"] > 50  # torch alone takes more

@@ -1,10 +1,36 @@
+import os
+import subprocess
+import sys
+
 import torch
 
 from maml_lightning import memory
+from tests.command_line import ROOT
+
+# Prints the peak before and after holding 400 MB that are given back.
+PEAKS = """
+import psutil, torch
+from maml_lightning.memory import peak_bytes
+resident = psutil.Process().memory_info().rss
+print(resident, peak_bytes(torch.device("cpu")))
+held = b"1" * 400_000_000
+del held
+print(peak_bytes(torch.device("cpu")))
+"""
 
 
 def test_free_bytes_are_the_systems():
     assert 0 < memory.free_bytes(torch.device("cpu")) < 2**50
+
+
+def test_peak_is_of_this_process_and_stays():
+    held = b"1" * 1_500_000_000  # by the one that launches it
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", PEAKS]
+    printed = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100, check=True).stdout
+    resident, before, after = map(int, printed.split())
+    assert 0.99 * resident < before < len(held)
+    assert resident + 390_000_000 < after < len(held)
 
 
 def test_c_library_without_the_switch_is_left_alone(monkeypatch):
