@@ -103,7 +103,7 @@ class InnerLoop:
         self.flat_memory = flat_memory
         self.flat = flat_memory is True
         self.optimizer = optimizer or sgd()
-        self._trace = Tracer(compile)
+        self._trace = Tracer(compile, lambda: tuple(layer.training for layer in net.modules()))
         keep_freed_memory()
 
         self.proximal = proximal

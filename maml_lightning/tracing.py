@@ -6,7 +6,7 @@ the forward half computed.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -192,14 +192,16 @@ class Tracer:
 
     Args:
         compile: hand the graphs to ``torch.compile`` (inductor).
+        mode: what else than its arguments a function depends on, such as whether its network trains (dropout).
     """
 
-    def __init__(self, compile: bool = False) -> None:
-        self.compile = compile
+    def __init__(self, compile: bool = False, mode: Callable[[], Hashable] = tuple) -> None:
+        self.compile, self.mode = compile, mode
         self.kept_bytes = 0  # what the last vjp holds for its pullback
         self._programs: dict[tuple, Any] = {}
 
     def _program(self, key: tuple, build: Callable[[], Any]) -> Any:
+        key = (self.mode(), *key)
         if key not in self._programs:
             try:
                 self._programs[key] = build()

@@ -107,6 +107,18 @@ def test_dropout_draws_a_mask_for_each_task_and_step():
     assert not torch.equal(first.predictions, second.predictions)
 
 
+def test_dropout_is_off_in_evaluation_also_after_training():
+    net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(100, 3)).double()
+    loop, episode = InnerLoop(net, F.cross_entropy), images()
+    trained = loop.trajectory(parameters(net), episode, 0.4, 1)
+    evaluated = [loop.trajectory(parameters(net.eval()), episode, 0.4, 1) for _ in range(2)]
+    assert not torch.equal(trained[1], evaluated[0][1])
+    assert torch.equal(evaluated[0][1], evaluated[1][1])
+    without = nn.Sequential(net[0], net[2])
+    plain = {name.replace("2.", "1."): value for name, value in parameters(net).items()}
+    assert torch.allclose(InnerLoop(without, F.cross_entropy).trajectory(plain, episode, 0.4, 1)[1], evaluated[0][1])
+
+
 def test_half_a_sweep_agrees_with_dropout_recomputed():
     # The mask of a recomputed step is the mask of the step: with one fast weight path the two settings agree.
     net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(100, 3)).double()
