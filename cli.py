@@ -5,10 +5,13 @@ import pickle
 import sys
 import warnings
 import zipfile
+from argparse import ArgumentParser
 from pathlib import Path
+from pydoc import locate
 from typing import Any, NoReturn
 
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -17,15 +20,23 @@ from maml_lightning import MAML, Cost, SettingError, TestReport
 
 
 class Parser(LightningArgumentParser):
-    """Ends with the message alone; jsonargparse would put screens of usage before it."""
+    """LightningCLI's parser, with short messages and without settings of one network in another."""
+
+    def get_defaults(self, *args: Any, **kwargs: Any) -> Namespace:
+        """The defaults, the network's own left out: another network would inherit those that it has a name for."""
+        defaults = super().get_defaults(*args, **kwargs)
+        given = ArgumentParser.get_default(self, "model.net")
+        if given and "init_args" not in given:
+            defaults.pop("model.net.init_args", None)
+        return defaults
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message and end."""
+        """Print the message alone, without jsonargparse's screens of usage, and end."""
         self.exit(2, f"error: {message}\nEvery setting is described by --help.\n")
 
 
 class MAMLCommandLine(LightningCLI):
-    """LightningCLI with its links and defaults: the network's output size follows the data's ``ways``."""
+    """LightningCLI with its links and defaults: output size and best checkpoint follow the data."""
 
     checkpoint: dict[str, Any] | None = None
 
@@ -37,8 +48,7 @@ class MAMLCommandLine(LightningCLI):
         parser.add_lightning_class_args(TestReport, "test_report")
         parser.set_defaults(
             {
-                "checkpoint.monitor": "val/accuracy",
-                "checkpoint.mode": "max",
+                "checkpoint.monitor": None,
                 "checkpoint.save_last": True,
                 "checkpoint.filename": "best",
                 "checkpoint.enable_version_counter": False,
@@ -61,6 +71,14 @@ class MAMLCommandLine(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Off: Lightning would put the checkpoint's settings over flags given by hand (see parse_arguments)."""
+
+    def before_instantiate_classes(self) -> None:
+        """Without a monitor by hand, ``best.ckpt`` is the best by the data's own score."""
+        config = self.config[self.subcommand]
+        if config.checkpoint.monitor is None:
+            score = getattr(locate(config.data.class_path), "score", "accuracy")
+            config.checkpoint.monitor = f"val/{score}"
+            config.checkpoint.mode = "min" if score == "mse" else "max"
 
     def instantiate_classes(self) -> None:
         """Instantiate, and let a refused setting speak for itself instead of jsonargparse's list of types tried."""

@@ -1,7 +1,7 @@
 """The MAML family of meta-learning algorithms as one PyTorch Lightning module with torch.func gradients."""
 
 from maml_lightning.callbacks import Cost, TestReport
-from maml_lightning.data import GlyphsDataModule, OmniglotDataModule
+from maml_lightning.data import GlyphsDataModule, OmniglotDataModule, SinusoidsDataModule
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
 from maml_lightning.inner_loop import InnerLoop, MetaGradient
@@ -19,5 +19,6 @@ __all__ = [
     "MetaGradient",
     "OmniglotDataModule",
     "SettingError",
+    "SinusoidsDataModule",
     "TestReport",
 ]

@@ -292,17 +292,39 @@ class MAML(LightningModule):
 
     def _check(self, batch: Episode) -> Episode:
         episode = Episode(*batch).check()
-        if not self._checked and not episode.support_targets.is_floating_point():
-            with torch.no_grad():
-                size = self.net(episode.support_inputs[0]).shape[-1]
-            data = getattr(self._trainer, "datamodule", None)
-            ways = getattr(data, "ways", None) or int(episode.support_targets.max()) + 1
-            if size != ways:
-                raise SettingError(
-                    f"model.net has {size} outputs, but the episodes have {ways} classes; give it {ways} outputs."
-                )
-        self._checked = True
+        if not self._checked:
+            self._check_fit(episode)
+            self._checked = True
         return episode
+
+    def _check_fit(self, episode: Episode) -> None:
+        inputs, targets = episode.support_inputs[0], episode.support_targets[0]
+        try:
+            with torch.no_grad():
+                outputs = self.net(inputs)
+        except RuntimeError as error:
+            raise SettingError(
+                f"model.net does not take the episodes' inputs, {list(inputs.shape)} ({str(error).splitlines()[0]}); "
+                "give a network for them, such as maml_lightning.ConvNet for images, maml_lightning.MLP for vectors."
+            ) from error
+        if targets.is_floating_point():
+            if self._loss is F.cross_entropy:
+                raise SettingError(
+                    "model.loss is cross_entropy, but the episodes' targets are floats; "
+                    "give a loss for regression, such as torch.nn.functional.mse_loss."
+                )
+            if outputs.shape != targets.shape:
+                raise SettingError(
+                    f"model.net gives outputs {list(outputs.shape)}, but the episodes' targets are "
+                    f"{list(targets.shape)}; give it {targets.shape[-1]} outputs."
+                )
+            return
+        data = getattr(self._trainer, "datamodule", None)
+        ways = getattr(data, "ways", None) or int(targets.max()) + 1
+        if (size := outputs.shape[-1]) != ways:
+            raise SettingError(
+                f"model.net has {size} outputs, but the episodes have {ways} classes; give it {ways} outputs."
+            )
 
     def _trajectory(self, episode: Episode) -> list[Tensor]:
         return self._inner_loop.trajectory(self._params(), episode, self._rates(), self.eval_inner_steps)

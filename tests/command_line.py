@@ -27,6 +27,14 @@ TINY = {
     "trainer.log_every_n_steps": 1,
     "trainer.enable_progress_bar": "false",
 }
+SINUSOIDS = {
+    **{key: value for key, value in TINY.items() if not key.endswith("classes") and not key.startswith("model.net")},
+    "data": "SinusoidsDataModule",
+    "data.ways": None,
+    "model.net": "maml_lightning.MLP",
+    "model.loss": "torch.nn.functional.mse_loss",
+    "model.inner_lr": 0.01,
+}
 DATA = {key: value for key, value in TINY.items() if not key.startswith("model.")}
 
 

@@ -38,3 +38,16 @@ class Branching(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(x.flatten(1).tanh() * self.scale) if float(torch.ones(()).detach()) > 0 else x
+
+
+class Wide(nn.Module):
+    """Shares a setting's name with ConvNet, not its default."""
+
+    def __init__(self, hidden_channels: int = 6, out_features: int = 2) -> None:
+        super().__init__()
+        self.head = nn.Sequential(
+            nn.Flatten(), nn.Linear(28 * 28, hidden_channels), nn.ReLU(), nn.Linear(hidden_channels, out_features)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)

@@ -68,6 +68,20 @@ def test_own_network_by_class_path(name, outputs):
     assert cli.trainer.global_step == 2
 
 
+def test_another_network_keeps_its_own_settings(capsys):
+    flags = {key: value for key, value in TINY.items() if not key.startswith("model.net")}
+    cli = main(words("fit", **flags, **{"model.net": "tests.own_network.Wide"}))
+    assert cli.model.net.head[1].out_features == 6  # hidden_channels, which is 64 in the default network
+    with pytest.raises(SystemExit):
+        main(["fit", "--data", "GlyphsDataModule", "--print_config"])
+    assert "hidden_channels: 64" in capsys.readouterr().out
+
+
+def test_best_is_by_accuracy(trained):
+    settings = yaml.safe_load((trained / "config.yaml").read_text())["checkpoint"]
+    assert (settings["monitor"], settings["mode"]) == ("val/accuracy", "max")
+
+
 def test_optimizer_and_scheduler_by_flag():
     extra = {"optimizer": "SGD", "optimizer.lr": 0.1, "lr_scheduler": "CosineAnnealingLR", "lr_scheduler.T_max": 2}
     cli = main(words("fit", **TINY, **extra))

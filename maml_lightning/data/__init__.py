@@ -1,6 +1,7 @@
-"""Episodes of images: sampling (`episodic`) and the data sets it samples from."""
+"""Episodes: sampling (`episodic`), the data sets of images it samples from, and sinusoids."""
 
 from maml_lightning.data.glyphs import GlyphsDataModule
 from maml_lightning.data.omniglot import OmniglotDataModule
+from maml_lightning.data.sinusoids import SinusoidsDataModule
 
-__all__ = ["GlyphsDataModule", "OmniglotDataModule"]
+__all__ = ["GlyphsDataModule", "OmniglotDataModule", "SinusoidsDataModule"]

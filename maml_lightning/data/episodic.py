@@ -1,4 +1,4 @@
-"""Sampling of few-shot episodes, the same for every data set of images.
+"""Sampling of few-shot episodes, the same for every data set.
 
 Episode ``i`` of a split is a function of (seed, split, ``i``) alone. Its random bits come from a counter, not from a
 generator with a state: SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators")
@@ -71,7 +71,33 @@ def choose(bits: Bits, n: int) -> npt.NDArray[np.int64]:
     return np.take_along_axis(chosen, bits[..., k:].argsort(-1), -1)
 
 
-class EpisodeDataset(Dataset[Episode]):
+class TaskDataset(Dataset[Episode], ABC):
+    """Episodes of one split, any of them at any time; a kind of task adds `__getitems__`.
+
+    Args:
+        split: name of the split, a part of what an episode depends on.
+        episodes: the length reported to a ``DataLoader``; any index from 0 is an episode.
+        shots: support examples (per class) ``K``, at least 1.
+        query_shots: query examples (per class) ``Q``, at least 1.
+        seed: the data seed.
+    """
+
+    def __init__(self, split: str, episodes: int, *, shots: int, query_shots: int, seed: int):
+        self.split, self.episodes, self.seed = split, episodes, seed
+        self.shots, self.query_shots = shots, query_shots
+
+    def __len__(self) -> int:
+        return self.episodes
+
+    @abstractmethod
+    def __getitems__(self, indices: Sequence[int]) -> Episode:
+        """The episodes with these indices as one batch."""
+
+    def __getitem__(self, index: int) -> Episode:
+        return self.__getitems__([index])
+
+
+class EpisodeDataset(TaskDataset):
     """Episodes drawn from the images of one split; a whole meta-batch is one gather.
 
     Examples are ordered by label: ``K`` of label 0, then ``K`` of label 1, and so on, in the query set likewise.
@@ -102,11 +128,11 @@ class EpisodeDataset(Dataset[Episode]):
         seed: int = 0,
         rotations: bool = False,
     ):
+        super().__init__(split, episodes, shots=shots, query_shots=query_shots, seed=seed)
         images = images if images.ndim == 5 else images.unsqueeze(2)
         # turned once, not after each draw: four times the bytes, a third of the time
         self.images = torch.cat([images.rot90(turn, (-2, -1)) for turn in range(4)]) if rotations else images
-        self.split, self.episodes, self.seed = split, episodes, seed
-        self.ways, self.shots, self.query_shots = ways, shots, query_shots
+        self.ways = ways
         self.classes, self.drawings = self.images.shape[:2]
         if ways > self.classes:
             raise SettingError(
@@ -117,9 +143,6 @@ class EpisodeDataset(Dataset[Episode]):
                 f"data.shots + data.query_shots is {shots} + {query_shots}, but a class of the {split} split has "
                 f"{self.drawings} drawings; lower one of the two."
             )
-
-    def __len__(self) -> int:
-        return self.episodes
 
     def draw(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Which classes and drawings make up the episodes: ``[T, N]`` and ``[T, N, K + Q]``, support first.
@@ -140,9 +163,6 @@ class EpisodeDataset(Dataset[Episode]):
             labels = torch.arange(self.ways).repeat_interleave(part.shape[-1])
             tensors += [self._gather(classes, part), labels.repeat(len(indices), 1)]
         return Episode(*tensors)
-
-    def __getitem__(self, index: int) -> Episode:
-        return self.__getitems__([index])
 
     def _gather(self, classes: Tensor, drawings: Tensor) -> Tensor:
         rows = (classes[..., None] * self.drawings + drawings).flatten(1)
@@ -171,7 +191,7 @@ class EpisodeSampler(DistributedSampler[int]):
 
     def __init__(
         self,
-        dataset: EpisodeDataset,
+        dataset: TaskDataset,
         meta_batch_size: int,
         *,
         fixed: bool,
@@ -210,29 +230,31 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
-class EpisodicDataModule(LightningDataModule, ABC):
-    """Data loaders of episodes; a data set adds `load_split`.
+class TaskDataModule(LightningDataModule, ABC):
+    """Data loaders of episodes; a kind of task adds `make_dataset`.
 
     Args:
-        ways: classes per episode ``N``, at least 2.
-        shots: support examples per class ``K``, at least 1.
-        query_shots: query examples per class ``Q``, at least 1.
+        shots: support examples (per class) ``K``, at least 1.
+        query_shots: query examples (per class) ``Q``, at least 1.
         meta_batch_size: episodes per outer step ``T``, over all processes.
         train_episodes: episodes per epoch.
         val_episodes: the same episodes at every validation.
         test_episodes: the same episodes at every test.
         seed: seed of the episodes, any integer.
         num_workers: worker processes per data loader; 0 samples in the main process.
-        rotations: whether training adds each class turned by 90, 180 and 270 degrees as further classes.
+
+    Attributes:
+        score: what is logged of these tasks, ``accuracy`` or ``mse``; the best checkpoint is the best by it.
 
     Raises:
         SettingError: a number is too small.
     """
 
+    score: Literal["accuracy", "mse"] = "accuracy"
+
     def __init__(
         self,
         *,
-        ways: int,
         shots: int,
         query_shots: int,
         meta_batch_size: int,
@@ -241,10 +263,8 @@ class EpisodicDataModule(LightningDataModule, ABC):
         test_episodes: int,
         seed: int,
         num_workers: int,
-        rotations: bool,
     ):
         super().__init__()
-        at_least("ways", ways, 2)
         at_least("shots", shots, 1)
         at_least("query_shots", query_shots, 1)
         at_least("meta_batch_size", meta_batch_size, 1)
@@ -253,19 +273,14 @@ class EpisodicDataModule(LightningDataModule, ABC):
         at_least("test_episodes", test_episodes, 1)
         at_least("num_workers", num_workers, 0)
         whole_meta_batches(train_episodes, meta_batch_size)
-        self.ways, self.shots, self.query_shots = ways, shots, query_shots
-        self.meta_batch_size, self.seed, self.num_workers, self.rotations = (
-            meta_batch_size,
-            seed,
-            num_workers,
-            rotations,
-        )
+        self.shots, self.query_shots = shots, query_shots
+        self.meta_batch_size, self.seed, self.num_workers = meta_batch_size, seed, num_workers
         self.episodes: dict[Split, int] = {"train": train_episodes, "val": val_episodes, "test": test_episodes}
-        self.datasets: dict[Split, EpisodeDataset] = {}
+        self.datasets: dict[Split, TaskDataset] = {}
 
     @abstractmethod
-    def load_split(self, split: Split) -> Tensor:
-        """The images of a split: ``[classes, drawings, (C,) H, W]``, uint8, ink = 255."""
+    def make_dataset(self, split: Split) -> TaskDataset:
+        """The episodes of a split."""
 
     def prepare_data(self) -> None:
         """Draw up the datasets before Lightning writes anything: a refused setting leaves nothing behind."""
@@ -299,18 +314,9 @@ class EpisodicDataModule(LightningDataModule, ABC):
         """Meta-batches of the fixed test episodes."""
         return self._loader("test")
 
-    def _dataset(self, split: Split) -> EpisodeDataset:
+    def _dataset(self, split: Split) -> TaskDataset:
         if split not in self.datasets:
-            self.datasets[split] = EpisodeDataset(
-                self.load_split(split),
-                split,
-                self.episodes[split],
-                ways=self.ways,
-                shots=self.shots,
-                query_shots=self.query_shots,
-                seed=self.seed,
-                rotations=self.rotations and split == "train",
-            )
+            self.datasets[split] = self.make_dataset(split)
         return self.datasets[split]
 
     def _loader(self, split: Split) -> DataLoader[Episode]:
@@ -324,6 +330,41 @@ class EpisodicDataModule(LightningDataModule, ABC):
             collate_fn=_identity,  # __getitems__ returns the batch as it is
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+        )
+
+
+class EpisodicDataModule(TaskDataModule):
+    """Data loaders of episodes of images; a data set adds `load_split`.
+
+    Args:
+        ways: classes per episode ``N``, at least 2.
+        rotations: whether training adds each class turned by 90, 180 and 270 degrees as further classes.
+        settings: those of `TaskDataModule`.
+
+    Raises:
+        SettingError: a number is too small.
+    """
+
+    def __init__(self, *, ways: int, rotations: bool, **settings: int):
+        super().__init__(**settings)
+        at_least("ways", ways, 2)
+        self.ways, self.rotations = ways, rotations
+
+    @abstractmethod
+    def load_split(self, split: Split) -> Tensor:
+        """The images of a split: ``[classes, drawings, (C,) H, W]``, uint8, ink = 255."""
+
+    def make_dataset(self, split: Split) -> EpisodeDataset:
+        """Episodes of the split's images."""
+        return EpisodeDataset(
+            self.load_split(split),
+            split,
+            self.episodes[split],
+            ways=self.ways,
+            shots=self.shots,
+            query_shots=self.query_shots,
+            seed=self.seed,
+            rotations=self.rotations and split == "train",
         )
 
 
