@@ -298,15 +298,25 @@ class MAML(LightningModule):
         return episode
 
     def _check_fit(self, episode: Episode) -> None:
-        inputs, targets = episode.support_inputs[0], episode.support_targets[0]
+        pretraining = episode.support_targets.numel() == 0
+        if pretraining and self.inner_steps:
+            raise SettingError(
+                f"model.inner_steps is {self.inner_steps}, but the training episodes have no support set to adapt to "
+                "(data.pretraining); set it to 0."
+            )
+        inputs, targets = (part[0] for part in (episode[2:] if pretraining else episode[:2]))
+        modes = {layer: layer.training for layer in self.net.modules()}
         try:
             with torch.no_grad():
-                outputs = self.net(inputs)
+                outputs = self.net.train(pretraining)(inputs)
         except RuntimeError as error:
             raise SettingError(
                 f"model.net does not take the episodes' inputs, {list(inputs.shape)} ({str(error).splitlines()[0]}); "
                 "give a network for them, such as maml_lightning.ConvNet for images, maml_lightning.MLP for vectors."
             ) from error
+        finally:
+            for layer, training in modes.items():
+                layer.training = training
         if targets.is_floating_point():
             if self._loss is F.cross_entropy:
                 raise SettingError(
@@ -320,10 +330,12 @@ class MAML(LightningModule):
                 )
             return
         data = getattr(self._trainer, "datamodule", None)
-        ways = getattr(data, "ways", None) or int(targets.max()) + 1
-        if (size := outputs.shape[-1]) != ways:
+        classes = getattr(data, "pretraining_classes" if pretraining else "ways", None) or int(targets.max()) + 1
+        if (size := outputs.shape[-1]) != classes:
+            where = " in training (ConvNet: pretraining_classes)" if pretraining else ""
             raise SettingError(
-                f"model.net has {size} outputs, but the episodes have {ways} classes; give it {ways} outputs."
+                f"model.net has {size} outputs, but the episodes have {classes} classes; give it {classes} "
+                f"outputs{where}."
             )
 
     def _trajectory(self, episode: Episode) -> list[Tensor]:

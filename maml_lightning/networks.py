@@ -20,6 +20,8 @@ class ConvNet(nn.Module):
         hidden_channels: filters of each convolution, 1 or more.
         blocks: how many blocks, 1 or more; each halves the image.
         pooling: halve by 2x2 max-pooling after each block instead of by a stride of 2 in its convolution.
+        pretraining_classes: above 0, the network classifies among so many classes while it trains, with a head of its
+            own, and its other head begins at zero (the baseline of ordinary pre-training, ``data.pretraining``).
 
     Example:
         >>> ConvNet(out_features=5)(torch.rand(10, 1, 28, 28)).shape
@@ -33,6 +35,7 @@ class ConvNet(nn.Module):
         hidden_channels: int = 64,
         blocks: int = 4,
         pooling: bool = False,
+        pretraining_classes: int = 0,
     ) -> None:
         super().__init__()
         for name, value in {
@@ -56,11 +59,16 @@ class ConvNet(nn.Module):
             if pooling:
                 layers.append(nn.MaxPool2d(2))
         self.body = nn.Sequential(*layers)
+        self.pretraining_head = nn.Linear(hidden_channels, pretraining_classes) if pretraining_classes else None
         self.head = nn.Linear(hidden_channels, out_features)
+        if pretraining_classes:
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, out_features]`` of images ``[B, C, H, W]``."""
-        return self.head(self.body(images).mean((2, 3)))
+        features = self.body(images).mean((2, 3))
+        return self.pretraining_head(features) if self.training and self.pretraining_head else self.head(features)
 
 
 class MLP(nn.Module):

@@ -9,7 +9,7 @@ matter, and any episode can be drawn at any time.
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -111,6 +111,8 @@ class EpisodeDataset(TaskDataset):
         query_shots: query examples per class ``Q``, at least 1.
         seed: the data seed.
         rotations: whether each class turned by 90, 180 and 270 degrees counts as a class of its own (square images).
+        pretraining: give the examples of a batch of episodes as one query set without a support set, labelled with
+            their classes among all of the split's.
 
     Raises:
         SettingError: the split has too few classes, or too few drawings per class.
@@ -127,12 +129,13 @@ class EpisodeDataset(TaskDataset):
         query_shots: int = 1,
         seed: int = 0,
         rotations: bool = False,
+        pretraining: bool = False,
     ):
         super().__init__(split, episodes, shots=shots, query_shots=query_shots, seed=seed)
         images = images if images.ndim == 5 else images.unsqueeze(2)
         # turned once, not after each draw: four times the bytes, a third of the time
         self.images = torch.cat([images.rot90(turn, (-2, -1)) for turn in range(4)]) if rotations else images
-        self.ways = ways
+        self.ways, self.pretraining = ways, pretraining
         self.classes, self.drawings = self.images.shape[:2]
         if ways > self.classes:
             raise SettingError(
@@ -158,6 +161,10 @@ class EpisodeDataset(TaskDataset):
     def __getitems__(self, indices: Sequence[int]) -> Episode:
         """The episodes with these indices as one batch: inputs float in [0, 1], targets int64."""
         classes, drawings = self.draw(indices)
+        if self.pretraining:
+            inputs = self._gather(classes, drawings).flatten(0, 1)[None]
+            targets = classes.flatten().repeat_interleave(drawings.shape[-1])[None]
+            return Episode(inputs[:, :0], targets[:, :0], inputs, targets)
         tensors: list[Tensor] = []
         for part in (drawings[..., : self.shots], drawings[..., self.shots :]):
             labels = torch.arange(self.ways).repeat_interleave(part.shape[-1])
@@ -339,16 +346,22 @@ class EpisodicDataModule(TaskDataModule):
     Args:
         ways: classes per episode ``N``, at least 2.
         rotations: whether training adds each class turned by 90, 180 and 270 degrees as further classes.
+        pretraining: whether training pools the examples of a meta-batch's episodes, labelled among all its classes.
         settings: those of `TaskDataModule`.
 
     Raises:
         SettingError: a number is too small.
     """
 
-    def __init__(self, *, ways: int, rotations: bool, **settings: int):
+    def __init__(self, *, ways: int, rotations: bool, pretraining: bool, **settings: int):
         super().__init__(**settings)
         at_least("ways", ways, 2)
-        self.ways, self.rotations = ways, rotations
+        self.ways, self.rotations, self.pretraining = ways, rotations, pretraining
+
+    @property
+    def pretraining_classes(self) -> int:
+        """How many classes a network is pre-trained on, the turned ones counted."""
+        return cast(EpisodeDataset, self._dataset("train")).classes
 
     @abstractmethod
     def load_split(self, split: Split) -> Tensor:
@@ -365,6 +378,7 @@ class EpisodicDataModule(TaskDataModule):
             query_shots=self.query_shots,
             seed=self.seed,
             rotations=self.rotations and split == "train",
+            pretraining=self.pretraining and split == "train",
         )
 
 

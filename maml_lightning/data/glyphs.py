@@ -171,6 +171,8 @@ class GlyphsDataModule(EpisodicDataModule):
         test_classes: characters to test on, at least 2, others again.
         drawings: drawings of each character, at least ``shots + query_shots``.
         rotations: whether training adds each character turned by 90, 180 and 270 degrees as further classes.
+        pretraining: train on all training classes at once, the examples of a meta-batch pooled, for a network
+            with so many outputs in training and ``inner_steps`` 0 (ordinary pre-training, the baseline).
         ways: classes per episode ``N``, at least 2.
         shots: support examples per class ``K``, at least 1.
         query_shots: query examples per class ``Q``, at least 1.
@@ -192,6 +194,7 @@ class GlyphsDataModule(EpisodicDataModule):
         test_classes: int = 400,
         drawings: int = 20,
         rotations: bool = False,
+        pretraining: bool = False,
         ways: int = 5,
         shots: int = 1,
         query_shots: int = 1,
@@ -213,6 +216,7 @@ class GlyphsDataModule(EpisodicDataModule):
             seed=seed,
             num_workers=num_workers,
             rotations=rotations,
+            pretraining=pretraining,
         )
         at_least("train_classes", train_classes, 2)
         at_least("val_classes", val_classes, 2)

@@ -214,6 +214,8 @@ class OmniglotDataModule(EpisodicDataModule):
         download: fetch the images if they are missing (16 MB).
         split: ``finn`` mixes all alphabets (1100/100/423 characters), ``lake`` tests on alphabets never trained on.
         rotations: whether training adds each character turned by 90, 180 and 270 degrees as further classes.
+        pretraining: train on all training classes at once, the examples of a meta-batch pooled, for a network
+            with so many outputs in training and ``inner_steps`` 0 (ordinary pre-training, the baseline).
         ways: classes per episode ``N``, at least 2.
         shots: support examples per class ``K``, at least 1; ``shots + query_shots`` at most 20.
         query_shots: query examples per class ``Q``, at least 1.
@@ -234,6 +236,7 @@ class OmniglotDataModule(EpisodicDataModule):
         download: bool = False,
         split: Literal["finn", "lake"] = "finn",
         rotations: bool = True,
+        pretraining: bool = False,
         ways: int = 5,
         shots: int = 1,
         query_shots: int = 1,
@@ -255,6 +258,7 @@ class OmniglotDataModule(EpisodicDataModule):
             seed=seed,
             num_workers=num_workers,
             rotations=rotations,
+            pretraining=pretraining,
         )
         if split not in ("finn", "lake"):
             raise SettingError(f"data.split must be finn or lake (got {split}).")
