@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.func import vjp, vmap
+from torch.func import functionalize, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -36,11 +36,17 @@ def _restride(tensor: Tensor, like: Tensor) -> Tensor:
 
 def _trace(function: Callable[..., list], leaves: list[Tensor], compiled: bool) -> fx.GraphModule:
     # detach() makes every input an object of its own: make_fx would take two uses of one tensor for one input.
-    with torch.no_grad():
-        graph = make_fx(function, COMPILED if compiled else None, tracing_mode="fake")(
-            *(leaf.detach() for leaf in leaves)
-        )
-    graph.graph.eliminate_dead_code()
+    def traced(function: Callable[..., list]) -> fx.GraphModule:
+        with torch.no_grad():
+            graph = make_fx(function, COMPILED if compiled else None, tracing_mode="fake")(
+                *(leaf.detach() for leaf in leaves)
+            )
+        graph.graph.eliminate_dead_code()
+        return graph
+
+    graph = traced(function)
+    if any(_is_mutable(node) for node in graph.graph.nodes):  # such as the second derivative of mse_loss
+        graph = traced(functionalize(function, remove="mutations"))
     if not any(_is_mutable(node) for node in graph.graph.nodes):
         _share(graph.graph)
         _gather_sums(graph.graph)
