@@ -39,7 +39,7 @@ def test_the_second_derivative_of_mse_loss_is_traced(caplog):
     outputs, pullback = tracer.vjp(slope, (0,), x)
     assert torch.allclose(outputs, 2 * x**5)  # the mean of p^6 over 3
     assert torch.allclose(pullback(torch.ones_like(x)), 10 * x**4)
-    assert not caplog.records
+    assert "untraced" not in caplog.text
 
 
 def test_sums_of_products_are_gathered():

@@ -1,0 +1,58 @@
+"""Every config runs, shrunk to seconds."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from cli import main
+from tests.command_line import ROOT, words
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+VARIANTS = sorted((ROOT / "configs" / "variants").glob("*.yaml"))
+SHORT = {
+    "data.meta_batch_size": 4,
+    "data.train_episodes": 8,
+    "data.val_episodes": 4,
+    "model.tasks_per_chunk": "null",
+    "trainer.max_epochs": 1,
+    "trainer.accelerator": "cpu",
+    "trainer.enable_progress_bar": "false",
+    "trainer.log_every_n_steps": 1,
+}
+SMALL = {"model.net.hidden_channels": 4, "model.net.blocks": 2}
+GLYPHS = {"data.train_classes": 8, "data.val_classes": 8}
+
+pytestmark = pytest.mark.usefixtures("folder")
+
+
+def fit(*configs, **flags):
+    cli = main(["fit", *(f"--config={config}" for config in configs), *words(**flags)])
+    assert cli.trainer.global_step == 2
+    run = Path(cli.trainer.log_dir)
+    assert (run / "checkpoints" / "best.ckpt").is_file()
+    return cli
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_configs_run(config, request):
+    sinusoids = config.stem.startswith("sinusoids")
+    flags = {} if sinusoids else SMALL
+    if config.stem.startswith("omniglot"):
+        flags = {**flags, "data.root": request.getfixturevalue("omniglot_root")}
+    elif not sinusoids:
+        flags = {**flags, **GLYPHS}
+    fit(config, **SHORT, **flags)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda path: path.stem)
+def test_variants_run_over_any_config(variant):
+    flags = {"model.net.pretraining_classes": 8} if variant.stem == "pretrained" else {}
+    cli = fit(ROOT / "configs" / "glyphs_5way_1shot.yaml", variant, **SHORT, **SMALL, **GLYPHS, **flags)
+    asked = yaml.safe_load(variant.read_text())["model"]
+    for name, value in asked.items():
+        if name != "net":
+            assert cli.model.hparams[name] == value
+    if variant.stem == "maml_plus_plus":
+        assert isinstance(cli.model.lr_schedulers(), torch.optim.lr_scheduler.CosineAnnealingLR)
