@@ -14,6 +14,12 @@ torch.set_num_threads(1)  # the networks are tiny here: more threads only wait f
 ARCHIVES = Path(__file__).parents[2] / "shared" / "data" / "omniglot-py"
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """The same networks whichever tests ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def omniglot_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ROOT with the whole Omniglot tree, unzipped once; skips where the archives are not at hand."""

@@ -1,6 +1,7 @@
 """Every member of the family, as a user sets it, against plain autograd task by task in float64."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -93,10 +94,15 @@ def test_gradients_are_exact(name):
     assert_exact(convolutional(), *{**VARIANTS, **NORMALISED}[name], tasks_per_chunk=None)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+def own():
+    return nn.Sequential(
+        Scaled(), nn.Conv2d(1, 3, 3, stride=3), nn.LayerNorm([3, 3, 3]), nn.Flatten(), nn.Linear(27, 3)
+    )
+
+
+@pytest.mark.parametrize("name", {**VARIANTS, **NORMALISED})
 def test_own_networks_need_no_edits(name):
-    own = nn.Sequential(Scaled(), nn.Conv2d(1, 3, 3, stride=3), nn.LayerNorm([3, 3, 3]), nn.Flatten(), nn.Linear(27, 3))
-    assert_exact(own, *VARIANTS[name], tasks_per_chunk=1, flat_memory=True)
+    assert_exact(own(), *{**VARIANTS, **NORMALISED}[name], tasks_per_chunk=1, flat_memory=True)
 
 
 class Scaled(nn.Module):
@@ -112,6 +118,12 @@ class Scaled(nn.Module):
 
 def test_a_network_that_cannot_be_traced_learns_its_rates():
     assert_exact(Branching(), {"learn_inner_lr": "weight"}, {})
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a C++ compiler")
+def test_compiled_gradients_are_exact():
+    settings = {"learn_inner_lr": "step", "adapted_parameters": "body"}
+    assert_exact(MLP(100, 3, (5,)), settings, {}, compile=True, tasks_per_chunk=None)
 
 
 def test_rates_do_not_matter_to_what_is_not_adapted():
@@ -183,8 +195,9 @@ def test_reptile_moves_to_the_adapted_weights():
     assert net.weight.grad.item() == pytest.approx(0.5 - theta, rel=1e-12)
 
 
-def test_reptile_direction_is_the_mean_over_tasks():
-    net, episode = perturbed(convolutional()), images()
+@pytest.mark.parametrize("make", [convolutional, own])
+def test_reptile_direction_is_the_mean_over_tasks(make):
+    net, episode = perturbed(make()), images()
     maml = MAML(net=net, algorithm="reptile", inner_lr=LR, inner_steps=2, tasks_per_chunk=3)
     maml.training_step(episode, 0).backward()
     moves = []
@@ -223,11 +236,32 @@ def test_implicit_gradient_is_the_exact_linear_solve():
     assert torch.allclose(net.weight.grad[0], expected, rtol=1e-8)
 
 
+def test_implicit_gradient_of_an_own_network_is_the_solve_with_its_hessian():
+    net, episode, mu = perturbed(own()), images(tasks=2), 5.0
+    maml = MAML(net=net, algorithm="imaml", inner_lr=0.1, inner_steps=3, proximal=mu, implicit_iterations=150)
+    maml.training_step(episode, 0).backward()
+    names, shapes = zip(*((name, value.shape) for name, value in net.named_parameters()), strict=True)
+    expected = 0
+    for x, y, query_x, query_y in zip(*episode, strict=True):
+
+        def loss(flat, x, y):
+            parts = flat.split([shape.numel() for shape in shapes])
+            params = {name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
+            return F.cross_entropy(torch.func.functional_call(net, params, (x,)), y)
+
+        at = torch.cat([value.detach().flatten() for value in maml.adapt(x, y).parameters()])
+        hessian = torch.autograd.functional.hessian(lambda flat, x=x, y=y: loss(flat, x, y), at)
+        slope = torch.autograd.functional.jacobian(lambda flat, x=query_x, y=query_y: loss(flat, x, y), at)
+        expected = expected + torch.linalg.solve(torch.eye(len(at)).double() + hessian / mu, slope) / 2
+    found = torch.cat([value.grad.flatten() for value in net.parameters()])
+    assert (found - expected).norm() / expected.norm() < 1e-8
+
+
 @pytest.mark.parametrize("which", ["all", "head"])
 def test_implicit_gradient_is_the_limit_of_many_proximal_steps(which):
     net = perturbed(MLP(100, 3, (5,)))
     net.body[2] = nn.Tanh()  # smooth, so that the steps converge
-    untouched, episode, steps, mu = copy.deepcopy(net), images(tasks=2), 600, 3.0
+    untouched, episode, steps, mu = copy.deepcopy(net), images(tasks=2), 800, 3.0
     settings = {"algorithm": "imaml", "proximal": mu, "implicit_iterations": 60, "adapted_parameters": which}
     maml = MAML(net=net, inner_lr=0.02, inner_steps=steps, **settings)
     maml.training_step(episode, 0).backward()
