@@ -3,6 +3,7 @@
 Draws validation accuracy (regression: mean squared error) against meta-steps and prints a table, a row for each run.
 """
 
+import inspect
 import json
 import statistics
 import sys
@@ -18,11 +19,22 @@ from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from maml_lightning.errors import SettingError
+from maml_lightning.module import MAML
 
 # Okabe and Ito's colours, distinct to colour-blind eyes; line styles tell apart what has the same colour.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 STYLES = ["-", "--", ":", "-."]
 UNKNOWN = "\N{EN DASH}"
+VARIATIONS = [
+    "adapted_parameters",
+    "learn_inner_lr",
+    "multi_step_epochs",
+    "first_order_epochs",
+    "per_step_normalization",
+    "inner_optimizer",
+    "inner_weight_decay",
+    "inner_clip_norm",
+]  # settings that a label names where they are not the default
 DPI = 150  # 1200 pixels: sharp at the width of a README
 
 Curve = list[tuple[int, float]]
@@ -279,13 +291,19 @@ def _task(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _algorithm(config: dict[str, Any]) -> str:
-    """Such as ``FOMAML, 5 inner steps``; empty where the settings do not tell."""
+    """Such as ``MAML, 5 inner steps, adapted_parameters head``; empty where the settings do not tell."""
     model = config.get("model") or {}
     if "inner_steps" not in model:
         return ""
     steps = model["inner_steps"]
-    name = "FOMAML" if model.get("first_order") else "MAML"
-    return f"{name}, {steps} inner step{'' if steps == 1 else 's'}" if steps else "without MAML"
+    pretraining = ((config.get("data") or {}).get("init_args") or {}).get("pretraining")
+    if not steps:
+        return "pre-training" if pretraining else "without MAML"
+    name = {"imaml": "iMAML", "reptile": "Reptile"}.get(model.get("algorithm", ""), "MAML")
+    name = f"FO{name}" if model.get("first_order") else name
+    defaults = {name: setting.default for name, setting in inspect.signature(MAML).parameters.items()}
+    changed = [f"{key} {model[key]}" for key in VARIATIONS if model.get(key, defaults[key]) != defaults[key]]
+    return ", ".join([name, f"{steps} inner step{'' if steps == 1 else 's'}", *changed])
 
 
 def _score(metric: str, value: float) -> str:

@@ -221,3 +221,24 @@ def test_real_runs_through_the_command(folder):
     failed = subprocess.run([*command, "no"], capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert failed.returncode == 1
     assert failed.stderr == "error: run no is not a folder; give a run folder such as lightning_logs/version_0.\n"
+
+
+def test_labels_tell_the_variants_apart(logs):
+    variants = {
+        "MAML, 3 inner steps, adapted_parameters head, learn_inner_lr weight": {
+            "inner_steps": 3,
+            "adapted_parameters": "head",
+            "learn_inner_lr": "weight",
+            "inner_optimizer": "sgd",
+        },
+        "iMAML, 2 inner steps": {"inner_steps": 2, "algorithm": "imaml"},
+        "Reptile, 1 inner step, inner_optimizer adam": {
+            "inner_steps": 1,
+            "algorithm": "reptile",
+            "inner_optimizer": "adam",
+        },
+    }
+    folders = [str(write_run(logs / f"v{i}", ACCURACY, settings)) for i, settings in enumerate(variants.values())]
+    pooled = {"data": {"class_path": "GlyphsDataModule", "init_args": {"ways": 5, "pretraining": True}}}
+    folders.append(str(write_run(logs / "pooled", ACCURACY, {"inner_steps": 0}, **pooled)))
+    assert [name for name, _ in labelled(folders)] == [*variants, "pre-training"]
