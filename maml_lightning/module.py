@@ -273,7 +273,8 @@ class MAML(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another network, naming the tensors that differ."""
-        self._inner_loop.chosen = dict(checkpoint.get("tasks_per_chunk") or {})
+        chosen = checkpoint.get("tasks_per_chunk")
+        self._inner_loop.chosen = dict(chosen) if isinstance(chosen, dict) else {}
         ours = {name: tuple(value.shape) for name, value in self.state_dict().items()}
         theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
         if ours != theirs:
