@@ -73,8 +73,13 @@ class MAMLCommandLine(LightningCLI):
         """Off: Lightning would put the checkpoint's settings over flags given by hand (see parse_arguments)."""
 
     def before_instantiate_classes(self) -> None:
-        """Without a monitor by hand, ``best.ckpt`` is the best by the data's own score."""
+        """Fill in what follows from other settings: the monitor from the data, a scheduler's optimizer from the model.
+
+        ``best.ckpt`` is the best by the data's own score; LightningCLI would ignore a scheduler without an optimizer.
+        """
         config = self.config[self.subcommand]
+        if config.get("lr_scheduler") and not config.get("optimizer"):
+            config.optimizer = Namespace(class_path="torch.optim.Adam", init_args=Namespace(lr=config.model.outer_lr))
         if config.checkpoint.monitor is None:
             score = getattr(locate(config.data.class_path), "score", "accuracy")
             config.checkpoint.monitor = f"val/{score}"

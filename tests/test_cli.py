@@ -206,3 +206,10 @@ def test_half_a_tree_and_a_truncated_picture(folder, omniglot_root):
     with pytest.raises(SettingError, match=r"images_background|Alphabet_of_the_Magi"):
         main(omniglot(folder / "half"))
     assert not (folder / "lightning_logs").exists()
+
+
+def test_a_scheduler_anneals_the_outer_rate(folder):
+    scheduler = {"lr_scheduler": "CosineAnnealingLR", "lr_scheduler.T_max": 2, "model.outer_lr": 0.01}
+    cli = main(words("fit", **TINY, **scheduler))
+    assert isinstance(cli.trainer.optimizers[0], torch.optim.Adam)
+    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.005)  # half a cosine's way after 1 of 2
