@@ -22,6 +22,7 @@ wrong second derivative (functorch #534).
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -104,9 +105,8 @@ class InnerLoop:
         self.flat = flat_memory is True
         self.optimizer = optimizer or sgd()
         self._trace = Tracer(compile, lambda: tuple(layer.training for layer in net.modules()))
-        keep_freed_memory()
-
         self.proximal = proximal
+        keep_freed_memory()
 
         def call(fast: Parameters, held: Parameters, buffers: Parameters, x: Tensor) -> Tensor:
             with TaskKernels():
@@ -183,7 +183,7 @@ class InnerLoop:
 
         def solve(chunk: Episode, total: MetaGradient) -> tuple[Tensor, Tensor]:
             support, held = (chunk.support_inputs, chunk.support_targets), start.held[-1]
-            fast = self._descend(start, support)[-1]
+            fast = deque(self._descend(start, support), maxlen=1).pop()
             query = (chunk.query_inputs, chunk.query_targets)
             (slope, direct), loss, outputs = self._trace(
                 self._judge, (0, None, None, 0, 0), fast, held, self._buffers(), *query
@@ -215,7 +215,7 @@ class InnerLoop:
 
         def move(chunk: Episode, total: MetaGradient) -> tuple[Tensor, Tensor]:
             x, y = (torch.cat(parts, 1) for parts in (chunk[::2], chunk[1::2]))
-            fast = self._descend(start, (x, y))[-1]
+            fast = deque(self._descend(start, (x, y)), maxlen=1).pop()
             _add(total.gradient, {name: value - fast[name] for name, value in start.fast.items()}, steps)
             in_dims = (0, None, None, 0)
             outputs = self._trace(self._call, in_dims, fast, start.held[-1], self._buffers(), chunk.query_inputs)
@@ -236,14 +236,13 @@ class InnerLoop:
         with torch.inference_mode(False), torch.no_grad():
             start = self._start(params, rates, steps)
             chunks = []
-            for chunk in self._chunks(Episode(*map(_usable, episode)), self._size("exact")):
-                states = self._descend(start, (chunk.support_inputs, chunk.support_targets))
+            size = min(self.chosen.values(), default=None) if self.tasks_per_chunk == "auto" else self.tasks_per_chunk
+            for chunk in self._chunks(Episode(*map(_usable, episode)), size):
+                path = self._descend(start, (chunk.support_inputs, chunk.support_targets))
                 chunks.append(
                     [
-                        self._trace(
-                            self._call, (_over(k), None, None, 0), fast, held, self._buffers(), chunk.query_inputs
-                        )
-                        for k, (fast, held) in enumerate(zip(states, start.held, strict=True))
+                        self._trace(self._call, (_over(k), None, None, 0), fast, held, self._buffers(), chunk[2])
+                        for k, (fast, held) in enumerate(zip(path, start.held, strict=True))
                     ]
                 )
             return [torch.cat(outputs) for outputs in zip(*chunks, strict=True)]
@@ -281,15 +280,14 @@ class InnerLoop:
             any(rate.requires_grad for rate in rates.values()),
         )
 
-    def _descend(self, start: "_Start", support: tuple[Tensor, Tensor]) -> list[Parameters]:
-        """``theta_0 … theta_S``, without what a gradient needs."""
+    def _descend(self, start: "_Start", support: tuple[Tensor, Tensor]) -> Iterator[Parameters]:
+        """``theta_0 … theta_S`` one by one, without what a gradient needs."""
         state = (start.fast, self.optimizer.init(start.fast))
-        states = [start.fast]
+        yield start.fast
         for k, fixed in enumerate(start.fixed(self.proximal)):
             in_dims = ((_over(k), None), None, None, 0, 0)
             state = self._trace(self._step[2], in_dims, (state, {}), fixed, self._buffers(), *support)
-            states.append(state[0])
-        return states
+            yield state[0]
 
     def _sweep(
         self, start: "_Start", chunk: Episode, total: MetaGradient, first_order: bool, weights: Sequence[float]
@@ -297,19 +295,15 @@ class InnerLoop:
         """Add one chunk's gradients to ``total``; its losses ``[T]`` and predictions."""
         support, buffers = (chunk.support_inputs, chunk.support_targets), self._buffers()
         step, steps = self._step[1 if first_order else 2], len(start.rates)
-        wants = {
-            name
-            for name, wanted in (
-                ("held", not first_order and bool(start.held[0])),
-                ("rates", start.learnt),
-                ("anchor", bool(self.proximal)),
-            )
-            if wanted
+        choice = {
+            "held": not first_order and bool(start.held[0]),
+            "rates": start.learnt,
+            "anchor": bool(self.proximal),
         }
         state: Any = (start.fast, self.optimizer.init(start.fast))
         trail, pullbacks = [state[0]], []
         for k, given in enumerate(start.fixed(self.proximal)):
-            wanted = {name: given.pop(name) for name in wants}
+            wanted = {name: given.pop(name) for name, wants in choice.items() if wants}
             in_dims = ((_over(k), None), None, None, 0, 0)
             again = self.flat and not first_order and k < steps - 1
             state, pullback = self._trace.vjp(step, in_dims, (state, wanted), given, buffers, *support, recompute=again)
@@ -367,10 +361,7 @@ class InnerLoop:
             # Dropout draws in the trials; the run's own draws stay what they are without them.
             with torch.random.fork_rng([device] if (device := episode.support_inputs.device).type == "cuda" else []):
                 self.chosen[what] = self._fastest(lambda size: over(size, only_one=True), episode, steps)
-        return over(self._size(what))
-
-    def _size(self, what: str) -> int | None:
-        return self.chosen.get(what) if self.tasks_per_chunk == "auto" else self.tasks_per_chunk
+        return over(self.chosen[what] if self.tasks_per_chunk == "auto" else self.tasks_per_chunk)
 
     def _chunks(self, episode: Episode, size: int | None) -> Iterator[Episode]:
         size = size or episode.tasks
