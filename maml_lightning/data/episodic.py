@@ -353,7 +353,7 @@ class EpisodicDataModule(TaskDataModule):
         SettingError: a number is too small.
     """
 
-    def __init__(self, *, ways: int, rotations: bool, pretraining: bool, **settings: int):
+    def __init__(self, *, ways: int, rotations: bool, pretraining: bool = False, **settings: int):
         super().__init__(**settings)
         at_least("ways", ways, 2)
         self.ways, self.rotations, self.pretraining = ways, rotations, pretraining
