@@ -35,6 +35,16 @@ SINUSOIDS = {
     "model.loss": "torch.nn.functional.mse_loss",
     "model.inner_lr": 0.01,
 }
+# The least that every data module of episodes takes.
+LEAST = {
+    "shots": 1,
+    "query_shots": 1,
+    "meta_batch_size": 1,
+    "train_episodes": 1,
+    "val_episodes": 1,
+    "test_episodes": 1,
+    "num_workers": 0,
+}
 DATA = {key: value for key, value in TINY.items() if not key.startswith("model.")}
 
 

@@ -33,12 +33,11 @@ def family(maml: nn.Module, net: nn.Module, episode: Episode, loss, steps: int, 
     adapted, names = settings["adapted"], list(dict(net.named_parameters()))
     rates, by_step = "adaptation.learnt.", "adaptation.by_step."
 
-    def given(fast, k):
-        held = {name: leaves[by_step + name.replace(".", "/")][k] for name in names if name not in fast_names(fast)}
-        return {**fast, **held}
+    held = {name: by_step + name.replace(".", "/") for name in names}
+    held = {name: key for name, key in held.items() if key in leaves}
 
-    def fast_names(fast):
-        return [name for name in fast if by_step + name.replace(".", "/") not in leaves]
+    def given(fast, k):
+        return {**fast, **{name: leaves[key][k] for name, key in held.items()}}
 
     def rate(name, k):
         key = next((key for key in (rates + name.replace(".", "/"), rates + "all") if key in leaves), None)
@@ -46,7 +45,7 @@ def family(maml: nn.Module, net: nn.Module, episode: Episode, loss, steps: int, 
 
     total = torch.zeros((), dtype=torch.float64)
     for x, y, query_x, query_y in zip(*episode, strict=True):
-        fast = {name: leaves[f"net.{name}"] for name in names if by_step + name.replace(".", "/") not in leaves}
+        fast = {name: leaves[f"net.{name}"] for name in names if name not in held}
         buffer = dict.fromkeys(adapted, 0.0)
         square = dict.fromkeys(adapted, 0.0)
         for k in range(steps + 1):

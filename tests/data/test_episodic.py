@@ -14,6 +14,7 @@ from torch.utils.data import DistributedSampler
 from maml_lightning.data import episodic
 from maml_lightning.data.episodic import EpisodeDataset, EpisodeSampler, EpisodicDataModule, choose, random_bits
 from maml_lightning.episodes import Episode
+from tests.command_line import LEAST
 
 CLASSES, DRAWINGS = 7, 6
 # a pixel's value tells class and drawing
@@ -206,19 +207,7 @@ def test_uneven_meta_batches_are_refused():
         EpisodeSampler(data, 4, fixed=False)
 
 
-@pytest.mark.parametrize(
-    ("setting", "least"),
-    [
-        ("ways", 2),
-        ("shots", 1),
-        ("query_shots", 1),
-        ("meta_batch_size", 1),
-        ("train_episodes", 1),
-        ("val_episodes", 1),
-        ("test_episodes", 1),
-        ("num_workers", 0),
-    ],
-)
+@pytest.mark.parametrize(("setting", "least"), [("ways", 2), *LEAST.items()])
 def test_small_numbers_are_refused(setting: str, least: int):
     with pytest.raises(ValueError, match=rf"data.{setting} must be at least {least} \(got {least - 1}\)"):
         Numbers(**{setting: least - 1})

@@ -16,7 +16,7 @@ from maml_lightning import SettingError
 from maml_lightning.data import SinusoidsDataModule
 from maml_lightning.data.sinusoids import SinusoidDataset
 from maml_lightning.episodes import Episode
-from tests.command_line import SINUSOIDS, words
+from tests.command_line import LEAST, SINUSOIDS, words
 
 
 def dataset(split: str = "train", **settings: Any) -> SinusoidDataset:
@@ -127,18 +127,7 @@ def test_defaults_are_the_papers():
     assert not hasattr(data, "ways")
 
 
-@pytest.mark.parametrize(
-    ("setting", "least"),
-    [
-        ("shots", 1),
-        ("query_shots", 1),
-        ("meta_batch_size", 1),
-        ("train_episodes", 1),
-        ("val_episodes", 1),
-        ("test_episodes", 1),
-        ("num_workers", 0),
-    ],
-)
+@pytest.mark.parametrize(("setting", "least"), LEAST.items())
 def test_small_numbers_are_refused(setting: str, least: int):
     with pytest.raises(ValueError, match=rf"data.{setting} must be at least {least} \(got {least - 1}\)"):
         module(**{setting: least - 1})
