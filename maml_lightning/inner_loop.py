@@ -309,6 +309,7 @@ class InnerLoop:
             state, pullback = self._trace.vjp(step, in_dims, (state, wanted), given, buffers, *support, recompute=again)
             trail.append(state[0])
             pullbacks.append(pullback)
+            del pullback  # the last step's would live as long as the sweep
             if k == 0 and self.flat_memory == "auto" and not self.flat:
                 device = chunk.support_inputs.device
                 self.flat = steps > 1 and self._trace.kept_bytes * steps > free_bytes(device) / 4

@@ -1,9 +1,12 @@
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from maml_lightning import MAML, MLP, ConvNet, Episode, InnerLoop, SettingError
 from tests.own_network import Branching
@@ -157,3 +160,27 @@ def test_memory_is_flat_where_asked_for_or_where_it_would_run_short(monkeypatch)
     short = loop.meta_gradient(parameters(net), episode, 0.4, 3)
     assert loop.flat
     assert relative_error(short.gradient, plenty.gradient) < 1e-12
+
+
+def live_peak(run):
+    """Most bytes of tensors that were alive at once, made by ``run``."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    changes = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in changes))
+
+
+def test_flat_memory_holds_one_step_and_the_fast_weights():
+    net, episode, tasks = ConvNet(out_features=3, hidden_channels=8, blocks=2), images(tasks=4), 4
+    episode = Episode(*(part.float() if part.is_floating_point() else part for part in episode))
+    fast_weights = 4 * tasks * sum(value.numel() for value in net.parameters())
+    peaks = {}
+    for flat_memory, steps in ((True, 2), (True, 12), (False, 12)):
+        loop = InnerLoop(net, F.cross_entropy, None, flat_memory)
+        loop.meta_gradient(parameters(net), episode, 0.1, steps)
+        peaks[flat_memory, steps] = live_peak(
+            lambda loop=loop, steps=steps: loop.meta_gradient(parameters(net), episode, 0.1, steps)
+        )
+    assert peaks[True, 12] - peaks[True, 2] == 10 * (fast_weights + torch.get_rng_state().nbytes)
+    assert peaks[True, 2] < peaks[False, 12] / 5  # two steps' worth would be a sixth; the last one's is freed in time
