@@ -1,22 +1,23 @@
 """The command line: ``python cli.py {fit,validate,test,predict} --config configs/NAME.yaml [flags]``."""
 
 import inspect
-import pickle
 import sys
 import warnings
-import zipfile
 from argparse import ArgumentParser
 from pathlib import Path
 from pydoc import locate
 from typing import Any, NoReturn
 
-import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 
-from maml_lightning import MAML, Cost, SettingError, TestReport
+from maml_lightning import MAML, Cost, LastCheckpoint, NonFiniteError, SettingError, TestReport
+from maml_lightning.checkpoints import last_checkpoint, read_checkpoint
+from maml_lightning.module import refuse_sharding
 
 
 class Parser(LightningArgumentParser):
@@ -39,18 +40,20 @@ class MAMLCommandLine(LightningCLI):
     """LightningCLI with its links and defaults: output size and best checkpoint follow the data."""
 
     checkpoint: dict[str, Any] | None = None
+    run_folder: Path | None = None  # of the run that ckpt_path last goes on with
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link ``ways`` and give the callbacks that every run has their flags."""
         parser.link_arguments("data.init_args.ways", "model.net.init_args.out_features")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.add_lightning_class_args(Cost, "cost")
         parser.add_lightning_class_args(TestReport, "test_report")
         parser.set_defaults(
             {
                 "checkpoint.monitor": None,
-                "checkpoint.save_last": True,
                 "checkpoint.filename": "best",
+                "checkpoint.save_on_train_epoch_end": False,  # it is best by validation, when that is there
                 "checkpoint.enable_version_counter": False,
                 "model.net": {"class_path": "maml_lightning.ConvNet"},
             }
@@ -61,13 +64,36 @@ class MAMLCommandLine(LightningCLI):
         super().parse_arguments(parser, args)
         subcommand = self.config.get("subcommand")
         path = subcommand and self.config[subcommand].get("ckpt_path")
-        if not path or path in ("best", "last", "hpc", "registry"):
+        if not path or path in ("best", "hpc", "registry"):
             return
+        if path == "last":
+            path = self._last(self.config[subcommand])
+            if path is None:
+                self.config[subcommand].ckpt_path = None
+                return
         self.checkpoint = read_checkpoint(Path(path))
         settings = self.checkpoint.get("hyper_parameters", {})
         known = {key: value for key, value in settings.items() if key in inspect.signature(MAML).parameters}
         self._subcommand_parsers[subcommand].set_defaults({f"model.{key}": value for key, value in known.items()})
         super().parse_arguments(parser, args)
+        self.config[subcommand].ckpt_path = str(path)
+
+    def _last(self, config: Namespace) -> Path | None:
+        """The checkpoint that ``ckpt_path last`` stands for; None starts anew.
+
+        Raises:
+            SettingError: there is none, and the command is not fit.
+        """
+        root = Path(config.trainer.default_root_dir or ".")
+        folder = Path(config.checkpoint.dirpath or root / "lightning_logs")
+        path = last_checkpoint(folder)
+        if path is None and self.config.subcommand != "fit":
+            raise SettingError(f"ckpt_path last: there is no checkpoint in {folder}; run fit first, or give a path.")
+        rank_zero_info(f"ckpt_path last: {path or f'no checkpoint in {folder}, starting anew'}")
+        if path and path.parent.name == "checkpoints":
+            self.run_folder = path.parent.parent
+            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty.*")  # it is this run's
+        return path
 
     def _parse_ckpt_path(self) -> None:
         """Off: Lightning would put the checkpoint's settings over flags given by hand (see parse_arguments)."""
@@ -75,9 +101,15 @@ class MAMLCommandLine(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Fill in what follows from other settings: the monitor from the data, a scheduler's optimizer from the model.
 
+        A period of the checkpoints is that of ``last.ckpt``: best.ckpt holds weights as they were validated.
+
         ``best.ckpt`` is the best by the data's own score; LightningCLI would ignore a scheduler without an optimizer.
         """
         config = self.config[self.subcommand]
+        refuse_sharding(str(getattr(config.trainer.strategy, "class_path", config.trainer.strategy)))
+        if config.checkpoint.every_n_train_steps:
+            config.last_checkpoint.every_n_train_steps = config.checkpoint.every_n_train_steps
+            config.checkpoint.every_n_train_steps = None
         if config.get("lr_scheduler") and not config.get("optimizer"):
             config.optimizer = Namespace(class_path="torch.optim.Adam", init_args=Namespace(lr=config.model.outer_lr))
         if config.checkpoint.monitor is None:
@@ -100,29 +132,14 @@ class MAMLCommandLine(LightningCLI):
         self.model.hparams.update(self.config_dump["model"])
         if self.checkpoint:
             self.model.on_load_checkpoint(self.checkpoint)
+            if self.run_folder and self.subcommand == "fit" and isinstance(self.trainer.logger, TensorBoardLogger):
+                self.trainer.logger = TensorBoardLogger(
+                    self.run_folder.parent.parent,
+                    self.run_folder.parent.name,
+                    self.run_folder.name,
+                    purge_step=self.checkpoint["global_step"],  # what was logged after the checkpoint comes again
+                )
             self.checkpoint = None
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a checkpoint's weights and plain values; code in it does not run.
-
-    Raises:
-        SettingError: there is no file, or it is no checkpoint, or it holds more than weights and plain values.
-    """
-    if not path.is_file():
-        raise SettingError(f"ckpt_path {path} is not a file; give a checkpoint that fit wrote, such as .../last.ckpt.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        reason = (
-            "it holds more than weights and plain values"
-            if "GLOBAL" in str(error)
-            else "it is damaged or no checkpoint"
-        )
-        raise SettingError(f"ckpt_path {path} was not loaded: {reason}; give a checkpoint that fit wrote.") from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise SettingError(f"ckpt_path {path} holds no state_dict; give a checkpoint that fit wrote.")
-    return checkpoint
 
 
 def main(args: ArgsType = None) -> MAMLCommandLine:
@@ -153,5 +170,5 @@ def main(args: ArgsType = None) -> MAMLCommandLine:
 if __name__ == "__main__":
     try:
         main()
-    except SettingError as error:
+    except (SettingError, NonFiniteError) as error:
         sys.exit(f"error: {error}")

@@ -1,9 +1,10 @@
 """The MAML family of meta-learning algorithms as one PyTorch Lightning module with torch.func gradients."""
 
 from maml_lightning.callbacks import Cost, TestReport
+from maml_lightning.checkpoints import LastCheckpoint
 from maml_lightning.data import GlyphsDataModule, OmniglotDataModule, SinusoidsDataModule
 from maml_lightning.episodes import Episode
-from maml_lightning.errors import SettingError
+from maml_lightning.errors import NonFiniteError, SettingError
 from maml_lightning.inner_loop import InnerLoop, MetaGradient
 from maml_lightning.module import MAML
 from maml_lightning.networks import MLP, ConvNet
@@ -16,7 +17,9 @@ __all__ = [
     "Episode",
     "GlyphsDataModule",
     "InnerLoop",
+    "LastCheckpoint",
     "MetaGradient",
+    "NonFiniteError",
     "OmniglotDataModule",
     "SettingError",
     "SinusoidsDataModule",

@@ -36,7 +36,7 @@ from torch.utils import _pytree as pytree
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
 from maml_lightning.kernels import TaskKernels, kernel_layout, sum_over_tasks
-from maml_lightning.memory import free_bytes, keep_freed_memory
+from maml_lightning.memory import free_bytes, keep_freed_memory, out_of_memory
 from maml_lightning.optimizers import InnerOptimizer, Parameters, sgd
 from maml_lightning.tracing import Tracer
 
@@ -381,8 +381,10 @@ class InnerLoop:
                 for _ in range(3):
                     for each, taken in seconds.items():
                         taken.append(_seconds(partial(sweep, each), device) / each)
-            except torch.OutOfMemoryError:
-                return False
+            except RuntimeError as error:
+                if out_of_memory(error):
+                    return False
+                raise
             return min(seconds[size]) < 0.97 * min(seconds[than])
 
         size = max(tasks // 4, 1)

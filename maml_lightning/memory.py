@@ -33,6 +33,11 @@ def peak_bytes(device: torch.device) -> int:
     return getattr(memory, "peak_wset", memory.rss)
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that memory ran out, on any device."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 @functools.cache
 def keep_freed_memory() -> None:
     """Let the process reuse freed memory instead of returning it to the system after every large tensor.

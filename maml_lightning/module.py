@@ -1,7 +1,9 @@
 """MAML as a LightningModule with automatic optimisation: Lightning sees a loss, autograd finds the meta-gradient."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,8 +15,9 @@ from torchmetrics import CatMetric, MeanMetric
 
 from maml_lightning.adaptation import Adaptation
 from maml_lightning.episodes import Episode
-from maml_lightning.errors import SettingError
+from maml_lightning.errors import NonFiniteError, SettingError
 from maml_lightning.inner_loop import InnerLoop, MetaGradient, multi_step_weights
+from maml_lightning.memory import out_of_memory
 from maml_lightning.optimizers import Parameters
 from maml_lightning.optimizers import inner_optimizer as rule
 
@@ -77,6 +80,8 @@ class MAML(LightningModule):
         inner_clip_norm: clip each task's inner gradient to this norm, above 0; null does not clip.
         proximal: strength of imaml's pull to the initialisation, above 0.
         implicit_iterations: imaml's conjugate gradient iterations, 1 or more.
+        non_finite: stop where a loss, a gradient or an output is not finite, naming the step and the episodes; or skip
+            the meta-step, and count it in train/skipped_steps.
 
     Raises:
         SettingError: a setting is out of range, or does not go together with another.
@@ -111,6 +116,7 @@ class MAML(LightningModule):
         inner_clip_norm: float | None = None,
         proximal: float = 2.0,
         implicit_iterations: int = 5,
+        non_finite: Literal["stop", "skip"] = "stop",
     ) -> None:
         super().__init__()
         _at_least("inner_steps", inner_steps, 0)
@@ -151,6 +157,7 @@ class MAML(LightningModule):
             for name, off in {**dict.fromkeys(_RUNNING), "track_running_stats": False}.items():
                 setattr(layer, name, off)
         self.net = net
+        self.tasks_per_chunk = tasks_per_chunk
         self.inner_lr, self.inner_steps, self.first_order, self.outer_lr = inner_lr, inner_steps, first_order, outer_lr
         self.eval_inner_steps = inner_steps if eval_inner_steps is None else eval_inner_steps
         self.algorithm, self.implicit_iterations = algorithm, implicit_iterations
@@ -171,6 +178,8 @@ class MAML(LightningModule):
         self._scores = CatMetric()
         self._loss = loss
         self._checked = False
+        self.non_finite, self._skipped = non_finite, 0
+        self._finite: list[tuple[int, Tensor]] = []  # of each batch, which tasks' outputs are finite
         self.test_scores: Tensor | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -194,7 +203,8 @@ class MAML(LightningModule):
         return adapted
 
     def prepare_data(self) -> None:
-        """Refuse a network that does not fit the data before Lightning writes anything."""
+        """Refuse what does not fit, the data to the network or the strategy, before Lightning writes anything."""
+        refuse_sharding(type(self.trainer.strategy).__name__)
         for dataset in list(getattr(getattr(self.trainer, "datamodule", None), "datasets", {}).values())[:1]:
             episode = dataset[0]
             self._check(episode._replace(support_inputs=episode.support_inputs.to(next(self.net.parameters()))))
@@ -204,16 +214,18 @@ class MAML(LightningModule):
         episode = self._check(batch)
         chosen, flat = dict(self._inner_loop.chosen), self._inner_loop.flat
         params, rates = self._params(), self._rates()
-        result = self._gradient(params, rates, episode)
+        with self._memory():
+            result = self._gradient(params, rates, episode)
         if self._inner_loop.chosen != chosen:
             size = next(size for what, size in self._inner_loop.chosen.items() if what not in chosen)
             rank_zero_info(f"model.tasks_per_chunk: {size} of {episode.tasks} is fastest here.")
         if self._inner_loop.flat and not flat:
             rank_zero_info("model.flat_memory: inner steps are computed again on the way back, to save memory.")
         if self._trainer is not None:
-            self.log("train/loss", result.loss, prog_bar=True, batch_size=episode.tasks)
+            self._finite.append((batch_idx, _finite(result.predictions)))
             score = _scores([result.predictions], episode.query_targets).mean()
-            self.log(f"train/{_score_name(episode)}", score, prog_bar=True, batch_size=episode.tasks)
+            logged = {"train/loss": result.loss, f"train/{_score_name(episode)}": score}
+            self.log_dict(logged, prog_bar=True, batch_size=episode.tasks, sync_dist=True)
         pairs = [
             (value, gradient[name])
             for values, gradient in ((params, result.gradient), (rates, result.rates))
@@ -221,7 +233,60 @@ class MAML(LightningModule):
             if value.requires_grad
         ]
         parameters, gradients = zip(*pairs, strict=True)
+        # A loss that is not finite makes the gradient so, which the other processes then see as well.
+        gradients = (gradients[0] + 0 * result.loss, *gradients[1:])
         return _Surrogate.apply(result.loss, gradients, *parameters)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Stop at a gradient that is not finite, or skip the step.
+
+        Raises:
+            NonFiniteError: it is not, and ``non_finite`` is stop.
+        """
+        batches, self._finite = self._finite, []
+        gradients = [value.grad for value in self.parameters() if value.grad is not None]
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # 16-mixed: overflows are its business
+        if scaler is not None or torch.nn.utils.get_total_norm(gradients, float("inf")).isfinite():
+            return
+        if self.non_finite == "stop":
+            raise NonFiniteError(self._where(f"The meta-gradient of meta-step {self.global_step}", "train", batches))
+        for value in self.parameters():
+            value.grad = None  # which optimizers leave alone, moments included
+        self._skipped += 1
+        self.log("train/skipped_steps", float(self._skipped))
+
+    def _where(self, what: str, split: str, batches: list[tuple[int, Tensor]]) -> str:
+        """What is not finite, of which episodes, and what helps."""
+        trainer = self.trainer
+        loaders = {"train": trainer.train_dataloader, "val": trainer.val_dataloaders, "test": trainer.test_dataloaders}
+        indices = getattr(getattr(loaders[split], "sampler", None), "indices", None)
+        where = "the batches " + ", ".join(str(batch) for batch, _ in batches)
+        if indices is not None:
+            shares = [(list(indices(batch)), finite.tolist()) for batch, finite in batches]
+            bad = [index for share, finite in shares for index, good in zip(share, finite, strict=True) if not good]
+            every = [index for share, _ in shares for index in share]
+            where = (
+                f"episodes {', '.join(map(str, bad))}"
+                if bad
+                else f"episodes {every[0]} to {every[-1]} of this process, whose outputs are finite, or another's"
+            )
+        return (
+            f"{what} is not finite ({split} split, {where}): lower model.inner_lr ({self.inner_lr}) or the outer rate, "
+            "look at these episodes, or leave such meta-steps out with --model.non_finite skip."
+        )
+
+    @contextmanager
+    def _memory(self) -> Iterator[None]:
+        """Name the remedies where memory runs out."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            raise SettingError(
+                f"Memory ran out with model.tasks_per_chunk {self.tasks_per_chunk}: give a smaller number (1 needs "
+                "least), --model.flat_memory true, or a smaller data.meta_batch_size."
+            ) from error
 
     def _gradient(self, params: Parameters, rates: Parameters, episode: Episode) -> MetaGradient:
         arguments, steps = (params, episode, rates), self.inner_steps
@@ -236,11 +301,11 @@ class MAML(LightningModule):
 
     def validation_step(self, batch: Episode, batch_idx: int) -> None:
         """Adapt to each task and judge before adaptation and after each inner step."""
-        self._evaluate(batch)
+        self._evaluate(batch, batch_idx)
 
     def test_step(self, batch: Episode, batch_idx: int) -> None:
         """As in validation."""
-        self._evaluate(batch)
+        self._evaluate(batch, batch_idx)
 
     def predict_step(self, batch: Episode, batch_idx: int) -> Tensor:
         """The adapted networks' class probabilities ``[T, N*Q, N]`` (regression: their outputs)."""
@@ -252,6 +317,7 @@ class MAML(LightningModule):
         """Begin anew; at the end it would leave inference tensors behind for a fit after a validate."""
         self._scores.reset()
         self._eval_loss.reset()
+        self._finite = []
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -340,23 +406,52 @@ class MAML(LightningModule):
             )
 
     def _trajectory(self, episode: Episode) -> list[Tensor]:
-        return self._inner_loop.trajectory(self._params(), episode, self._rates(), self.eval_inner_steps)
+        with self._memory():
+            return self._inner_loop.trajectory(self._params(), episode, self._rates(), self.eval_inner_steps)
 
-    def _evaluate(self, batch: Episode) -> None:
+    def _evaluate(self, batch: Episode, batch_idx: int) -> None:
         episode = self._check(batch)
         outputs = self._trajectory(episode)
         loss = self._loss(outputs[-1].flatten(0, 1), episode.query_targets.flatten(0, 1))
         self._eval_loss.update(loss, weight=episode.tasks)
         self._scores.update(_scores(outputs, episode.query_targets))
+        self._finite.append((batch_idx, _finite(outputs[-1])))
         self.score_name = _score_name(episode)
 
     def _report(self, stage: str) -> Tensor:
+        batches, self._finite = self._finite, []
+        broken = [(batch, finite) for batch, finite in batches if not finite.all()]
+        if broken and self.non_finite == "stop":
+            raise NonFiniteError(self._where("An adapted network's output", stage, broken))
         scores, loss = self._scores.compute().cpu().double(), self._eval_loss.compute()
-        self.log(f"{stage}/loss", loss, prog_bar=True)
+        # Gathered from all processes already: the largest of equal numbers is the number, to the last bit.
+        log = partial(self.log, sync_dist=True, reduce_fx="max")
+        log(f"{stage}/loss", loss, prog_bar=True)
         for step, score in enumerate(scores.mean(0)):
-            self.log(f"{stage}/{self.score_name}_step_{step}", score.item())
-        self.log(f"{stage}/{self.score_name}", scores[:, -1].mean().item(), prog_bar=True)
+            log(f"{stage}/{self.score_name}_step_{step}", score.item())
+        log(f"{stage}/{self.score_name}", scores[:, -1].mean().item(), prog_bar=True)
         return scores
+
+
+def refuse_sharding(strategy: str) -> None:
+    """Refuse a strategy that spreads parameters over processes.
+
+    Args:
+        strategy: its name or its class's.
+
+    Raises:
+        SettingError: it does.
+    """
+    if any(word in strategy.lower().replace("_", "") for word in ("fsdp", "deepspeed", "modelparallel")):
+        raise SettingError(
+            f"trainer.strategy {strategy} spreads parameters over processes, but each task's inner loop needs all of "
+            "them; use ddp."
+        )
+
+
+def _finite(outputs: Tensor) -> Tensor:
+    """Which tasks' outputs are finite: ``[T]``."""
+    return outputs.isfinite().flatten(1).all(1)
 
 
 def _score_name(episode: Episode) -> str:

@@ -52,10 +52,20 @@ def words(*command, **flags):
     return [*map(str, command), *(f"--{key}={value}" for key, value in flags.items() if value is not None)]
 
 
-def run(*arguments, **environment):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+def process(*arguments, **environment):
+    """The command line as a process of its own, under way."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, str(ROOT / "cli.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+
+
+def run(*arguments, **environment):
+    """The command line as a process of its own, at its end."""
+    child = process(*arguments, **environment)
+    stdout, stderr = child.communicate(timeout=300)
+    return subprocess.CompletedProcess(child.args, child.returncode, stdout, stderr)
 
 
 def omniglot(root, **extra):

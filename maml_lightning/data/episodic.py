@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -193,7 +193,8 @@ class EpisodeSampler(DistributedSampler[int]):
         skip: meta-batches to leave out at the start of the next pass, to go on in the middle of an epoch.
 
     Raises:
-        SettingError: the meta-batch does not divide by the ranks, or (not ``fixed``) the epoch by the meta-batch.
+        SettingError: the meta-batch does not divide by the ranks, or (not ``fixed``) the epoch by the meta-batch, or
+            there are fewer episodes than ranks.
     """
 
     def __init__(
@@ -216,6 +217,11 @@ class EpisodeSampler(DistributedSampler[int]):
             )
         if not fixed:
             whole_meta_batches(episodes, meta_batch_size)
+        elif episodes < world:
+            raise SettingError(
+                f"data.{dataset.split}_episodes ({episodes}) must be at least the number of processes ({world}); "
+                f"use {world}."
+            )
         self.episodes, self.meta_batch_size, self.fixed, self.skip = episodes, meta_batch_size, fixed, 0
 
     def _share(self, start: int) -> range:
@@ -223,14 +229,45 @@ class EpisodeSampler(DistributedSampler[int]):
         first, last = (size * rank // self.num_replicas for rank in (self.rank, self.rank + 1))
         return range(start + first, start + last)
 
-    def __iter__(self) -> Iterator[int]:
+    def indices(self, batch: int) -> range:
+        """Which episodes are the rank's in a meta-batch of the epoch at hand."""
         offset = 0 if self.fixed else self.epoch * self.episodes
+        share = self._share(batch * self.meta_batch_size)
+        return range(offset + share.start, offset + share.stop)
+
+    def __iter__(self) -> Iterator[int]:
         skip, self.skip = self.skip, 0
-        for start in range(skip * self.meta_batch_size, self.episodes, self.meta_batch_size):
-            yield from (offset + index for index in self._share(start))
+        for batch in range(skip, -(-self.episodes // self.meta_batch_size)):
+            yield from self.indices(batch)
 
     def __len__(self) -> int:
         return sum(len(self._share(start)) for start in range(0, self.episodes, self.meta_batch_size))
+
+
+class EpisodeLoader(DataLoader[Episode]):
+    """A loader that goes on in the middle of an epoch: Lightning keeps its state in each checkpoint.
+
+    It is the meta-batches that training took that count, not those that workers have already drawn.
+    """
+
+    given = 0  # meta-batches of this pass
+    trainer: Trainer | None = None  # whose limit_train_batches may end an epoch early
+
+    def __iter__(self) -> Iterator[Episode]:  # type: ignore[override]
+        # A generator, so that workers begin to draw at the first next(), when Lightning has set the sampler's epoch.
+        self.given = cast(EpisodeSampler, self.sampler).skip
+        for batch in super().__iter__():
+            self.given += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """How many meta-batches of the epoch were taken; 0 after the last."""
+        limit = len(self) if self.trainer is None else min(len(self), int(self.trainer.num_training_batches))
+        return {"meta_batches": self.given % limit}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Leave those out in the next pass."""
+        cast(EpisodeSampler, self.sampler).skip = state_dict["meta_batches"]
 
 
 def _identity(batch: Any) -> Any:
@@ -329,15 +366,20 @@ class TaskDataModule(LightningDataModule, ABC):
     def _loader(self, split: Split) -> DataLoader[Episode]:
         dataset = self._dataset(split)
         sampler = EpisodeSampler(dataset, self.meta_batch_size, fixed=split != "train")
-        return DataLoader(
-            dataset,
-            batch_size=self.meta_batch_size // sampler.num_replicas,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=_identity,  # __getitems__ returns the batch as it is
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-        )
+        settings: dict[str, Any] = {
+            "batch_size": self.meta_batch_size // sampler.num_replicas,
+            "sampler": sampler,
+            "num_workers": self.num_workers,
+            "collate_fn": _identity,  # __getitems__ returns the batch as it is
+            "pin_memory": torch.cuda.is_available(),
+            "persistent_workers": self.num_workers > 0,
+            "generator": torch.Generator(),  # the network's own draws do not depend on how loaders begin
+        }
+        if split != "train":
+            return DataLoader(dataset, **settings)
+        loader = EpisodeLoader(dataset, **settings)
+        loader.trainer = self.trainer
+        return loader
 
 
 class EpisodicDataModule(TaskDataModule):

@@ -1,7 +1,5 @@
 """Omniglot: 1623 handwritten characters of 50 alphabets, 20 drawings each (Lake, Salakhutdinov and Tenenbaum 2015)."""
 
-import contextlib
-import os
 import struct
 import uuid
 import zipfile
@@ -20,6 +18,7 @@ from torchvision.datasets.utils import download_and_extract_archive, extract_arc
 
 from maml_lightning.data.episodic import EpisodicDataModule, Split
 from maml_lightning.errors import SettingError
+from maml_lightning.files import write_whole
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -142,18 +141,10 @@ def read_cache(cache: Path) -> Pixels | None:
 
 def write_cache(cache: Path, images: Pixels) -> None:
     """Write the packed images, whole or not at all; where that is impossible, warn."""
-    temporary = cache.with_name(f".{cache.name}.{uuid.uuid4().hex}")
     try:
-        with temporary.open("xb") as file:
-            np.savez(file, images=images)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, cache)
+        write_whole(cache, lambda file: np.savez(file, images=images), f".{cache.name}.{uuid.uuid4().hex}")
     except OSError as error:
         rank_zero_warn(f"{cache} could not be written ({error}): Omniglot will be packed again at every start.")
-    finally:
-        with contextlib.suppress(OSError):  # a folder that cannot be written holds no temporary file either
-            temporary.unlink(missing_ok=True)
 
 
 def load_characters(root: str | Path, download: bool = False) -> Pixels:

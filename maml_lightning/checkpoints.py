@@ -1,0 +1,228 @@
+"""Checkpoints from which a run goes on as if nothing had happened: written whole, found again, read with suspicion."""
+
+import io
+import pickle
+import signal
+import threading
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from maml_lightning.errors import SettingError
+from maml_lightning.files import write_whole
+
+LAST = "last.ckpt"
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and then renames it.
+
+    Lightning's own writes it to the system's temporary folder and moves it from there: a copy, and so a half of one if
+    the process dies, where that is another file system.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint, whole or not at all.
+
+        Raises:
+            SettingError: it could not be written, as on a full disk; the one before it is untouched.
+        """
+        if "://" in str(path):  # not of this machine's file systems
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path, content = Path(path), io.BytesIO()
+        torch.save(checkpoint, content)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, lambda file: file.write(content.getbuffer()), f".{path.name}.part")
+        except OSError as error:
+            before = "the one before it is whole" if path.exists() else "there is none before it"
+            raise SettingError(
+                f"The checkpoint {path} was not written ({error.strerror}), {before}; make room, or give another "
+                "place with --trainer.default_root_dir."
+            ) from error
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps ``last.ckpt``, from which a run goes on exactly: after each epoch, at a period, and when told to leave.
+
+    On SIGTERM or Ctrl-C the meta-step at hand is finished and saved, and the process ends with status 128 + the
+    signal's number; a second Ctrl-C ends it at once. With several processes one of them is enough to be told. SLURM's
+    signal to requeue is likewise held back to the end of the meta-step. While a validation runs, all wait for its end.
+
+    Args:
+        every_n_train_steps: meta-steps between two checkpoints; null leaves it to the ends of epochs.
+
+    Raises:
+        SettingError: ``every_n_train_steps`` is below 1.
+    """
+
+    def __init__(self, every_n_train_steps: int | None = None) -> None:
+        if every_n_train_steps is not None and every_n_train_steps < 1:
+            raise SettingError(
+                f"last_checkpoint.every_n_train_steps must be at least 1 or null (got {every_n_train_steps})."
+            )
+        self.every_n_train_steps = every_n_train_steps
+        self._told: list[int] = []  # signals that wait for the end of the meta-step
+        self._handlers: dict[int, Callable[[int, Any], Any]] = {}
+        self._step = 0
+        self._random: dict[str, Any] | None = None
+        self._path: Path | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Have all checkpoints written whole."""
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to hold signals back, and go on with the random numbers of the run that is resumed."""
+        folders = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        folder = folders[0] if folders else Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+        self._path = None if trainer.fast_dev_run else Path(str(folder)) / LAST  # type: ignore[attr-defined]
+        self._step, self._told = trainer.global_step, []
+        if self._random is not None:
+            torch.set_rng_state(self._random["cpu"])
+            if torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(self._random["cuda"][: torch.cuda.device_count()])
+            self._random = None
+        if threading.current_thread() is threading.main_thread():  # Lightning puts all handlers back in the end
+            signal.signal(signal.SIGTERM, self._hold)
+            signal.signal(signal.SIGINT, self._hold)
+            for number in (signal.SIGUSR1, signal.SIGUSR2):  # Lightning's handler of SLURM saves at once, mid-step
+                handler = signal.getsignal(number)
+                if callable(handler):
+                    self._handlers[number] = handler
+                    signal.signal(number, self._hold)
+
+    def _hold(self, number: int, _: Any) -> None:
+        if number == signal.SIGINT:
+            if signal.SIGINT in self._told:
+                raise KeyboardInterrupt
+            rank_zero_info("Ctrl-C: the run is saved and ends after this meta-step; again, it ends at once.")
+        self._told.append(number)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Save where it is due, where the run ends within an epoch, or where a signal asks for it."""
+        if trainer.global_step == self._step:  # gradients are being accumulated
+            return
+        self._step = trainer.global_step
+        told = self._agreed(trainer)
+        ends = (trainer.should_stop or self._step == trainer.max_steps) and not _epoch_is_whole(trainer)
+        if told or ends or (self.every_n_train_steps and self._step % self.every_n_train_steps == 0):
+            self._save(trainer)
+        self._obey(trainer, told)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, and leave if a signal came during validation."""
+        if _epoch_is_whole(trainer):
+            self._save(trainer)
+        self._obey(trainer, self._agreed(trainer))
+
+    def _agreed(self, trainer: Trainer) -> int:
+        """The largest signal that any process was sent."""
+        told = max(self._told, default=0)
+        if trainer.world_size == 1:
+            return told
+        return int(trainer.strategy.reduce(torch.tensor(told, device=trainer.strategy.root_device), reduce_op="max"))
+
+    def _save(self, trainer: Trainer) -> None:
+        if self._path is not None:
+            trainer.save_checkpoint(self._path)
+
+    def _obey(self, trainer: Trainer, told: int) -> None:
+        if told in self._handlers:
+            self._told.clear()
+            self._handlers[told](told, None)
+        elif told:
+            rank_zero_info(
+                f"{signal.Signals(told).name}: saved {self._path} after meta-step {trainer.global_step}; "
+                "go on with --ckpt_path last."
+            )
+            # Lightning's observer kills all processes where a launched one ends with another status than 0.
+            raise SystemExit(128 + told if trainer.local_rank == 0 else 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the random number generators are (dropout)."""
+        return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep them for the start of training: what Lightning does before draws as well."""
+        self._random = state_dict
+
+
+def _epoch_is_whole(trainer: Trainer) -> bool:
+    return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Load a checkpoint's weights and plain values; code in it does not run.
+
+    Raises:
+        SettingError: there is no file, or it is no checkpoint, or it holds more than weights and plain values.
+    """
+    if not path.is_file():
+        raise SettingError(f"ckpt_path {path} is not a file; give a checkpoint that fit wrote, such as .../{LAST}.")
+    try:
+        if not _is_whole(path):  # torch.load checks no checksums
+            raise EOFError
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
+        if "GLOBAL" in str(error):
+            reason = "it holds more than weights and plain values"
+        else:
+            reason = "it is damaged or no checkpoint"
+        others = [file for file in _newest_first(path.parent) if file != path and _is_whole(file)]
+        remedy = f"give {others[0]}, which is whole" if others else "give a checkpoint that fit wrote"
+        raise SettingError(f"ckpt_path {path} was not loaded: {reason}; {remedy}.") from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise SettingError(f"ckpt_path {path} holds no state_dict; give a checkpoint that fit wrote.")
+    return checkpoint
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of the newest run, ``last.ckpt`` if there is one; damaged ones are named.
+
+    Args:
+        folder: holds the runs, ``version_*/checkpoints``, or is such a folder of checkpoints itself.
+
+    Returns:
+        its path; None where there is none at all.
+
+    Raises:
+        SettingError: there are some, and all are damaged.
+    """
+    folders = {file.parent for file in [*folder.glob("version_*/checkpoints/*.ckpt"), *folder.glob("*.ckpt")]}
+    damaged: list[Path] = []
+    for run in sorted(folders, key=lambda run: _newest_first(run)[0].stat().st_mtime_ns, reverse=True):
+        for file in sorted(_newest_first(run), key=lambda file: file.name != LAST):
+            if _is_whole(file):
+                if damaged:
+                    rank_zero_warn(f"Damaged, and left alone: {', '.join(map(str, damaged))}; going on from {file}.")
+                return file
+            damaged.append(file)
+    if damaged:
+        raise SettingError(
+            f"ckpt_path last: every checkpoint in {folder} is damaged ({', '.join(map(str, damaged))}); "
+            "start without ckpt_path."
+        )
+    return None
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether all of the archive is there and its checksums agree; much faster than to load it."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False

@@ -1,0 +1,267 @@
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from cli import main
+from maml_lightning import LastCheckpoint, SettingError
+from maml_lightning.checkpoints import last_checkpoint, read_checkpoint
+from tests.command_line import DATA, ROOT, TINY, process, run, words
+
+pytestmark = pytest.mark.usefixtures("folder")
+
+# 3 epochs of 5 meta-steps.
+SMALL = {
+    **TINY,
+    "data.train_episodes": 20,
+    "trainer.max_epochs": 3,
+    "trainer.enable_model_summary": "false",
+}
+EVERY_STEP = {"last_checkpoint.every_n_train_steps": 1}
+# Everything that has a state of its own.
+STATEFUL = {
+    "model.learn_inner_lr": "step",
+    "model.inner_steps": 2,
+    "model.multi_step_epochs": 2,
+    "model.first_order_epochs": 1,
+    "lr_scheduler": "CosineAnnealingLR",
+    "lr_scheduler.T_max": 3,
+    "model.net": "tests.test_checkpoints.WithDropout",
+    "model.net.hidden_channels": None,
+    "model.net.blocks": None,
+}
+
+
+class WithDropout(nn.Sequential):
+    def __init__(self, out_features: int = 3):
+        super().__init__(nn.Flatten(), nn.Linear(784, 8), nn.Dropout(0.5), nn.Linear(8, out_features))
+
+
+def state(folder, version=0):
+    return torch.load(
+        Path(folder) / "lightning_logs" / f"version_{version}" / "checkpoints" / "last.ckpt", weights_only=True
+    )
+
+
+def same(a, b):
+    return a["global_step"] == b["global_step"] and all(
+        torch.equal(value, b["state_dict"][name]) for name, value in a["state_dict"].items()
+    )
+
+
+def fit(folder, **flags):
+    return main(words("fit", **{**SMALL, "trainer.default_root_dir": folder, **flags}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "stops"),
+    [({}, [3, 5, 12]), (STATEFUL, [7]), ({"data.num_workers": 2}, [8]), ({"trainer.accumulate_grad_batches": 2}, [4])],
+    ids=["plain", "stateful", "workers", "accumulated"],
+)
+def test_a_run_that_goes_on_ends_in_the_same_weights(settings, stops):
+    fit("whole", **settings)
+    for stop in stops:
+        fit("halted", **settings, **{"trainer.max_steps": stop})
+        fit("halted", **settings, ckpt_path="last")
+    assert same(state("whole"), state("halted", len(stops) - 1))
+
+
+def test_a_run_that_goes_on_stays_in_its_folder():
+    fit("run", **{"trainer.max_steps": 7})
+    before = state("run")["callbacks"]
+    cli = fit("run", ckpt_path="last")
+    assert Path(cli.trainer.log_dir).name == "version_0"
+    best = [value for key, value in state("run")["callbacks"].items() if key.startswith("ModelCheckpoint")]
+    assert best[0]["best_model_score"] >= max(
+        value["best_model_score"] for key, value in before.items() if key.startswith("ModelCheckpoint")
+    )
+
+
+def test_a_run_of_limited_epochs_goes_on():
+    limited = {"trainer.limit_train_batches": 3, "trainer.max_epochs": 3}
+    fit("whole", **limited)
+    fit("halted", **{**limited, "trainer.max_epochs": 1})
+    fit("halted", **limited, ckpt_path="last")
+    assert same(state("whole"), state("halted"))
+
+
+def test_last_of_nothing_starts_anew_and_cannot_be_tested():
+    assert fit("new", ckpt_path="last", **{"trainer.max_steps": 1}).trainer.global_step == 1
+    with pytest.raises(SettingError, match=r"ckpt_path last: there is no checkpoint in .*lightning_logs; run fit"):
+        main(words("test", **DATA, ckpt_path="last"))
+
+
+def test_period_is_of_the_last_checkpoint(folder):
+    for flag in ("last_checkpoint", "checkpoint"):
+        cli = fit(flag, **{f"{flag}.every_n_train_steps": 2, "trainer.max_steps": 2})
+        (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, LastCheckpoint)]
+        assert callback.every_n_train_steps == 2
+    with pytest.raises(SettingError, match=r"last_checkpoint.every_n_train_steps must be at least 1.*got 0"):
+        fit("zero", **{"last_checkpoint.every_n_train_steps": 0})
+    assert not (folder / "zero").exists()
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 255
+    file.write_bytes(content)
+
+
+def halve(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [flip, halve])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(folder, damage):
+    fit("run", **{"trainer.max_epochs": 2})
+    checkpoints = folder / "run" / "lightning_logs" / "version_0" / "checkpoints"
+    last, best = checkpoints / "last.ckpt", checkpoints / "best.ckpt"
+    whole = state("run")
+    damage(last)
+    with pytest.raises(SettingError, match=rf"{last} was not loaded: it is damaged.*; give {best}, which is whole"):
+        read_checkpoint(last)
+    with pytest.warns(UserWarning, match=rf"Damaged, and left alone: {last}; going on from {best}"):
+        assert last_checkpoint(folder / "run" / "lightning_logs") == best
+    with pytest.warns(UserWarning, match="Damaged, and left alone"):
+        fit("run", **{"trainer.max_epochs": 2}, ckpt_path="last")
+    assert same(whole, state("run"))
+    damage(last)
+    damage(best)
+    with pytest.raises(SettingError, match=r"every checkpoint in .* is damaged"):
+        last_checkpoint(folder / "run" / "lightning_logs")
+
+
+def started(folder, *before, **flags):
+    """A fit in a process of its own, when its first checkpoint is there."""
+    child = process(*words("fit", **{**SMALL, **EVERY_STEP, "trainer.default_root_dir": folder, **flags}))
+    pattern = "lightning_logs/version_0/checkpoints/last.ckpt"
+    while child.poll() is None and not list(Path(folder).glob(pattern)):
+        time.sleep(0.01)
+    return child
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves(folder, number):
+    long = {"trainer.max_epochs": 2000, "trainer.check_val_every_n_epoch": 3000}
+    child = started(folder, **long)
+    child.send_signal(number)
+    printed = child.communicate(timeout=100)[1]
+    assert child.returncode == 128 + number
+    step = int(re.search(rf"{number.name}: saved .*last.ckpt after meta-step (\d+); go on with", printed)[1])
+    assert "Traceback" not in printed
+    left = state(folder)
+    assert left["global_step"] == step
+    fit(folder / "whole", **{**long, "trainer.max_steps": step})
+    assert same(left, state(folder / "whole"))
+
+
+def test_slurm_requeues_and_the_job_goes_on(folder):
+    (folder / "bin").mkdir()
+    (folder / "bin" / "scontrol").write_text(f"#!/bin/sh\necho $@ > {folder}/requeued\n")
+    (folder / "bin" / "scontrol").chmod(0o755)
+    job = {f"SLURM_{key}": value for key, value in {"JOB_ID": "7", "JOB_NAME": "maml", "NTASKS": "1"}.items()}
+    zero = dict.fromkeys(("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"), "0")
+    environment = {**job, **zero, "SLURM_NODELIST": "localhost", "PATH": f"{folder}/bin:{os.environ['PATH']}"}
+    flags = {**SMALL, "trainer.default_root_dir": folder / "job", "trainer.max_epochs": 40}
+    child = process(*words("fit", **flags, **EVERY_STEP), **environment)
+    while child.poll() is None and not list(folder.glob("job/lightning_logs/*/checkpoints/last.ckpt")):
+        time.sleep(0.01)
+    child.send_signal(signal.SIGUSR1)
+    while child.poll() is None and not (folder / "requeued").exists():
+        time.sleep(0.01)
+    child.kill()
+    child.communicate()
+    assert (folder / "requeued").read_text().split() == ["requeue", "7"]
+    assert (folder / "job" / "hpc_ckpt_1.ckpt").exists()
+    again = run(*words("fit", **flags, **EVERY_STEP), **environment)
+    assert "hpc_ckpt_1.ckpt" in again.stderr
+    fit(folder / "whole", **{"trainer.max_epochs": 40})
+    (ended,) = [file for file in folder.glob("job/lightning_logs/*/checkpoints/last.ckpt") if "version_7" in str(file)]
+    assert same(torch.load(ended, weights_only=True), state(folder / "whole"))
+
+
+# Runs the command line with a process that dies by kill -9 when half of its second checkpoint is written.
+DIES_WRITING = """
+import io, os, signal, sys
+import maml_lightning.checkpoints as checkpoints
+from cli import main
+writes = 0
+def half(path, write, temporary):
+    global writes
+    writes += 1
+    content = io.BytesIO()
+    write(content)
+    with path.with_name(temporary).open("wb") as file:
+        file.write(content.getbuffer()[: len(content.getbuffer()) // 2 if writes == 4 else None])
+    if writes == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.replace(path.with_name(temporary), path)
+checkpoints.write_whole = half
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.long
+def test_ten_kills_end_in_the_same_weights(folder):
+    epochs = {"trainer.max_epochs": 60}
+    fit("whole", **epochs)
+    flags = words("fit", **{**SMALL, **EVERY_STEP, **epochs, "trainer.default_root_dir": "killed", "ckpt_path": "last"})
+    delays = torch.rand(9, generator=torch.Generator().manual_seed(0)).tolist()
+    steps = []
+    for kill, delay in enumerate([*delays, None]):
+        if delay is None:
+            command = [sys.executable, "-c", DIES_WRITING, *flags]
+            child = subprocess.run(
+                command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=False
+            )
+            assert list(folder.glob("killed/lightning_logs/version_0/checkpoints/.last.ckpt.part"))
+        else:
+            last = folder / "killed/lightning_logs/version_0/checkpoints/last.ckpt"
+            before = last.stat().st_mtime_ns if last.exists() else 0
+            child = process(*flags)
+            while child.poll() is None and (not last.exists() or last.stat().st_mtime_ns == before):
+                time.sleep(0.01)
+            time.sleep(delay / 2)
+            child.kill()
+            child.communicate()
+        assert child.returncode == -signal.SIGKILL, f"kill {kill} came too late"
+        steps.append(state("killed")["global_step"])
+    assert sorted(set(steps)) == steps  # each went on from where the one before it was killed
+    assert run(*flags).returncode == 0
+    assert same(state("whole"), state("killed"))
+    assert not list(folder.glob("killed/lightning_logs/version_0/checkpoints/.*"))
+
+
+@pytest.fixture
+def small_disk(folder):
+    """A file system of 2 MB; skips where it may not be mounted."""
+    disk = folder / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no tmpfs may be mounted here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_is_named_and_leaves_no_part(small_disk):
+    fit(small_disk, **{"trainer.max_epochs": 1})
+    whole = state(small_disk)
+    (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - 8192))
+    ended = run(*words("fit", **SMALL, ckpt_path="last", **{"trainer.default_root_dir": small_disk}))
+    assert ended.returncode == 1
+    assert re.search(
+        r"error: The checkpoint .* was not written \(No space left on device\), the one before it is whole",
+        ended.stderr,
+    )
+    assert "Traceback" not in ended.stderr
+    assert same(whole, state(small_disk))
+    assert not list(small_disk.rglob(".*.part"))
