@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from maml_lightning.memory import peak_bytes
@@ -93,17 +93,16 @@ def test_results(scores: Tensor, name: str) -> dict:
 class TestReport(Callback):
     """Writes ``test_results.json`` into the run's log folder and prints its headline."""
 
-    @rank_zero_only
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write and print."""
-        if not isinstance(pl_module, MAML) or pl_module.test_scores is None:
+        """Write and print, in the first process."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # which all processes ask for together
+        if not trainer.is_global_zero or not isinstance(pl_module, MAML) or pl_module.test_scores is None:
             return
         scores, name = pl_module.test_scores, pl_module.score_name
         results = test_results(scores.cpu(), name)
         data = getattr(trainer, "datamodule", None)
         task = {setting: getattr(data, setting, None) for setting in ("ways", "shots", "query_shots")}
         results = {**results, **task, "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path)}
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "test_results.json"
         file.write_text(json.dumps(results, indent=2) + "\n")

@@ -72,7 +72,7 @@ class LastCheckpoint(Checkpoint):
         self.every_n_train_steps = every_n_train_steps
         self._told: list[int] = []  # signals that wait for the end of the meta-step
         self._handlers: dict[int, Callable[[int, Any], Any]] = {}
-        self._step = 0
+        self._step, self._whole = 0, False
         self._random: dict[str, Any] | None = None
         self._path: Path | None = None
 
@@ -113,15 +113,21 @@ class LastCheckpoint(Checkpoint):
         if trainer.global_step == self._step:  # gradients are being accumulated
             return
         self._step = trainer.global_step
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            # Saved after the epoch: from a checkpoint of this moment Lightning (2.6) goes on with wrong counts of
+            # epochs, which a second interruption turns into an epoch too many.
+            self._whole = True
+            return
+        self._whole = False
         told = self._agreed(trainer)
-        ends = (trainer.should_stop or self._step == trainer.max_steps) and not _epoch_is_whole(trainer)
+        ends = trainer.should_stop or self._step == trainer.max_steps
         if told or ends or (self.every_n_train_steps and self._step % self.every_n_train_steps == 0):
             self._save(trainer)
         self._obey(trainer, told)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save, and leave if a signal came during validation."""
-        if _epoch_is_whole(trainer):
+        """Save, and leave if a signal came during the last meta-step or validation."""
+        if self._whole:
             self._save(trainer)
         self._obey(trainer, self._agreed(trainer))
 
@@ -155,10 +161,6 @@ class LastCheckpoint(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep them for the start of training: what Lightning does before draws as well."""
         self._random = state_dict
-
-
-def _epoch_is_whole(trainer: Trainer) -> bool:
-    return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -174,8 +174,8 @@ class MAML(LightningModule):
             rule(inner_optimizer, inner_weight_decay, inner_clip_norm),
             proximal if algorithm == "imaml" else 0.0,
         )
-        self._eval_loss = MeanMetric()
-        self._scores = CatMetric()
+        self._eval_loss = MeanMetric(nan_strategy="disable")  # what is no number is to be seen
+        self._scores = CatMetric(nan_strategy="disable")
         self._loss = loss
         self._checked = False
         self.non_finite, self._skipped = non_finite, 0
