@@ -1,4 +1,4 @@
-"""``python -m benchmarks {speed,memory,batch,family,fit}``; without a name each runs in turn.
+"""``python -m benchmarks {speed,memory,batch,family,fit,scale}``; without a name each runs in turn.
 
 Peers from the package index: ``pip install higher torchopt jax``; learn2learn where it builds.
 """
@@ -9,9 +9,9 @@ import sys
 import torch
 from jsonargparse import auto_cli
 
-from benchmarks.measure import batch, family, fit, memory, speed
+from benchmarks.measure import batch, family, fit, memory, scale, speed
 
-PARTS = [speed, memory, batch, family, fit]
+PARTS = [speed, memory, batch, family, fit, scale]
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:

@@ -2,7 +2,11 @@
 
 import copy
 import multiprocessing
+import os
+import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -12,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 from lightning.pytorch import Callback, Trainer
@@ -19,6 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.peers import PEERS, Run
 from maml_lightning import MAML, ConvNet, Episode, GlyphsDataModule
+from maml_lightning.comparison import read_scalars
 from maml_lightning.data.episodic import EpisodeDataset
 from maml_lightning.inner_loop import InnerLoop, _seconds
 
@@ -266,3 +272,79 @@ def fit(steps: int = 200) -> None:
     print(
         f"| {clock.wall / steps * 1e3:.1f} | {' | '.join(f'{p:.1%}' for p in (*parts, 1 - sum(parts)))} |", flush=True
     )
+
+
+def _all_reduce(rank: int, world: int, port: int, count: int, results: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    for name, numbers in (("the gradient", count), ("one number", 1)):
+        tensor, times = torch.rand(numbers), []
+        for _ in range(200):
+            dist.barrier()
+            start = time.perf_counter()
+            dist.all_reduce(tensor)
+            times.append(time.perf_counter() - start)
+        if rank == 0:
+            results.put((name, statistics.median(times)))
+    dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _seconds_per_step(processes: int, tasks: int, steps: int) -> float:
+    """As the run itself logs it: 5-way 1-shot on glyphs, 64 filters, one thread each, through the command line."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = {
+            "config": "configs/glyphs_5way_1shot.yaml",
+            "data.meta_batch_size": tasks,
+            "data.train_episodes": tasks * steps,
+            "data.val_episodes": 32,
+            "model.tasks_per_chunk": 16,
+            "trainer.max_epochs": 1,
+            "trainer.strategy": "ddp" if processes > 1 else "auto",
+            "trainer.devices": processes,
+            "trainer.accelerator": "cpu",
+            "trainer.enable_progress_bar": "false",
+            "trainer.default_root_dir": folder,
+        }
+        command = [sys.executable, "cli.py", "fit", *(f"--{key}={value}" for key, value in flags.items())]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        scalars = read_scalars(Path(folder) / "lightning_logs" / "version_0")
+        return scalars["train/seconds_per_step"][-1][1]
+
+
+def scale(processes: tuple[int, ...] = (1, 2, 4), steps: int = 60) -> None:
+    """Milliseconds of one outer update over processes of one thread each, strong and weak, and of its communication.
+
+    Args:
+        processes: how many.
+        steps: meta-steps of each run.
+    """
+    count = sum(value.numel() for value in network(CASES["1"]).parameters())
+    spawn = multiprocessing.get_context("spawn")
+    print(f"The gradient: {4 * count:,} bytes.")
+    print("| processes | 32 tasks in all | 16 tasks each | all-reduce of the gradient | of one number |")
+    print("|---|---|---|---|---|")
+    for world in processes:
+        strong, weak = (_seconds_per_step(world, tasks, steps) * 1e3 for tasks in (32, 16 * world))
+        reduced = {"the gradient": 0.0, "one number": 0.0}
+        if world > 1:
+            results, port = spawn.Queue(), _free_port()
+            ranks = [
+                spawn.Process(target=_all_reduce, args=(rank, world, port, count, results)) for rank in range(world)
+            ]
+            for rank in ranks:
+                rank.start()
+            reduced = dict(results.get() for _ in reduced)
+            for rank in ranks:
+                rank.join()
+        print(
+            f"| {world} | {strong:.0f} | {weak:.0f} | {reduced['the gradient'] * 1e3:.2f} | "
+            f"{reduced['one number'] * 1e3:.2f} |",
+            flush=True,
+        )

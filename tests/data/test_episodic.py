@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
+from maml_lightning import SettingError
 from maml_lightning.data import episodic
 from maml_lightning.data.episodic import EpisodeDataset, EpisodeSampler, EpisodicDataModule, choose, random_bits
 from maml_lightning.episodes import Episode
@@ -184,6 +185,33 @@ def test_a_pass_can_begin_in_the_middle_of_an_epoch():
     sampler.skip = 2
     assert list(sampler) == [22, 23]
     assert list(sampler) == [14, 15, 18, 19, 22, 23]
+
+
+@pytest.mark.parametrize(
+    ("episodes", "fixed", "message"),
+    [
+        (9, False, r"data.meta_batch_size \(9\) must be a multiple of the number of processes \(2\); use 10\."),
+        (1, True, r"data.val_episodes \(1\) must be at least the number of processes \(2\); use 2\."),
+    ],
+)
+def test_what_does_not_divide_is_named(episodes: int, fixed: bool, message: str):
+    data = EpisodeDataset(IMAGES, "val", episodes, ways=3)
+    with pytest.raises(SettingError, match=message):
+        EpisodeSampler(data, 2 if fixed else episodes, fixed=fixed, num_replicas=2, rank=0)
+
+
+def test_a_loader_tells_where_it_is():
+    module = Numbers()
+    module.setup("fit")
+    loader = module.train_dataloader()
+    assert loader.state_dict() == {"meta_batches": 0}
+    batches = iter(loader)
+    whole = [next(batches)]
+    assert loader.state_dict() == {"meta_batches": 1}
+    whole += list(batches)
+    assert loader.state_dict() == {"meta_batches": 0}
+    loader.load_state_dict({"meta_batches": 1})
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(loader, whole[1:], strict=True))
 
 
 def test_the_sampler_follows_torch_distributed(monkeypatch: pytest.MonkeyPatch):
