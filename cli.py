@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from maml_lightning import MAML, Cost, LastCheckpoint, NonFiniteError, SettingError, TestReport
 from maml_lightning.checkpoints import last_checkpoint, read_checkpoint
-from maml_lightning.module import refuse_sharding
+from maml_lightning.module import check_strategy
 
 
 class Parser(LightningArgumentParser):
@@ -106,7 +106,7 @@ class MAMLCommandLine(LightningCLI):
         ``best.ckpt`` is the best by the data's own score; LightningCLI would ignore a scheduler without an optimizer.
         """
         config = self.config[self.subcommand]
-        refuse_sharding(str(getattr(config.trainer.strategy, "class_path", config.trainer.strategy)))
+        check_strategy(str(getattr(config.trainer.strategy, "class_path", config.trainer.strategy)))
         if config.checkpoint.every_n_train_steps:
             config.last_checkpoint.every_n_train_steps = config.checkpoint.every_n_train_steps
             config.checkpoint.every_n_train_steps = None

@@ -204,7 +204,7 @@ class MAML(LightningModule):
 
     def prepare_data(self) -> None:
         """Refuse what does not fit, the data to the network or the strategy, before Lightning writes anything."""
-        refuse_sharding(type(self.trainer.strategy).__name__)
+        check_strategy(type(self.trainer.strategy).__name__)
         for dataset in list(getattr(getattr(self.trainer, "datamodule", None), "datasets", {}).values())[:1]:
             episode = dataset[0]
             self._check(episode._replace(support_inputs=episode.support_inputs.to(next(self.net.parameters()))))
@@ -433,8 +433,8 @@ class MAML(LightningModule):
         return scores
 
 
-def refuse_sharding(strategy: str) -> None:
-    """Refuse a strategy that spreads parameters over processes.
+def check_strategy(strategy: str) -> None:
+    """Refuse a strategy that spreads parameters over processes, or pickles the model.
 
     Args:
         strategy: its name or its class's.
@@ -442,11 +442,14 @@ def refuse_sharding(strategy: str) -> None:
     Raises:
         SettingError: it does.
     """
-    if any(word in strategy.lower().replace("_", "") for word in ("fsdp", "deepspeed", "modelparallel")):
-        raise SettingError(
-            f"trainer.strategy {strategy} spreads parameters over processes, but each task's inner loop needs all of "
-            "them; use ddp."
-        )
+    name = strategy.lower().replace("_", "")
+    if any(word in name for word in ("fsdp", "deepspeed", "modelparallel")):
+        why = "spreads parameters over processes, but each task's inner loop needs all of them"
+    elif "spawn" in name:
+        why = "hands the model to its processes by pickling, and the traced inner loop cannot be pickled"
+    else:
+        return
+    raise SettingError(f"trainer.strategy {strategy} {why}; use ddp.")
 
 
 def _finite(outputs: Tensor) -> Tensor:

@@ -137,9 +137,12 @@ def test_processes_agree_to_leave(folder, told):
     assert "Traceback" not in printed
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_2"])
-def test_strategies_that_shard_are_refused(folder, strategy):
-    with pytest.raises(SettingError, match=rf"trainer.strategy {strategy} spreads parameters .*; use ddp"):
+@pytest.mark.parametrize(
+    ("strategy", "why"),
+    [("fsdp", "spreads parameters"), ("deepspeed_stage_2", "spreads parameters"), ("ddp_spawn", "hands the model")],
+)
+def test_strategies_that_cannot_work_are_refused(folder, strategy, why):
+    with pytest.raises(SettingError, match=rf"trainer.strategy {strategy} {why} .*; use ddp"):
         main(words("fit", **WHOLE, **{"trainer.strategy": strategy}))
     assert list(folder.iterdir()) == []
 
