@@ -43,8 +43,9 @@ class MAMLCommandLine(LightningCLI):
     run_folder: Path | None = None  # of the run that ckpt_path last goes on with
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Link ``ways`` and give the callbacks that every run has their flags."""
+        """Link ``ways`` and ``channels`` and give the callbacks that every run has their flags."""
         parser.link_arguments("data.init_args.ways", "model.net.init_args.out_features")
+        parser.link_arguments("data.init_args.channels", "model.net.init_args.in_channels")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.add_lightning_class_args(Cost, "cost")

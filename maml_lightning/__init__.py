@@ -2,7 +2,7 @@
 
 from maml_lightning.callbacks import Cost, TestReport
 from maml_lightning.checkpoints import LastCheckpoint
-from maml_lightning.data import GlyphsDataModule, OmniglotDataModule, SinusoidsDataModule
+from maml_lightning.data import GlyphsDataModule, ImagesDataModule, OmniglotDataModule, SinusoidsDataModule
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import NonFiniteError, SettingError
 from maml_lightning.inner_loop import InnerLoop, MetaGradient
@@ -16,6 +16,7 @@ __all__ = [
     "Cost",
     "Episode",
     "GlyphsDataModule",
+    "ImagesDataModule",
     "InnerLoop",
     "LastCheckpoint",
     "MetaGradient",

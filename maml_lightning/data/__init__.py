@@ -1,7 +1,8 @@
 """Episodes: sampling (`episodic`), the data sets of images it samples from, and sinusoids."""
 
 from maml_lightning.data.glyphs import GlyphsDataModule
+from maml_lightning.data.images import ImagesDataModule
 from maml_lightning.data.omniglot import OmniglotDataModule
 from maml_lightning.data.sinusoids import SinusoidsDataModule
 
-__all__ = ["GlyphsDataModule", "OmniglotDataModule", "SinusoidsDataModule"]
+__all__ = ["GlyphsDataModule", "ImagesDataModule", "OmniglotDataModule", "SinusoidsDataModule"]

@@ -52,20 +52,21 @@ def random_bits(seed: int, name: str, indices: Sequence[int] | npt.NDArray[np.in
     return _mix(streams[:, None] + np.arange(1, slots + 1, dtype=np.uint64) * _GAMMA)
 
 
-def choose(bits: Bits, n: int) -> npt.NDArray[np.int64]:
+def choose(bits: Bits, n: int | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Draw ``k`` of ``n`` without replacement, in random order (Floyd's algorithm, then a shuffle).
 
     Args:
         bits: ``[..., 2 * k]`` random 64-bit integers.
-        n: how many there are to draw from, ``k <= n < 2**32``.
+        n: how many there are to draw from, ``k <= n < 2**32``; one number or ``[...]``.
 
     Returns:
         ``[..., k]`` distinct integers in ``[0, n)``.
     """
     k = bits.shape[-1] // 2
     chosen = np.empty((*bits.shape[:-1], k), np.int64)
-    for j, last in enumerate(range(n - k, n)):
-        pick = ((bits[..., j] >> np.uint64(32)) * np.uint64(last + 1) >> np.uint64(32)).astype(np.int64)
+    for j in range(k):
+        last = np.asarray(n) - k + j
+        pick = ((bits[..., j] >> np.uint64(32)) * (last + 1).astype(np.uint64) >> np.uint64(32)).astype(np.int64)
         taken = (chosen[..., :j] == pick[..., None]).any(-1)
         chosen[..., j] = np.where(taken, last, pick)
     return np.take_along_axis(chosen, bits[..., k:].argsort(-1), -1)
@@ -104,6 +105,7 @@ class EpisodeDataset(TaskDataset):
 
     Args:
         images: ``[classes, drawings, H, W]`` or ``[classes, drawings, C, H, W]``, uint8; 255 becomes 1.0.
+        counts: how many drawings each class has, where they differ; ``images`` is then ``[sum of counts, C, H, W]``.
         split: name of the split, a part of what an episode depends on.
         episodes: the length reported to a ``DataLoader``; any index from 0 is an episode.
         ways: classes per episode ``N``, at least 2.
@@ -130,21 +132,26 @@ class EpisodeDataset(TaskDataset):
         seed: int = 0,
         rotations: bool = False,
         pretraining: bool = False,
+        counts: Sequence[int] | None = None,
     ):
         super().__init__(split, episodes, shots=shots, query_shots=query_shots, seed=seed)
-        images = images if images.ndim == 5 else images.unsqueeze(2)
+        if counts is None:
+            counts = [images.shape[1]] * images.shape[0]
+            images = (images if images.ndim == 5 else images.unsqueeze(2)).flatten(0, 1)
+        turns = 4 if rotations else 1
         # turned once, not after each draw: four times the bytes, a third of the time
         self.images = torch.cat([images.rot90(turn, (-2, -1)) for turn in range(4)]) if rotations else images
-        self.ways, self.pretraining = ways, pretraining
-        self.classes, self.drawings = self.images.shape[:2]
+        self.counts = np.array([*counts] * turns, np.int64)
+        self.starts = torch.from_numpy(self.counts.cumsum() - self.counts)
+        self.ways, self.pretraining, self.classes = ways, pretraining, len(self.counts)
         if ways > self.classes:
             raise SettingError(
                 f"data.ways is {ways}, but the {split} split has {self.classes} classes; lower data.ways."
             )
-        if shots + query_shots > self.drawings:
+        if shots + query_shots > self.counts.min():
             raise SettingError(
                 f"data.shots + data.query_shots is {shots} + {query_shots}, but a class of the {split} split has "
-                f"{self.drawings} drawings; lower one of the two."
+                f"{self.counts.min()} drawings; lower one of the two."
             )
 
     def draw(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -155,7 +162,8 @@ class EpisodeDataset(TaskDataset):
         examples = self.shots + self.query_shots
         bits = random_bits(self.seed, self.split, indices, 2 * self.ways * (1 + examples))
         classes = choose(bits[:, : 2 * self.ways], self.classes)
-        drawings = choose(bits[:, 2 * self.ways :].reshape(len(indices), self.ways, 2 * examples), self.drawings)
+        bits = bits[:, 2 * self.ways :].reshape(len(indices), self.ways, 2 * examples)
+        drawings = choose(bits, self.counts[classes])
         return torch.from_numpy(classes), torch.from_numpy(drawings)
 
     def __getitems__(self, indices: Sequence[int]) -> Episode:
@@ -172,8 +180,8 @@ class EpisodeDataset(TaskDataset):
         return Episode(*tensors)
 
     def _gather(self, classes: Tensor, drawings: Tensor) -> Tensor:
-        rows = (classes[..., None] * self.drawings + drawings).flatten(1)
-        inputs = self.images.flatten(0, 1).index_select(0, rows.flatten())
+        rows = (self.starts[classes][..., None] + drawings).flatten(1)
+        inputs = self.images.index_select(0, rows.flatten())
         return inputs.view(*rows.shape, *inputs.shape[1:]).float().div_(255)
 
 
@@ -406,13 +414,15 @@ class EpisodicDataModule(TaskDataModule):
         return cast(EpisodeDataset, self._dataset("train")).classes
 
     @abstractmethod
-    def load_split(self, split: Split) -> Tensor:
-        """The images of a split: ``[classes, drawings, (C,) H, W]``, uint8, ink = 255."""
+    def load_split(self, split: Split) -> Tensor | tuple[Tensor, Sequence[int]]:
+        """The images of a split: ``[classes, drawings, (C,) H, W]``, uint8; or ``[n, C, H, W]`` and classes' counts."""
 
     def make_dataset(self, split: Split) -> EpisodeDataset:
         """Episodes of the split's images."""
+        loaded = self.load_split(split)
+        images, counts = (loaded, None) if isinstance(loaded, Tensor) else loaded
         return EpisodeDataset(
-            self.load_split(split),
+            images,
             split,
             self.episodes[split],
             ways=self.ways,
@@ -421,6 +431,7 @@ class EpisodicDataModule(TaskDataModule):
             seed=self.seed,
             rotations=self.rotations and split == "train",
             pretraining=self.pretraining and split == "train",
+            counts=counts,
         )
 
 

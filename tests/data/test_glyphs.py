@@ -56,13 +56,13 @@ def test_splits_are_different_characters_and_keep_them():
     settings = {"train_classes": 30, "val_classes": 20, "test_classes": 10, "meta_batch_size": 2, "train_episodes": 4}
     module = GlyphsDataModule(**settings)
     module.setup()
-    images = {split: data.images[:, 0, 0] for split, data in module.datasets.items()}
+    images = {split: data.images[data.starts, 0] for split, data in module.datasets.items()}
     assert {split: len(classes) for split, classes in images.items()} == {"train": 30, "val": 20, "test": 10}
     assert len(torch.unique(torch.cat(list(images.values())).flatten(1), dim=0)) == 60
     other = GlyphsDataModule(train_classes=5, val_classes=7, test_classes=6, seed=3)
     other.setup()
     for split, data in other.datasets.items():  # neither the seed nor the number of classes changes a character
-        assert torch.equal(data.images[:5, 0, 0], images[split][:5])
+        assert torch.equal(data.images[data.starts[:5], 0], images[split][:5])
     assert (module.ways, module.shots, module.query_shots) == (5, 1, 1)
     assert [batch.tasks for batch in module.train_dataloader()] == [2, 2]
 

@@ -1,0 +1,115 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maml_lightning import SettingError
+from maml_lightning.data.pictures import class_folders, fingerprint, pictures_in, read_picture
+
+
+def half(mode: str, size: tuple[int, int] = (40, 20)) -> Image.Image:
+    """Black left half, white right half."""
+    pixels = np.zeros((size[1], size[0]), np.uint8)
+    pixels[:, size[0] // 2 :] = 255
+    return Image.fromarray(pixels).convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_mode_gives_the_same_pixels(tmp_path: Path, mode: str, channels: int):
+    file = tmp_path / f"a.{'tif' if mode == 'CMYK' else 'png'}"
+    if mode == "I;16":
+        Image.fromarray(np.asarray(half("L")).astype(np.uint16) * 257).save(file)
+    else:
+        half(mode).save(file)
+    pixels = read_picture(file, 10, channels, "crop")  # type: ignore[arg-type]
+    assert pixels.shape == (channels, 10, 10)
+    assert pixels[:, :, :3].max() <= 12  # Lanczos rings beside the edge
+    assert pixels[:, :, -3:].min() >= 243
+
+
+def test_transparency_is_white(tmp_path: Path):
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "a.png")
+    assert (read_picture(tmp_path / "a.png", 4, 3, "crop") == 255).all()
+    picture = Image.new("P", (8, 8), 0)
+    picture.putpalette([0, 0, 0, 255, 0, 0])
+    picture.save(tmp_path / "b.png", transparency=0)
+    assert (read_picture(tmp_path / "b.png", 4, 3, "crop") == 255).all()
+
+
+def test_what_is_not_square_is_cut_or_added_to(tmp_path: Path):
+    pixels = np.full((10, 30), 200, np.uint8)
+    pixels[:, 10:20] = 0
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert (read_picture(tmp_path / "a.png", 10, 1, "crop") == 0).all()
+    padded = read_picture(tmp_path / "a.png", 30, 1, "pad")
+    assert (padded[0, 10:20, 10:20] == 0).all()
+    assert (padded[0, :10] == 200).all()  # the border's colour
+    assert (padded[0, 20:] == 200).all()
+
+
+def test_a_turned_photo_is_turned_back(tmp_path: Path):
+    picture = half("L", (20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    picture.save(tmp_path / "a.jpg", exif=exif)
+    pixels = read_picture(tmp_path / "a.jpg", 20, 1, "crop")
+    assert pixels[0, :, :5].min() > 200
+    assert pixels[0, :, -5:].max() < 50
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("text", "no whole picture"),
+        ("cut", "no whole picture"),
+        ("empty", "no whole picture"),
+        ("bomb", "is too large"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, content: str, reason: str):
+    file = tmp_path / "a b;ü.png"
+    if content == "bomb":
+        Image.new("1", (20_000, 20_000)).save(file)
+    else:
+        half("RGB", (200, 200)).save(file)
+        whole = file.read_bytes()
+        file.write_bytes({"text": b"no picture", "cut": whole[: len(whole) // 2], "empty": b""}[content])
+    with pytest.raises(SettingError, match=rf"{file} .*{reason}"):
+        read_picture(file, 10, 1, "crop")
+
+
+def test_folders(tmp_path: Path):
+    for name in ("b", "a", ".hidden"):
+        (tmp_path / name).mkdir()
+        half("L").save(tmp_path / name / "2.PNG")
+        half("L").save(tmp_path / name / "1.jpg")
+        (tmp_path / name / "notes.txt").write_text("")
+        half("L").save(tmp_path / name / ".shown.png")
+    assert {name: [file.name for file in files] for name, files in class_folders(tmp_path).items()} == {
+        "a": ["1.jpg", "2.PNG"],
+        "b": ["1.jpg", "2.PNG"],
+    }
+    assert [str(file.relative_to(tmp_path)) for file in pictures_in(tmp_path, nested=True)] == [
+        "a/1.jpg",
+        "a/2.PNG",
+        "b/1.jpg",
+        "b/2.PNG",
+    ]
+    assert pictures_in(tmp_path) == []
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SettingError, match=rf"{tmp_path / 'empty'} holds no pictures"):
+        class_folders(tmp_path)
+    with pytest.raises(SettingError, match=rf"{tmp_path / 'missing'} is not a folder"):
+        class_folders(tmp_path / "missing")
+
+
+def test_fingerprints_follow_the_files(tmp_path: Path):
+    file = tmp_path / "a.png"
+    half("L").save(file)
+    before = fingerprint([file])
+    assert fingerprint([file]) == before
+    os.utime(file, (1, 1))
+    assert fingerprint([file]) != before
