@@ -15,9 +15,18 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from maml_lightning import MAML, Cost, LastCheckpoint, NonFiniteError, SettingError, TestReport
+from maml_lightning import (
+    MAML,
+    Cost,
+    LastCheckpoint,
+    NonFiniteError,
+    PredictionReport,
+    SettingError,
+    TestReport,
+)
 from maml_lightning.checkpoints import last_checkpoint, read_checkpoint
 from maml_lightning.module import check_strategy
+from maml_lightning.trained import trained
 
 
 class Parser(LightningArgumentParser):
@@ -50,6 +59,7 @@ class MAMLCommandLine(LightningCLI):
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.add_lightning_class_args(Cost, "cost")
         parser.add_lightning_class_args(TestReport, "test_report")
+        parser.add_lightning_class_args(PredictionReport, "prediction_report")
         parser.set_defaults(
             {
                 "checkpoint.monitor": None,
@@ -67,6 +77,7 @@ class MAMLCommandLine(LightningCLI):
         path = subcommand and self.config[subcommand].get("ckpt_path")
         if not path or path in ("best", "hpc", "registry"):
             return
+        path = trained(path) or path
         if path == "last":
             path = self._last(self.config[subcommand])
             if path is None:

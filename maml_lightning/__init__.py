@@ -1,13 +1,21 @@
 """The MAML family of meta-learning algorithms as one PyTorch Lightning module with torch.func gradients."""
 
-from maml_lightning.callbacks import Cost, TestReport
+from maml_lightning.callbacks import Cost, PredictionReport, TestReport
 from maml_lightning.checkpoints import LastCheckpoint
-from maml_lightning.data import GlyphsDataModule, ImagesDataModule, OmniglotDataModule, SinusoidsDataModule
-from maml_lightning.episodes import Episode
+from maml_lightning.data import (
+    GlyphsDataModule,
+    ImagesDataModule,
+    OmniglotDataModule,
+    SinusoidsDataModule,
+    SupportQueryDataModule,
+    support_set,
+)
+from maml_lightning.episodes import Episode, Inputs
 from maml_lightning.errors import NonFiniteError, SettingError
 from maml_lightning.inner_loop import InnerLoop, MetaGradient
 from maml_lightning.module import MAML
 from maml_lightning.networks import MLP, ConvNet
+from maml_lightning.trained import load
 
 __all__ = [
     "MAML",
@@ -18,11 +26,16 @@ __all__ = [
     "GlyphsDataModule",
     "ImagesDataModule",
     "InnerLoop",
+    "Inputs",
     "LastCheckpoint",
     "MetaGradient",
     "NonFiniteError",
     "OmniglotDataModule",
+    "PredictionReport",
     "SettingError",
     "SinusoidsDataModule",
+    "SupportQueryDataModule",
     "TestReport",
+    "load",
+    "support_set",
 ]

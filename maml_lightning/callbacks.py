@@ -112,3 +112,13 @@ class TestReport(Callback):
             f"Test {name} after {results['inner_steps']} inner steps: {scale * results[name]:.2f}{interval}{unit} "
             f"over {results['episodes']} episodes ({file})"
         )
+
+
+class PredictionReport(Callback):
+    """Lets data that asks for it (`SupportQueryDataModule`) write what was predicted."""
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        """Hand over the probabilities of the one task."""
+        report = getattr(getattr(trainer, "datamodule", None), "report", None)
+        if report is not None and trainer.is_global_zero:
+            report(outputs[0])

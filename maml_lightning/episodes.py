@@ -1,7 +1,8 @@
 """Episodes: the tensors of a batch of tasks, and the check of their shapes."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, cast
 
+import torch
 from torch import Tensor
 
 from maml_lightning.errors import SettingError
@@ -49,3 +50,30 @@ class Episode(NamedTuple):
     def tasks(self) -> int:
         """``T``, the number of tasks in the batch."""
         return self.support_inputs.shape[0]
+
+
+class Inputs(NamedTuple):
+    """What pictures a network was trained on; kept in its checkpoints.
+
+    Args:
+        ways: classes that it tells apart.
+        channels: 1 or 3.
+        side: edge in pixels.
+        background: what most of the border is, in [0, 1], of drawings on a plain ground; None of photos.
+    """
+
+    ways: int
+    channels: Literal[1, 3]
+    side: int
+    background: float | None
+
+    @classmethod
+    def of(cls, images: Tensor, ways: int) -> "Inputs | None":
+        """Those of images ``[..., C, H, W]`` in [0, 1]; None where they are no square pictures."""
+        if images.dim() < 4 or images.shape[-3] not in (1, 3) or images.shape[-1] != images.shape[-2]:
+            return None
+        border = torch.cat([images[..., 0, :], images[..., -1, :], images[..., 0], images[..., -1]], -1).float()
+        ground = border.median().item()
+        plain = ((border - ground).abs() < 0.1).float().mean().item() > 0.8
+        channels = cast(Literal[1, 3], images.shape[-3])
+        return cls(ways, channels, images.shape[-1], ground if plain else None)

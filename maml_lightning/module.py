@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import CatMetric, MeanMetric
 
 from maml_lightning.adaptation import Adaptation
-from maml_lightning.episodes import Episode
+from maml_lightning.episodes import Episode, Inputs
 from maml_lightning.errors import NonFiniteError, SettingError
 from maml_lightning.inner_loop import InnerLoop, MetaGradient, multi_step_weights
 from maml_lightning.memory import out_of_memory
@@ -178,6 +178,7 @@ class MAML(LightningModule):
         self._scores = CatMetric(nan_strategy="disable")
         self._loss = loss
         self._checked = False
+        self.inputs: Inputs | None = None  # what pictures it was trained on
         self.non_finite, self._skipped = non_finite, 0
         self._finite: list[tuple[int, Tensor]] = []  # of each batch, which tasks' outputs are finite
         self.test_scores: Tensor | None = None
@@ -311,7 +312,9 @@ class MAML(LightningModule):
         """The adapted networks' class probabilities ``[T, N*Q, N]`` (regression: their outputs)."""
         episode = self._check(batch)
         outputs = self._trajectory(episode)[-1]
-        return outputs if episode.support_targets.is_floating_point() else outputs.softmax(-1)
+        if episode.support_targets.is_floating_point():
+            return outputs
+        return outputs[..., : int(episode.support_targets.max()) + 1].softmax(-1)  # a task may have fewer classes
 
     def on_validation_epoch_start(self) -> None:
         """Begin anew; at the end it would leave inference tensors behind for a fit after a validate."""
@@ -334,13 +337,16 @@ class MAML(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=self.outer_lr)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the measured chunk size, so that a resumed run sums in the same order."""
+        """Keep the measured chunk size, so that a resumed run sums in the same order, and what was trained on."""
         checkpoint["tasks_per_chunk"] = dict(self._inner_loop.chosen)
+        checkpoint["inputs"] = None if self.inputs is None else self.inputs._asdict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another network, naming the tensors that differ."""
         chosen = checkpoint.get("tasks_per_chunk")
         self._inner_loop.chosen = dict(chosen) if isinstance(chosen, dict) else {}
+        inputs = checkpoint.get("inputs")
+        self.inputs = Inputs(**inputs) if isinstance(inputs, dict) else None
         ours = {name: tuple(value.shape) for name, value in self.state_dict().items()}
         theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
         if ours != theirs:
@@ -362,6 +368,9 @@ class MAML(LightningModule):
         if not self._checked:
             self._check_fit(episode)
             self._checked = True
+        if self.inputs is None and self.training and episode.support_targets.dtype == torch.int64:
+            ways = getattr(getattr(self._trainer, "datamodule", None), "ways", int(episode.query_targets.max()) + 1)
+            self.inputs = Inputs.of(episode.query_inputs, ways)
         return episode
 
     def _check_fit(self, episode: Episode) -> None:
@@ -398,7 +407,8 @@ class MAML(LightningModule):
             return
         data = getattr(self._trainer, "datamodule", None)
         classes = getattr(data, "pretraining_classes" if pretraining else "ways", None) or int(targets.max()) + 1
-        if (size := outputs.shape[-1]) != classes:
+        size = outputs.shape[-1]
+        if size != classes and not (self._trainer and self.trainer.predicting and size > classes):
             where = " in training (ConvNet: pretraining_classes)" if pretraining else ""
             raise SettingError(
                 f"model.net has {size} outputs, but the episodes have {classes} classes; give it {classes} "

@@ -1,0 +1,269 @@
+"""One task of your own: folders of pictures to adapt on, and pictures to be told apart."""
+
+import csv
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from maml_lightning.data.pictures import Pixels, class_folders, pictures_in, read_picture
+from maml_lightning.episodes import Episode, Inputs
+from maml_lightning.errors import SettingError
+from maml_lightning.files import write_whole
+
+FAINT = 0.5  # of full ink; below it a picture's contrast is raised
+ROWS = 40  # of the printed table; the file has them all
+TILE, COLUMNS, SHEET = 84, 10, 200  # contact sheet: edge of a picture, pictures in a row and in all
+
+
+class Reading(NamedTuple):
+    """Pictures as a network takes them, and what was done to them."""
+
+    inputs: Tensor
+    done: dict[str, int]
+
+
+def read_pictures(files: list[Path], like: Inputs) -> Reading:
+    """Bring pictures to what a network was trained on: size, channels and, for drawings, ink and background.
+
+    Where the training pictures had a plain background, pictures of the other polarity are inverted, their background
+    is brought to it, and faint ink to full contrast.
+
+    Args:
+        files: ``n`` pictures of any size and mode.
+        like: what the network was trained on.
+
+    Returns:
+        inputs ``[n, C, H, W]`` in [0, 1], and how many pictures each change was made to.
+
+    Raises:
+        SettingError: a picture cannot be read.
+    """
+    done = {"made square": 0, "inverted": 0, "brought to the background": 0, "raised in contrast": 0}
+    read: list[Pixels] = []
+    for file in files:
+        pixels = read_picture(file, like.side, like.channels, "pad")
+        with Image.open(file) as image:
+            done["made square"] += image.width != image.height
+        if like.background is not None:
+            target = round(255 * like.background)
+            if abs(_border(pixels) - target) > 127:
+                pixels, done["inverted"] = 255 - pixels, done["inverted"] + 1
+            ink = pixels.astype(np.float64) - target
+            if abs(base := _border(pixels) - target) > 5:
+                ink, done["brought to the background"] = ink - base, done["brought to the background"] + 1
+            peak = np.abs(ink).max()
+            if abs(base) > 5 or 0 < peak < 255 * FAINT:
+                done["raised in contrast"] += 0 < peak < 255 * FAINT
+                pixels = (target + ink * 255 / max(peak, 1)).clip(0, 255).round().astype(np.uint8)
+        read.append(pixels)
+    return Reading(torch.from_numpy(np.stack(read)).float() / 255, done)
+
+
+def _border(pixels: Pixels) -> float:
+    edges = [pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]]
+    return float(np.median(np.concatenate(edges, axis=1)))
+
+
+def support_set(folder: str | Path, like: Inputs) -> tuple[Tensor, Tensor, list[str]]:
+    """The pictures of a folder of class folders, to adapt on.
+
+    Args:
+        folder: ``FOLDER/CLASS/*.png``, or other formats, any number for each class.
+        like: what the network was trained on, ``maml.inputs``.
+
+    Returns:
+        inputs ``[n, C, H, W]``, targets ``[n]`` and the names of the classes.
+
+    Raises:
+        SettingError: there are fewer than 2 classes, or something cannot be read.
+    """
+    classes = _classes(Path(folder))
+    inputs = read_pictures([file for files in classes.values() for file in files], like).inputs
+    return inputs, _targets(classes), list(classes)
+
+
+def _classes(folder: Path) -> dict[str, list[Path]]:
+    classes = class_folders(folder)
+    if len(classes) < 2:
+        raise SettingError(
+            f"{folder} holds {len(classes)} folder{'s' * (len(classes) != 1)} of pictures; give one for each of at "
+            "least 2 classes."
+        )
+    return classes
+
+
+def _targets(classes: dict[str, list[Path]]) -> Tensor:
+    return torch.arange(len(classes)).repeat_interleave(torch.tensor([len(files) for files in classes.values()]))
+
+
+class SupportQueryDataModule(LightningDataModule):
+    """Tell your own pictures apart: ``cli.py predict --ckpt_path CKPT --data SupportQueryDataModule``.
+
+    Writes a table of probabilities (CSV: ``file``, ``predicted``, then a column a class) and a contact sheet (PNG)
+    beside it. Pictures are brought to what the network was trained on.
+
+    Args:
+        support: the classes, ``SUPPORT/CLASS/*.png`` or of other formats; any number of pictures in each.
+        query: the pictures to tell apart, in this folder or in folders of it; where such a folder has a class's name,
+            accuracy is reported.
+        output: the CSV file; it must not be there yet, nor the PNG of that name.
+
+    Raises:
+        SettingError: a folder or picture cannot be used, or the output is there already.
+    """
+
+    def __init__(self, support: str, query: str, output: str = "predictions.csv"):
+        super().__init__()
+        self.support, self.query, self.output = Path(support), Path(query), Path(output)
+        self.sheet = self.output.with_suffix(".png")
+        self.classes: dict[str, list[Path]] = {}
+        self.files: list[Path] = []
+        self.pictures: tuple[Tensor, Tensor] | None = None  # support and query, as the network takes them
+
+    @property
+    def ways(self) -> int:
+        """How many classes there are."""
+        return len(self.classes)
+
+    def prepare_data(self) -> None:
+        """Refuse what cannot be used before anything is written."""
+        support, query = self.support.resolve(), self.query.resolve()
+        if support == query or support in query.parents or query in support.parents:
+            raise SettingError(
+                f"data.support {self.support} and data.query {self.query} must not lie in one another; move one."
+            )
+        if self.output.suffix.lower() == ".png":
+            raise SettingError(f"data.output {self.output} must not end in .png; that is the contact sheet's name.")
+        for file in (self.output, self.sheet):
+            if file.exists():
+                raise SettingError(f"data.output: {file} is there already; remove it or give another name.")
+        self.setup()
+        if self._like() is not None:
+            self._read()
+
+    def _like(self) -> Inputs | None:
+        return None if self.trainer is None else getattr(self.trainer.lightning_module, "inputs", None)
+
+    def setup(self, stage: str | None = None) -> None:
+        """List the pictures."""
+        self.classes = _classes(self.support)
+        if not self.query.is_dir():
+            raise SettingError(f"data.query {self.query} is not a folder; give one that holds pictures.")
+        self.files = pictures_in(self.query, nested=True)
+        if not self.files:
+            raise SettingError(f"data.query {self.query} holds no pictures; put some in it.")
+
+    def predict_dataloader(self) -> DataLoader[Episode]:
+        """The one task."""
+        if self.pictures is None:
+            self._read()
+        assert self.pictures is not None
+        support, query = self.pictures
+        targets = torch.zeros(len(query), dtype=torch.int64)  # not asked for
+        episode = Episode(support, _targets(self.classes), query, targets)
+        return DataLoader([Episode(*(part[None] for part in episode))], batch_size=None)  # type: ignore[arg-type]
+
+    def _read(self) -> None:
+        like = self._like()
+        if like is None:
+            raise SettingError(
+                "The checkpoint does not say what pictures its network was trained on; train it with this version."
+            )
+        if self.ways > like.ways:
+            raise SettingError(
+                f"data.support {self.support} holds {self.ways} classes, but the checkpoint tells {like.ways} apart; "
+                f"remove some, or train one with --data.ways {self.ways}."
+            )
+        support = read_pictures([file for files in self.classes.values() for file in files], like)
+        query = read_pictures(self.files, like)
+        done = {what: count + query.done[what] for what, count in support.done.items()}
+        told = ", ".join(f"{count} {what}" for what, count in done.items() if count)
+        rank_zero_info(
+            f"{len(support.inputs)} support and {len(query.inputs)} query pictures, each brought to {like.channels} x "
+            f"{like.side} x {like.side}{'; ' + told if told else ''}."
+        )
+        self.pictures = support.inputs, query.inputs
+
+    def report(self, probabilities: Tensor) -> None:
+        """Print and write what was found.
+
+        Args:
+            probabilities: ``[pictures, classes]``.
+
+        Raises:
+            SettingError: a file could not be written.
+        """
+        names = list(self.classes)
+        found = probabilities.argmax(-1).tolist()
+        true = [self._label(file) for file in self.files]
+        table = Table("file", "predicted", "probability")
+        for file, index, row in list(zip(self.files, found, probabilities.tolist(), strict=True))[:ROWS]:
+            table.add_row(str(file.relative_to(self.query)), names[index], f"{row[index]:.2f}")
+        Console().print(table)
+        if len(found) > ROWS:
+            rank_zero_info(f"… and {len(found) - ROWS} more in {self.output}.")
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow(["file", "predicted", *names])
+        for file, index, row in zip(self.files, found, probabilities.tolist(), strict=True):
+            writer.writerow([file.relative_to(self.query), names[index], *(f"{value:.6f}" for value in row)])
+        picture = io.BytesIO()
+        self._contact_sheet(found, probabilities, true).save(picture, "PNG")
+        try:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            content = text.getvalue().encode(errors="surrogateescape")
+            write_whole(self.output, lambda file: file.write(content), f".{self.output.name}.part")
+            write_whole(self.sheet, lambda file: file.write(picture.getbuffer()), f".{self.sheet.name}.part")
+        except OSError as error:
+            raise SettingError(f"data.output {self.output} could not be written ({error.strerror}).") from error
+        told = [(index, label) for index, label in zip(found, true, strict=True) if label is not None]
+        if told:
+            right = sum(index == label for index, label in told)
+            rank_zero_info(f"Accuracy: {right / len(told):.4f} ({right} of {len(told)} pictures in folders of classes)")
+        rank_zero_info(f"Written: {self.output}, {self.sheet}")
+
+    def _label(self, file: Path) -> int | None:
+        names = list(self.classes)
+        folders = file.relative_to(self.query).parts[:-1]
+        return names.index(folders[-1]) if folders and folders[-1] in names else None
+
+    def _contact_sheet(self, found: list[int], probabilities: Tensor, true: list[int | None]) -> Image.Image:
+        """Support pictures by class, then queries with what they were taken for; wrong ones in red."""
+        assert self.pictures is not None
+        names, (support, query) = list(self.classes), self.pictures
+        shown = [
+            (picture, names[int(label)], "black")
+            for picture, label in zip(support, _targets(self.classes), strict=True)
+        ]
+        asked = [
+            (picture, f"{names[index]} {row[index]:.2f}", "red" if label not in (None, index) else "green")
+            for picture, index, row, label in zip(query, found, probabilities.tolist(), true, strict=True)
+        ]
+        font = ImageFont.load_default(11)
+        parts = [("support", shown[:SHEET]), ("query", asked[:SHEET])]
+        columns = min(COLUMNS, max(len(tiles) for _, tiles in parts))
+        rows = [1 + -(-len(tiles) // columns) for _, tiles in parts]
+        step = TILE + 20
+        sheet = Image.new("RGB", (columns * (TILE + 6) + 6, 24 * len(parts) + step * (sum(rows) - len(parts))), "white")
+        draw, top = ImageDraw.Draw(sheet), 0
+        for title, tiles in parts:
+            draw.text((6, top + 4), title, "black", font)
+            top += 24
+            for index, (picture, label, colour) in enumerate(tiles):
+                x, y = 6 + index % columns * (TILE + 6), top + index // columns * step
+                pixels = (picture * 255).byte().permute(1, 2, 0).numpy()
+                tile = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).convert("RGB")
+                sheet.paste(tile.resize((TILE, TILE), Image.Resampling.NEAREST), (x, y))
+                draw.text((x, y + TILE + 1), label[:15], colour, font)
+            top += -(-len(tiles) // columns) * step
+        return sheet

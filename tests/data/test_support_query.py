@@ -1,0 +1,293 @@
+import csv
+import logging
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from cli import main
+from maml_lightning import Inputs, OmniglotDataModule, SettingError, load, support_set
+from maml_lightning.data.omniglot import character_files, split_characters
+from maml_lightning.data.pictures import class_folders
+from maml_lightning.data.support_query import read_pictures
+from tests.command_line import TINY, process, words
+
+pytestmark = pytest.mark.usefixtures("folder")
+
+OMNIGLOT = Inputs(ways=5, channels=1, side=28, background=0.0)
+
+
+def predict(support: Path, query: Path, output: object = "out.csv", checkpoint: object = "omniglot_5way_1shot") -> list:
+    """The rows of the table."""
+    logging.getLogger("lightning.pytorch").propagate = True  # to pytest
+    data = {"data": "SupportQueryDataModule", "data.support": support, "data.query": query, "data.output": output}
+    main(words("predict", ckpt_path=checkpoint, **data, **{"trainer.logger": "false", "trainer.accelerator": "cpu"}))
+    with Path(str(output)).open(newline="") as file:
+        return list(csv.reader(file))
+
+
+def symbol(kind: int, size: tuple[int, int], jitter: int = 0) -> Image.Image:
+    """One of five symbols, black on white, drawn anew for each ``jitter``."""
+    width, height = size
+    image = Image.new("L", size, 255)
+    draw = ImageDraw.Draw(image)
+    rng = np.random.RandomState(jitter)
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        dx, dy = rng.uniform(-0.03, 0.03, 2)
+        return left + side * (x + dx), top + side * (y + dy)
+
+    pen = max(side // 30, 1)
+    strokes: list[list[tuple[float, float]]] = [
+        [[at(0.2, 0.2), at(0.8, 0.8)], [at(0.8, 0.2), at(0.2, 0.8)]],  # a cross
+        [[at(0.5 + 0.3 * np.cos(a), 0.5 + 0.3 * np.sin(a)) for a in np.linspace(0, 6.4, 9)]],  # a ring
+        [[at(0.2, 0.2), at(0.8, 0.2), at(0.5, 0.2), at(0.5, 0.8)]],  # a T
+        [[at(0.2, 0.8), at(0.35, 0.2), at(0.5, 0.8), at(0.65, 0.2), at(0.8, 0.8)]],  # a zigzag
+        [[at(0.3, 0.2), at(0.3, 0.8), at(0.75, 0.8)]],  # an L
+    ][kind]
+    for stroke in strokes:
+        draw.line(stroke, 0, pen, "curve")
+    return image
+
+
+SYMBOLS = ["cross", "ring", "tee", "zigzag", "ell"]
+
+
+def draw_folder(root: Path, made: object, jitter: int, classes: int = 5, each: int = 1) -> None:
+    for kind in range(classes):
+        (root / SYMBOLS[kind]).mkdir(parents=True)
+        for number in range(each):
+            picture = made(kind, 100 * jitter + 10 * kind + number)  # type: ignore[operator]
+            picture.save(root / SYMBOLS[kind] / f"{number}.png")
+
+
+def plain(kind: int, jitter: int) -> Image.Image:
+    return symbol(kind, (105, 105), jitter)
+
+
+def inverted(image: Image.Image) -> Image.Image:
+    return Image.eval(image, lambda value: 255 - value)
+
+
+def rgba(image: Image.Image) -> Image.Image:
+    ink = Image.new("RGBA", image.size, (20, 40, 120, 255))
+    ink.putalpha(inverted(image))
+    return ink
+
+
+LOOKS = {
+    "dark on light": lambda kind, jitter: plain(kind, jitter),
+    "light on dark": lambda kind, jitter: inverted(plain(kind, jitter)),
+    "RGB, blue on yellow": lambda kind, jitter: Image.composite(
+        Image.new("RGB", (400, 300), (250, 240, 180)),
+        Image.new("RGB", (400, 300), (20, 30, 120)),
+        symbol(kind, (400, 300), jitter),
+    ),
+    "RGBA, transparent": lambda kind, jitter: rgba(symbol(kind, (200, 260), jitter)),
+    "palette": lambda kind, jitter: symbol(kind, (150, 90), jitter).convert("P"),
+    "30 pixels": lambda kind, jitter: symbol(kind, (30, 34), jitter),
+    "2000 pixels": lambda kind, jitter: symbol(kind, (2000, 1400), jitter),
+    "faint": lambda kind, jitter: Image.eval(plain(kind, jitter), lambda value: 150 + value * 60 // 255),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_drawn_symbols_are_told_apart_whatever_their_look(tmp_path: Path, look: str):
+    draw_folder(tmp_path / "support", plain, 1, each=2)
+    draw_folder(tmp_path / "query", LOOKS[look], 2, each=2)
+    rows = predict(tmp_path / "support", tmp_path / "query")[1:]
+    right = sum(Path(file).parent.name == predicted for file, predicted, *_ in rows)
+    assert len(rows) == 10
+    assert right >= 8
+
+
+def test_the_table_and_the_sheet(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    draw_folder(tmp_path / "support", plain, 1, classes=3, each=2)
+    (tmp_path / "support" / "ring" / "third.png").write_bytes((tmp_path / "support" / "ring" / "0.png").read_bytes())
+    draw_folder(tmp_path / "query", LOOKS["light on dark"], 2, classes=3)
+    (tmp_path / "query" / "some where" / "dé$(ep;).png").parent.mkdir()
+    plain(0, 5).save(tmp_path / "query" / "some where" / "dé$(ep;).png")
+    rows = predict(tmp_path / "support", tmp_path / "query", tmp_path / "new" / "out.csv")
+    assert rows[0] == ["file", "predicted", "cross", "ring", "tee"]  # fewer classes than the checkpoint's
+    assert [row[0] for row in rows[1:]] == ["cross/0.png", "ring/0.png", "some where/dé$(ep;).png", "tee/0.png"]
+    for _, predicted, *probabilities in rows[1:]:
+        numbers = [float(value) for value in probabilities]
+        assert sum(numbers) == pytest.approx(1, abs=1e-5)
+        assert predicted == rows[0][2:][int(np.argmax(numbers))]
+    with Image.open(tmp_path / "new" / "out.png") as sheet:
+        assert sheet.width > 600
+        assert len({tuple(pixel) for pixel in np.asarray(sheet).reshape(-1, 3)}) > 10
+    assert "7 support and 4 query pictures, each brought to 1 x 28 x 28; 8 inverted" in caplog.text
+    assert "of 3 pictures in folders of classes" in caplog.text
+
+
+def test_real_characters_as_folders_are_judged_as_in_a_test(
+    tmp_path: Path, omniglot_root: Path, caplog: pytest.LogCaptureFixture
+):
+    flags = {key: value for key, value in TINY.items() if not key.endswith("classes")}
+    flags |= {"data": "OmniglotDataModule", "data.root": omniglot_root, "data.ways": 20, "data.test_episodes": 1}
+    flags |= {
+        "data.train_episodes": 240,
+        "data.meta_batch_size": 8,
+        "model.outer_lr": 0.005,
+        "model.net.hidden_channels": 16,
+        "model.net.blocks": 4,
+    }
+    trained = main(words("fit", **flags))
+    checkpoint = Path(trained.trainer.log_dir) / "checkpoints" / "last.ckpt"
+    tested = main(words("test", **{k: v for k, v in flags.items() if k[:5] != "model"}, ckpt_path=checkpoint))
+    data = OmniglotDataModule(root=str(omniglot_root), ways=20, test_episodes=1)
+    data.setup("test")
+    files, characters = character_files(omniglot_root / "omniglot-py"), split_characters("finn")["test"]
+    classes, drawings = data.datasets["test"].draw([0])  # type: ignore[attr-defined]
+    for label, (character, pair) in enumerate(zip(classes[0].tolist(), drawings[0].tolist(), strict=True)):
+        for part, drawing in zip(("support", "query"), pair, strict=True):
+            (tmp_path / part / f"{label:02d}").mkdir(parents=True)
+            file = files[characters[character]][drawing]
+            (tmp_path / part / f"{label:02d}" / file.name).symlink_to(file)
+    rows = predict(tmp_path / "support", tmp_path / "query", checkpoint=checkpoint)
+    accuracy = np.mean([Path(file).parent.name == predicted for file, predicted, *_ in rows[1:]])
+    assert accuracy == pytest.approx(tested.trainer.logged_metrics["test/accuracy"].item())
+    same = main(words("predict", **{k: v for k, v in flags.items() if k[:5] != "model"}, ckpt_path=checkpoint))
+    expected = same.trainer.predict_loop.predictions[0][0]
+    assert torch.allclose(torch.tensor([[float(value) for value in row[2:]] for row in rows[1:]]), expected, atol=2e-6)
+    assert f"Accuracy: {accuracy:.4f}" in caplog.text
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    draw_folder(tmp_path / "support", plain, 1, classes=2)
+    draw_folder(tmp_path / "query", plain, 2, classes=2)
+    return tmp_path
+
+
+def spoil(root: Path, how: str) -> None:
+    support, query = root / "support", root / "query"
+    if how == "empty class":
+        (support / "empty").mkdir()
+    elif how == "text":
+        (query / "cross" / "note.png").write_text("no picture")
+    elif how == "cut":
+        whole = (support / "ring" / "0.png").read_bytes()
+        (support / "ring" / "0.png").write_bytes(whole[:100])
+    elif how == "bomb":
+        Image.new("1", (20_000, 20_000)).save(query / "huge.png")
+    elif how == "one class":
+        (support / "ring" / "0.png").unlink()
+        (support / "ring").rmdir()
+    elif how == "inside":
+        support.rename(query / "support")
+    elif how == "too many":
+        draw_folder(root / "more", plain, 3)
+        for kind in range(4):
+            (root / "more" / SYMBOLS[kind]).rename(support / f"other {kind}")
+    elif how == "nothing to tell":
+        for file in query.rglob("*.png"):
+            file.unlink()
+    elif how in ("there", "sheet there"):
+        (root / f"out.{'csv' if how == 'there' else 'png'}").write_text("mine")
+
+
+BAD = {
+    "empty class": r"support/empty holds no pictures",
+    "text": r"query/cross/note.png cannot be read \(no whole picture\)",
+    "cut": r"support/ring/0.png cannot be read \(no whole picture\)",
+    "bomb": r"query/huge.png is too large a picture",
+    "one class": r"support holds 1 folder of pictures; give one for each of at least 2 classes",
+    "inside": r"query/support and data.query .*query must not lie in one another",
+    "too many": r"support holds 6 classes, but the checkpoint tells 5 apart; .* train one with --data.ways 6",
+    "nothing to tell": r"query holds no pictures",
+    "there": r"out.csv is there already; remove it or give another name",
+    "sheet there": r"out.png is there already; remove it or give another name",
+}
+
+
+@pytest.mark.parametrize("how", BAD)
+def test_bad_input_is_named_and_nothing_is_written(good: Path, how: str):
+    spoil(good, how)
+    before = {file: file.read_bytes() for file in good.rglob("*") if file.is_file()}
+    support = good / "query" / "support" if how == "inside" else good / "support"
+    with pytest.raises(SettingError, match=BAD[how]):
+        predict(support, good / "query", good / "out.csv")
+    assert {file: file.read_bytes() for file in good.rglob("*") if file.is_file()} == before
+
+
+def listed(folder: Path, found: object) -> None:
+    if os.getuid() == 0:
+        os.setuid(65534)  # nothing is unreadable to root
+    try:
+        class_folders(folder)
+    except SettingError as error:
+        found.put(str(error))  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="of systems with users")
+def test_a_folder_that_may_not_be_read_is_named(good: Path):
+    for parent in [good, *good.parents]:
+        if parent.stat().st_uid == os.getuid() and parent != Path("/"):
+            parent.chmod(parent.stat().st_mode | 0o055)
+    (good / "support" / "ring").chmod(0)
+    fork = multiprocessing.get_context("fork")
+    found = fork.SimpleQueue()
+    child = fork.Process(target=listed, args=(good / "support", found))
+    child.start()
+    child.join()
+    (good / "support" / "ring").chmod(0o755)
+    assert found.get() == f"{good}/support/ring cannot be read (Permission denied); give a folder that can."
+
+
+def test_as_a_process_it_ends_in_one_line(good: Path):
+    spoil(good, "text")
+    flags = {"data": "SupportQueryDataModule", "data.support": good / "support", "data.query": good / "query"}
+    child = process(*words("predict", ckpt_path="omniglot_5way_1shot", **flags))
+    _, printed = child.communicate(timeout=200)
+    assert child.returncode == 1
+    assert printed.strip().splitlines()[-1].startswith("error: ")
+    assert "note.png" in printed.strip().splitlines()[-1]
+    assert "Traceback" not in printed
+
+
+def test_python_gives_a_plain_network_that_exports(good: Path):
+    maml = load("omniglot_5way_1shot")
+    inputs, targets, names = support_set(good / "support", maml.inputs)
+    classifier = maml.adapt(inputs, targets)
+    query = torch.rand(4, 1, 28, 28)
+    torch.export.save(torch.export.export(classifier.eval(), (query,)), good / "classifier.pt2")
+    script = (
+        "import sys, torch\n"
+        f"out = torch.export.load({str(good / 'classifier.pt2')!r}).module()(torch.load({str(good / 'q.pt')!r}))\n"
+        f"torch.save(out, {str(good / 'out.pt')!r})\n"
+        "assert not any(name.startswith('maml_lightning') for name in sys.modules)"
+    )
+    torch.save(query, good / "q.pt")
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=good, check=True)
+    assert names == ["cross", "ring"]
+    assert torch.allclose(torch.load(good / "out.pt"), classifier(query), atol=1e-5)
+
+
+def test_pictures_of_the_training_set_are_left_as_they_are(tmp_path: Path):
+    pixels = np.random.RandomState(0).randint(0, 256, (28, 28)).astype(np.uint8)
+    pixels[[0, -1]] = pixels[:, [0, -1]] = 0
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    reading = read_pictures([tmp_path / "a.png"], OMNIGLOT)
+    assert torch.equal(reading.inputs, torch.from_numpy(pixels)[None, None] / 255)
+    assert not any(reading.done.values())
+    photo = read_pictures([tmp_path / "a.png"], OMNIGLOT._replace(background=None, channels=3))
+    assert torch.equal(photo.inputs, reading.inputs.expand(1, 3, 28, 28))
+
+
+def test_inputs_know_drawings_from_photos():
+    drawings = torch.zeros(6, 1, 9, 9)
+    drawings[:, :, 3:6, 3:6] = 1
+    assert Inputs.of(drawings, 5) == Inputs(5, 1, 9, 0.0)
+    assert Inputs.of(1 - drawings, 5) == Inputs(5, 1, 9, 1.0)
+    assert Inputs.of(torch.rand(2, 4, 3, 9, 9), 5) == Inputs(5, 3, 9, None)
+    assert Inputs.of(torch.rand(6, 7), 5) is None
