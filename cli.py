@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from maml_lightning import (
     MAML,
     Cost,
+    Inspection,
     LastCheckpoint,
     NonFiniteError,
     PredictionReport,
@@ -58,6 +59,7 @@ class MAMLCommandLine(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.add_lightning_class_args(Cost, "cost")
+        parser.add_lightning_class_args(Inspection, "inspection")
         parser.add_lightning_class_args(TestReport, "test_report")
         parser.add_lightning_class_args(PredictionReport, "prediction_report")
         parser.set_defaults(

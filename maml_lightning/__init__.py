@@ -1,6 +1,6 @@
 """The MAML family of meta-learning algorithms as one PyTorch Lightning module with torch.func gradients."""
 
-from maml_lightning.callbacks import Cost, PredictionReport, TestReport
+from maml_lightning.callbacks import Cost, Inspection, PredictionReport, TestReport
 from maml_lightning.checkpoints import LastCheckpoint
 from maml_lightning.data import (
     GlyphsDataModule,
@@ -27,6 +27,7 @@ __all__ = [
     "ImagesDataModule",
     "InnerLoop",
     "Inputs",
+    "Inspection",
     "LastCheckpoint",
     "MetaGradient",
     "NonFiniteError",

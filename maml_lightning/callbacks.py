@@ -1,33 +1,43 @@
-"""What a run leaves behind for people: what it cost, and the test report."""
+"""What a run leaves behind for people: what it cost, what adaptation does, and the test report."""
 
 import json
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
+from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
+from maml_lightning.drawing import Tile, contact_sheet
+from maml_lightning.episodes import Episode
+from maml_lightning.errors import SettingError
 from maml_lightning.memory import peak_bytes
-from maml_lightning.module import MAML
+from maml_lightning.module import MAML, episode_scores
 
 DIGITS = 7  # an episode's score is a float32
+SHOWN = 40  # pictures of a set that are shown
+CURVES = 8  # episodes that an adaptation curve is the mean of
 WARM_UP = 5  # meta-steps at the start of a run that measure settings, trace and compile
 
 
 class Cost(Callback):
-    """Logs ``train/seconds_per_step`` and ``train/peak_memory_mb`` after each training epoch; of ranks the largest.
+    """Logs ``train/seconds_per_step``, ``train/tasks_per_second`` and ``train/peak_memory_mb`` after each epoch.
 
-    Seconds are the mean wall time of a meta-step of the epoch, the drawing of its episodes included; validation,
-    checkpoints and the run's first ``WARM_UP`` meta-steps are not. Memory (MB of 10^6 bytes) is the most so far: on
-    CUDA what tensors held since training began, else what was resident of the whole process since it began.
+    Of several processes the slowest and the largest. Seconds are the mean wall time of a meta-step of the epoch, the
+    drawing of its episodes included; validation, checkpoints and the run's first ``WARM_UP`` meta-steps are not.
+    Memory (MB of 10^6 bytes) is the most so far: on CUDA what tensors held since training began, else what was
+    resident of the whole process since it began.
     """
 
     def __init__(self) -> None:
         self._begun: tuple[float, int] | None = None  # the clock and the meta-step when it was started
-        self._warm = self._steps = 0
+        self._warm = self._steps = self._tasks = 0
         self._seconds = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -37,8 +47,9 @@ class Cost(Callback):
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
 
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock, unless it runs already: over all steps at once a device need not be waited for at each."""
+        self._tasks = len(batch[0]) * trainer.world_size * trainer.accumulate_grad_batches
         if self._begun is None and trainer.global_step >= self._warm:
             self._begun = _now(trainer), trainer.global_step
 
@@ -52,6 +63,10 @@ class Cost(Callback):
         costs = {"train/peak_memory_mb": peak_bytes(pl_module.device) / 1e6}
         if self._steps:
             costs["train/seconds_per_step"] = self._seconds / self._steps
+            tasks = self._tasks * self._steps / self._seconds
+            pl_module.log(
+                "train/tasks_per_second", tasks, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="min"
+            )
         pl_module.log_dict(costs, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="max")
         self._seconds, self._steps = 0.0, 0
 
@@ -106,12 +121,102 @@ class TestReport(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "test_results.json"
         file.write_text(json.dumps(results, indent=2) + "\n")
+        settings = {key: value for key, value in pl_module.hparams.items() if isinstance(value, str | int | float)}
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                # A folder of its own: TensorBoard takes the first settings of a run, and Lightning has written some.
+                logger.experiment.add_hparams(
+                    {key: value for key, value in {**settings, **task}.items() if value is not None},
+                    {f"test/{name}": results[name]},
+                    run_name="hparams",
+                )
         scale, unit = (100, " %") if name == "accuracy" else (1, "")
         interval = "" if results["ci95"] is None else f" ± {scale * results['ci95']:.2f}"
         rank_zero_info(
             f"Test {name} after {results['inner_steps']} inner steps: {scale * results[name]:.2f}{interval}{unit} "
             f"over {results['episodes']} episodes ({file})"
         )
+
+
+class Inspection(Callback):
+    """Shows in TensorBoard, at each validation, what adaptation does to the first validation episodes.
+
+    ``inspect/episodes``: support and query pictures with the labels given to them before and after adaptation, wrong
+    ones in red (image tasks). ``inspect/adaptation``: score and loss after each inner step, to twice as many as the
+    evaluation takes and five more. ``val/inner_update_norm``: how far adaptation moves the parameters, mean over the
+    episodes. ``inner_lr/NAME``: histograms of learnt inner rates.
+
+    Args:
+        episodes: how many episodes are pictured; 0 shows nothing.
+
+    Raises:
+        SettingError: ``episodes`` is below 0.
+    """
+
+    def __init__(self, episodes: int = 2) -> None:
+        if episodes < 0:
+            raise SettingError(f"inspection.episodes must be at least 0 (got {episodes}).")
+        self.episodes = episodes
+        self._first: Episode | None = None
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Keep the first episodes."""
+        if batch_idx == 0 and self.episodes and trainer.is_global_zero:
+            self._first = Episode(*(part[: max(self.episodes, CURVES)] for part in batch))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show."""
+        first, self._first = self._first, None
+        writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if first is None or trainer.sanity_checking or not writers or not isinstance(pl_module, MAML):
+            return
+        step, most = trainer.global_step, 2 * pl_module.eval_inner_steps + 5
+        outputs = pl_module.trajectory(first, most)
+        pictures = first.query_inputs.dim() == 5 and first.query_inputs.shape[2] in (1, 3)
+        sheet = _episodes_sheet(first, outputs, self.episodes, pl_module.eval_inner_steps) if pictures else None
+        curve = _adaptation_figure(first, outputs, pl_module)
+        norms = pl_module.inner_update_norms(first)
+        for writer in writers:
+            if sheet is not None:
+                writer.add_image("inspect/episodes", np.asarray(sheet), step, dataformats="HWC")
+            writer.add_figure("inspect/adaptation", curve, step, close=False)
+            writer.add_scalar("val/inner_update_norm", norms.mean().item(), step)
+            for name, rate in pl_module.adaptation.learnt.items():
+                writer.add_histogram(f"inner_lr/{name}", rate.detach().float(), step)
+
+
+def _episodes_sheet(first: Episode, outputs: list[Tensor], episodes: int, steps: int) -> Image.Image:
+    parts: list[tuple[str, list[Tile]]] = []
+    for task, (inputs, targets, query, wanted) in enumerate(zip(*first, strict=True)):
+        if task == episodes:
+            break
+        support = [Tile(picture, str(int(label))) for picture, label in zip(inputs, targets, strict=True)]
+        parts.append((f"episode {task}: support", support[:SHOWN]))
+        for title, logits in (("before adaptation", outputs[0]), (f"after {steps} steps", outputs[steps])):
+            told = zip(query, logits[task].argmax(-1).tolist(), wanted.tolist(), strict=True)
+            tiles = [
+                Tile(
+                    picture, str(label) if label == true else f"{label}, is {true}", "green" if label == true else "red"
+                )
+                for picture, label, true in told
+            ]
+            parts.append((f"episode {task}: query, {title}", tiles[:SHOWN]))
+    return contact_sheet(parts)
+
+
+def _adaptation_figure(first: Episode, outputs: list[Tensor], maml: MAML) -> Figure:
+    """Score and loss against inner steps; the evaluation's own number is marked."""
+    steps = range(len(outputs))
+    scores = episode_scores(outputs, first.query_targets).mean(0).tolist()
+    losses = [maml.loss(output.flatten(0, 1), first.query_targets.flatten(0, 1)).item() for output in outputs]
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    for axes, values, name in zip(figure.subplots(1, 2), (scores, losses), (maml.score_name, "loss"), strict=True):
+        axes.plot(steps, values, marker=".")
+        axes.axvline(maml.eval_inner_steps, color="grey", linestyle=":")
+        axes.set(xlabel="inner steps", ylabel=name)
+    return figure
 
 
 class PredictionReport(Callback):

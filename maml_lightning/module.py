@@ -176,7 +176,7 @@ class MAML(LightningModule):
         )
         self._eval_loss = MeanMetric(nan_strategy="disable")  # what is no number is to be seen
         self._scores = CatMetric(nan_strategy="disable")
-        self._loss = loss
+        self.loss = loss
         self._checked = False
         self.inputs: Inputs | None = None  # what pictures it was trained on
         self.non_finite, self._skipped = non_finite, 0
@@ -224,7 +224,7 @@ class MAML(LightningModule):
             rank_zero_info("model.flat_memory: inner steps are computed again on the way back, to save memory.")
         if self._trainer is not None:
             self._finite.append((batch_idx, _finite(result.predictions)))
-            score = _scores([result.predictions], episode.query_targets).mean()
+            score = episode_scores([result.predictions], episode.query_targets).mean()
             logged = {"train/loss": result.loss, f"train/{_score_name(episode)}": score}
             self.log_dict(logged, prog_bar=True, batch_size=episode.tasks, sync_dist=True)
         pairs = [
@@ -246,8 +246,10 @@ class MAML(LightningModule):
         """
         batches, self._finite = self._finite, []
         gradients = [value.grad for value in self.parameters() if value.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.log("train/gradient_norm", norm)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # 16-mixed: overflows are its business
-        if scaler is not None or torch.nn.utils.get_total_norm(gradients, float("inf")).isfinite():
+        if scaler is not None or norm.isfinite():
             return
         if self.non_finite == "stop":
             raise NonFiniteError(self._where(f"The meta-gradient of meta-step {self.global_step}", "train", batches))
@@ -311,7 +313,7 @@ class MAML(LightningModule):
     def predict_step(self, batch: Episode, batch_idx: int) -> Tensor:
         """The adapted networks' class probabilities ``[T, N*Q, N]`` (regression: their outputs)."""
         episode = self._check(batch)
-        outputs = self._trajectory(episode)[-1]
+        outputs = self.trajectory(episode)[-1]
         if episode.support_targets.is_floating_point():
             return outputs
         return outputs[..., : int(episode.support_targets.max()) + 1].softmax(-1)  # a task may have fewer classes
@@ -394,7 +396,7 @@ class MAML(LightningModule):
             for layer, training in modes.items():
                 layer.training = training
         if targets.is_floating_point():
-            if self._loss is F.cross_entropy:
+            if self.loss is F.cross_entropy:
                 raise SettingError(
                     "model.loss is cross_entropy, but the episodes' targets are floats; "
                     "give a loss for regression, such as torch.nn.functional.mse_loss."
@@ -415,16 +417,35 @@ class MAML(LightningModule):
                 f"outputs{where}."
             )
 
-    def _trajectory(self, episode: Episode) -> list[Tensor]:
+    def trajectory(self, episode: Episode, steps: int | None = None) -> list[Tensor]:
+        """The outputs on the query inputs before adaptation and after each inner step, without gradients.
+
+        Args:
+            episode: ``T`` tasks.
+            steps: inner steps; None takes ``eval_inner_steps``.
+
+        Returns:
+            ``steps + 1`` tensors ``[T, N*Q, ...]``.
+        """
+        steps = self.eval_inner_steps if steps is None else steps
         with self._memory():
-            return self._inner_loop.trajectory(self._params(), episode, self._rates(), self.eval_inner_steps)
+            return self._inner_loop.trajectory(self._params(), episode, self._rates(), steps)
+
+    def inner_update_norms(self, episode: Episode) -> Tensor:
+        """How far ``eval_inner_steps`` steps of adaptation move the parameters, in the Euclidean norm: ``[T]``."""
+        start = dict(self.net.named_parameters())
+        norms = []
+        for inputs, targets in zip(episode.support_inputs, episode.support_targets, strict=True):
+            adapted = dict(self.adapt(inputs, targets).named_parameters())
+            norms.append(torch.nn.utils.get_total_norm([adapted[name] - value for name, value in start.items()]))
+        return torch.stack(norms).detach()
 
     def _evaluate(self, batch: Episode, batch_idx: int) -> None:
         episode = self._check(batch)
-        outputs = self._trajectory(episode)
-        loss = self._loss(outputs[-1].flatten(0, 1), episode.query_targets.flatten(0, 1))
-        self._eval_loss.update(loss, weight=episode.tasks)
-        self._scores.update(_scores(outputs, episode.query_targets))
+        outputs = self.trajectory(episode)
+        loss = self.loss(outputs[-1].flatten(0, 1), episode.query_targets.flatten(0, 1))
+        self._eval_loss.update(loss.expand(episode.tasks))  # not weight=: torchmetrics drops it with "disable"
+        self._scores.update(episode_scores(outputs, episode.query_targets))
         self._finite.append((batch_idx, _finite(outputs[-1])))
         self.score_name = _score_name(episode)
 
@@ -471,8 +492,16 @@ def _score_name(episode: Episode) -> str:
     return "mse" if episode.query_targets.is_floating_point() else "accuracy"
 
 
-def _scores(outputs: list[Tensor], targets: Tensor) -> Tensor:
-    """Accuracy or mean squared error of each episode after each step: ``[T, steps]``."""
+def episode_scores(outputs: list[Tensor], targets: Tensor) -> Tensor:
+    """Accuracy, or of float targets mean squared error, of each episode after each step.
+
+    Args:
+        outputs: of each step, ``[T, N*Q, ...]``.
+        targets: ``[T, N*Q]`` or ``[T, Q, D]``.
+
+    Returns:
+        ``[T, steps]``.
+    """
     if targets.is_floating_point():
         scores = [(output - targets).float().square().flatten(1).mean(1) for output in outputs]
     else:

@@ -1,16 +1,23 @@
+import io
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
-from maml_lightning import Cost
+from cli import main
+from maml_lightning import Cost, Inspection, SettingError
 from maml_lightning.callbacks import test_results as summarise
 from maml_lightning.comparison import read_scalars
+from tests.command_line import DATA, SINUSOIDS, TINY, words
 
 
 def test_mean_and_interval_by_hand():
@@ -101,3 +108,65 @@ def test_nothing_to_time_in_a_run_of_few_steps(clocked):
     trainer.fit(clocked)
     assert "train/seconds_per_step" not in trainer.callback_metrics
     assert trainer.callback_metrics["train/peak_memory_mb"] > 50  # torch alone takes more
+
+
+def inspected(folder, **flags):
+    cli = main(words("fit", **{**TINY, "trainer.default_root_dir": folder, "trainer.max_epochs": 2, **flags}))
+    events = EventAccumulator(cli.trainer.log_dir, size_guidance={"images": 0, "histograms": 0})
+    events.Reload()
+    return cli, events
+
+
+def test_inspection_shows_what_adaptation_does(tmp_path):
+    cli, events = inspected(tmp_path, **{"model.learn_inner_lr": "step", "model.inner_steps": 2})
+    tags = events.Tags()
+    assert set(tags["images"]) == {"inspect/episodes", "inspect/adaptation"}
+    assert {"val/inner_update_norm", "train/gradient_norm", "train/loss", "val/accuracy"} <= set(tags["scalars"])
+    assert set(tags["histograms"]) == {f"inner_lr/{name}" for name in cli.model.adaptation.learnt}
+    assert tags["histograms"]
+    for tag in tags["images"]:
+        assert [image.step for image in events.Images(tag)] == [2, 4]
+    with Image.open(io.BytesIO(events.Images("inspect/episodes")[0].encoded_image_string)) as sheet:
+        # two episodes of 3 ways, 1 query per class: 3 tiles wide, 3 parts each
+        assert sheet.size == (3 * 90 + 6, 2 * 3 * (24 + 104))
+        red, green, blue = np.asarray(sheet.convert("RGB")).astype(int).transpose(2, 0, 1)
+    assert ((red > green + 100) & (red > blue + 100)).any()  # captions of wrong predictions
+    assert len(events.Scalars("train/gradient_norm")) == 4
+
+
+def test_the_update_norm_is_that_of_the_parameters(tmp_path):
+    cli, events = inspected(tmp_path)
+    data, maml = cli.datamodule, cli.model
+    batch = next(iter(data.val_dataloader()))
+    expected = []
+    for inputs, targets in zip(batch.support_inputs, batch.support_targets, strict=True):
+        adapted = maml.adapt(inputs, targets).parameters()
+        moved = [(a - b).flatten() for a, b in zip(adapted, maml.net.parameters(), strict=True)]
+        expected.append(torch.cat(moved).norm().item())
+    shown = events.Scalars("val/inner_update_norm")[-1]
+    assert shown.value == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+
+
+def test_inspection_is_off_by_a_flag(tmp_path):
+    _, events = inspected(tmp_path, **{"inspection.episodes": 0})
+    assert events.Tags()["images"] == []
+    with pytest.raises(SettingError, match=r"inspection.episodes must be at least 0 \(got -1\)"):
+        Inspection(episodes=-1)
+
+
+def test_regression_is_inspected_without_pictures(tmp_path):
+    cli = main(words("fit", **{**SINUSOIDS, "trainer.default_root_dir": tmp_path}))
+    events = EventAccumulator(cli.trainer.log_dir, size_guidance={"images": 0})
+    events.Reload()
+    assert events.Tags()["images"] == ["inspect/adaptation"]
+
+
+def test_a_test_fills_the_table_of_hyperparameters(tmp_path, checkpoint):
+    cli = main(words("test", **DATA, ckpt_path=checkpoint, **{"trainer.default_root_dir": tmp_path}))
+    events = EventAccumulator(str(Path(cli.trainer.log_dir) / "hparams"))
+    events.Reload()
+    (shown,) = events.Scalars("test/accuracy")
+    assert shown.value == pytest.approx(cli.trainer.logged_metrics["test/accuracy"].item(), abs=1e-6)
+    stored = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"inner_lr" in stored
+    assert b"ways" in stored

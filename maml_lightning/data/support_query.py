@@ -9,20 +9,21 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from maml_lightning.data.pictures import Pixels, class_folders, pictures_in, read_picture
+from maml_lightning.drawing import Tile, contact_sheet
 from maml_lightning.episodes import Episode, Inputs
 from maml_lightning.errors import SettingError
 from maml_lightning.files import write_whole
 
 FAINT = 0.5  # of full ink; below it a picture's contrast is raised
 ROWS = 40  # of the printed table; the file has them all
-TILE, COLUMNS, SHEET = 84, 10, 200  # contact sheet: edge of a picture, pictures in a row and in all
+SHEET = 200  # of support pictures and of queries on the contact sheet
 
 
 class Reading(NamedTuple):
@@ -241,29 +242,10 @@ class SupportQueryDataModule(LightningDataModule):
         """Support pictures by class, then queries with what they were taken for; wrong ones in red."""
         assert self.pictures is not None
         names, (support, query) = list(self.classes), self.pictures
-        shown = [
-            (picture, names[int(label)], "black")
-            for picture, label in zip(support, _targets(self.classes), strict=True)
-        ]
+        labels = _targets(self.classes).tolist()
+        shown = [Tile(picture, names[label]) for picture, label in zip(support, labels, strict=True)]
         asked = [
-            (picture, f"{names[index]} {row[index]:.2f}", "red" if label not in (None, index) else "green")
+            Tile(picture, f"{names[index]} {row[index]:.2f}", "red" if label not in (None, index) else "green")
             for picture, index, row, label in zip(query, found, probabilities.tolist(), true, strict=True)
         ]
-        font = ImageFont.load_default(11)
-        parts = [("support", shown[:SHEET]), ("query", asked[:SHEET])]
-        columns = min(COLUMNS, max(len(tiles) for _, tiles in parts))
-        rows = [1 + -(-len(tiles) // columns) for _, tiles in parts]
-        step = TILE + 20
-        sheet = Image.new("RGB", (columns * (TILE + 6) + 6, 24 * len(parts) + step * (sum(rows) - len(parts))), "white")
-        draw, top = ImageDraw.Draw(sheet), 0
-        for title, tiles in parts:
-            draw.text((6, top + 4), title, "black", font)
-            top += 24
-            for index, (picture, label, colour) in enumerate(tiles):
-                x, y = 6 + index % columns * (TILE + 6), top + index // columns * step
-                pixels = (picture * 255).byte().permute(1, 2, 0).numpy()
-                tile = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).convert("RGB")
-                sheet.paste(tile.resize((TILE, TILE), Image.Resampling.NEAREST), (x, y))
-                draw.text((x, y + TILE + 1), label[:15], colour, font)
-            top += -(-len(tiles) // columns) * step
-        return sheet
+        return contact_sheet([("support", shown[:SHEET]), ("query", asked[:SHEET])])

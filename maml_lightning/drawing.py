@@ -1,0 +1,43 @@
+"""Pictures of pictures: tiles with captions, by PIL, for it is a hundred times faster at it than matplotlib."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+EDGE, GAP, CAPTION, TITLE = 84, 6, 20, 24  # pixels
+
+
+class Tile(NamedTuple):
+    """A picture ``[C, H, W]`` in [0, 1] with its caption and the caption's colour."""
+
+    picture: Tensor
+    caption: str
+    colour: str = "black"
+
+
+def contact_sheet(parts: Sequence[tuple[str, Sequence[Tile]]], columns: int = 10) -> Image.Image:
+    """Titled parts of tiles, row by row.
+
+    Args:
+        parts: title and tiles of each.
+        columns: most tiles in a row.
+    """
+    columns = max(1, min(columns, max(len(tiles) for _, tiles in parts)))
+    rows = [-(-len(tiles) // columns) for _, tiles in parts]
+    step = EDGE + CAPTION
+    size = (columns * (EDGE + GAP) + GAP, TITLE * len(parts) + step * sum(rows))
+    sheet = Image.new("RGB", size, "white")
+    draw, font, top = ImageDraw.Draw(sheet), ImageFont.load_default(11), 0
+    for (title, tiles), height in zip(parts, rows, strict=True):
+        draw.text((GAP, top + 4), title, "black", font)
+        top += TITLE
+        for index, (picture, caption, colour) in enumerate(tiles):
+            x, y = GAP + index % columns * (EDGE + GAP), top + index // columns * step
+            pixels = (picture.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+            tile = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels[..., :3]).convert("RGB")
+            sheet.paste(tile.resize((EDGE, EDGE), Image.Resampling.NEAREST), (x, y))
+            draw.text((x, y + EDGE + 1), caption[:15], colour, font)
+        top += height * step
+    return sheet
