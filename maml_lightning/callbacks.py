@@ -22,7 +22,7 @@ from maml_lightning.module import MAML, episode_scores
 
 DIGITS = 7  # an episode's score is a float32
 SHOWN = 40  # pictures of a set that are shown
-CURVES = 8  # episodes that an adaptation curve is the mean of
+CURVES = 4  # episodes that an adaptation curve is the mean of
 WARM_UP = 5  # meta-steps at the start of a run that measure settings, trace and compile
 
 
@@ -121,7 +121,8 @@ class TestReport(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "test_results.json"
         file.write_text(json.dumps(results, indent=2) + "\n")
-        settings = {key: value for key, value in pl_module.hparams.items() if isinstance(value, str | int | float)}
+        plain = {key: value for key, value in pl_module.hparams.items() if isinstance(value, str | int | float)}
+        settings = {key: value for key, value in plain.items() if not key.startswith("_")}  # Lightning's own
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 # A folder of its own: TensorBoard takes the first settings of a run, and Lightning has written some.
@@ -144,7 +145,7 @@ class Inspection(Callback):
     ``inspect/episodes``: support and query pictures with the labels given to them before and after adaptation, wrong
     ones in red (image tasks). ``inspect/adaptation``: score and loss after each inner step, to twice as many as the
     evaluation takes and five more. ``val/inner_update_norm``: how far adaptation moves the parameters, mean over the
-    episodes. ``inner_lr/NAME``: histograms of learnt inner rates.
+    pictured episodes. ``inner_lr/NAME``: histograms of learnt inner rates.
 
     Args:
         episodes: how many episodes are pictured; 0 shows nothing.
@@ -177,7 +178,7 @@ class Inspection(Callback):
         pictures = first.query_inputs.dim() == 5 and first.query_inputs.shape[2] in (1, 3)
         sheet = _episodes_sheet(first, outputs, self.episodes, pl_module.eval_inner_steps) if pictures else None
         curve = _adaptation_figure(first, outputs, pl_module)
-        norms = pl_module.inner_update_norms(first)
+        norms = pl_module.inner_update_norms(Episode(*(part[: self.episodes] for part in first)))
         for writer in writers:
             if sheet is not None:
                 writer.add_image("inspect/episodes", np.asarray(sheet), step, dataformats="HWC")

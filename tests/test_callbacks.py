@@ -139,7 +139,7 @@ def test_the_update_norm_is_that_of_the_parameters(tmp_path):
     data, maml = cli.datamodule, cli.model
     batch = next(iter(data.val_dataloader()))
     expected = []
-    for inputs, targets in zip(batch.support_inputs, batch.support_targets, strict=True):
+    for inputs, targets in zip(batch.support_inputs[:2], batch.support_targets[:2], strict=True):
         adapted = maml.adapt(inputs, targets).parameters()
         moved = [(a - b).flatten() for a, b in zip(adapted, maml.net.parameters(), strict=True)]
         expected.append(torch.cat(moved).norm().item())
