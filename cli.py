@@ -1,5 +1,6 @@
 """The command line: ``python cli.py {fit,validate,test,predict} --config configs/NAME.yaml [flags]``."""
 
+import errno
 import inspect
 import sys
 import warnings
@@ -186,3 +187,8 @@ if __name__ == "__main__":
         main()
     except (SettingError, NonFiniteError) as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        what = error.filename or "the run's logs"
+        sys.exit(f"error: {what}: {error.strerror}; make room, and go on with --ckpt_path last.")

@@ -1,6 +1,8 @@
 """Fixtures shared by all tests."""
 
+import subprocess
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -52,3 +54,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoint(trained: Path) -> Path:
     """The last checkpoint of the tiny run."""
     return trained / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB; skips where it may not be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no tmpfs may be mounted here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)

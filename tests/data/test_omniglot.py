@@ -217,3 +217,14 @@ def test_the_whole_of_omniglot(omniglot_root: Path):
     crowded = OmniglotDataModule(root=str(omniglot_root), ways=101)
     with pytest.raises(ValueError, match=r"data.ways is 101, but the val split has 100 classes"):
         crowded.setup("validate")
+
+
+def test_a_full_disk_is_named_and_holds_no_part_of_a_cache(omniglot_root: Path, small_disk: Path):
+    folder = small_disk / "omniglot-py"
+    folder.mkdir()
+    for part in ("images_background", "images_evaluation"):
+        (folder / part).symlink_to(omniglot_root / "omniglot-py" / part)
+    with pytest.warns(UserWarning, match=r"packed_28.npz could not be written .*No space left on device"):
+        images = load_characters(small_disk)
+    assert images.shape == (1623, 20, 28, 28)
+    assert sorted(path.name for path in folder.iterdir()) == ["images_background", "images_evaluation"]
