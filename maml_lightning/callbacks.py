@@ -37,12 +37,12 @@ class Cost(Callback):
 
     def __init__(self) -> None:
         self._begun: tuple[float, int] | None = None  # the clock and the meta-step when it was started
-        self._warm = self._steps = self._tasks = 0
+        self._warm = self._steps = self._tasks = self._peak = 0
         self._seconds = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew."""
-        self._begun, self._seconds, self._steps = None, 0.0, 0
+        self._begun, self._seconds, self._steps, self._peak = None, 0.0, 0, 0
         self._warm = trainer.global_step + WARM_UP
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
@@ -60,7 +60,8 @@ class Cost(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock and log."""
         self._stop(trainer)
-        costs = {"train/peak_memory_mb": peak_bytes(pl_module.device) / 1e6}
+        self._peak = max(self._peak, peak_bytes(pl_module.device))  # Linux takes it back by some pages at times
+        costs = {"train/peak_memory_mb": self._peak / 1e6}
         if self._steps:
             costs["train/seconds_per_step"] = self._seconds / self._steps
             tasks = self._tasks * self._steps / self._seconds
