@@ -1,7 +1,6 @@
 """The command line: ``python cli.py {fit,validate,test,predict} --config configs/NAME.yaml [flags]``."""
 
 import errno
-import inspect
 import sys
 import warnings
 from argparse import ArgumentParser
@@ -28,7 +27,7 @@ from maml_lightning import (
 )
 from maml_lightning.checkpoints import last_checkpoint, read_checkpoint
 from maml_lightning.module import check_strategy
-from maml_lightning.trained import trained
+from maml_lightning.trained import settings_of, trained
 
 
 class Parser(LightningArgumentParser):
@@ -87,8 +86,7 @@ class MAMLCommandLine(LightningCLI):
                 self.config[subcommand].ckpt_path = None
                 return
         self.checkpoint = read_checkpoint(Path(path))
-        settings = self.checkpoint.get("hyper_parameters", {})
-        known = {key: value for key, value in settings.items() if key in inspect.signature(MAML).parameters}
+        known = settings_of(self.checkpoint)
         self._subcommand_parsers[subcommand].set_defaults({f"model.{key}": value for key, value in known.items()})
         super().parse_arguments(parser, args)
         self.config[subcommand].ckpt_path = str(path)

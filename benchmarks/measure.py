@@ -3,7 +3,6 @@
 import copy
 import multiprocessing
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
@@ -289,12 +289,6 @@ def _all_reduce(rank: int, world: int, port: int, count: int, results: Any) -> N
     dist.destroy_process_group()
 
 
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def _seconds_per_step(processes: int, tasks: int, steps: int) -> float:
     """As the run itself logs it: 5-way 1-shot on glyphs, 64 filters, one thread each, through the command line."""
     with tempfile.TemporaryDirectory() as folder:
@@ -334,7 +328,7 @@ def scale(processes: tuple[int, ...] = (1, 2, 4), steps: int = 60) -> None:
         strong, weak = (_seconds_per_step(world, tasks, steps) * 1e3 for tasks in (32, 16 * world))
         reduced = {"the gradient": 0.0, "one number": 0.0}
         if world > 1:
-            results, port = spawn.Queue(), _free_port()
+            results, port = spawn.Queue(), find_free_network_port()
             ranks = [
                 spawn.Process(target=_all_reduce, args=(rank, world, port, count, results)) for rank in range(world)
             ]

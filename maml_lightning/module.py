@@ -157,7 +157,6 @@ class MAML(LightningModule):
             for name, off in {**dict.fromkeys(_RUNNING), "track_running_stats": False}.items():
                 setattr(layer, name, off)
         self.net = net
-        self.tasks_per_chunk = tasks_per_chunk
         self.inner_lr, self.inner_steps, self.first_order, self.outer_lr = inner_lr, inner_steps, first_order, outer_lr
         self.eval_inner_steps = inner_steps if eval_inner_steps is None else eval_inner_steps
         self.algorithm, self.implicit_iterations = algorithm, implicit_iterations
@@ -287,8 +286,8 @@ class MAML(LightningModule):
             if not out_of_memory(error):
                 raise
             raise SettingError(
-                f"Memory ran out with model.tasks_per_chunk {self.tasks_per_chunk}: give a smaller number (1 needs "
-                "least), --model.flat_memory true, or a smaller data.meta_batch_size."
+                f"Memory ran out with model.tasks_per_chunk {self._inner_loop.tasks_per_chunk}: give a smaller number "
+                "(1 needs least), --model.flat_memory true, or a smaller data.meta_batch_size."
             ) from error
 
     def _gradient(self, params: Parameters, rates: Parameters, episode: Episode) -> MetaGradient:

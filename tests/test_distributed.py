@@ -3,13 +3,13 @@
 import json
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
 from cli import main
 from maml_lightning import SettingError
@@ -81,14 +81,8 @@ def test_processes_give_what_one_gives(folder, alone, devices):
     assert json.loads(results.read_text()) == alone[1]
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
 def test_two_nodes_give_what_one_process_gives(folder, alone):
-    port = free_port()
+    port = str(find_free_network_port())
     flags = words("fit", **WHOLE, **ddp(1, **{"trainer.num_nodes": 2, "trainer.default_root_dir": folder}))
     nodes = [
         process(*flags, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, NODE_RANK=str(node), LOCAL_RANK="0")

@@ -17,10 +17,9 @@ from torchvision.datasets import Omniglot
 from torchvision.datasets.utils import download_and_extract_archive, extract_archive
 
 from maml_lightning.data.episodic import EpisodicDataModule, Split
+from maml_lightning.data.pictures import Pixels
 from maml_lightning.errors import SettingError
 from maml_lightning.files import write_whole
-
-Pixels = npt.NDArray[np.uint8]
 
 DRAWINGS, DRAWN_SIDE, SIDE = 20, 105, 28
 

@@ -18,6 +18,12 @@ def trained(name: str) -> Path | None:
     return path if path.parent == FOLDER and path.is_file() else None
 
 
+def settings_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Those of a checkpoint's settings that `MAML` takes."""
+    settings = checkpoint.get("hyper_parameters", {})
+    return {key: value for key, value in settings.items() if key in inspect.signature(MAML).parameters}
+
+
 def load(checkpoint: str | Path) -> MAML:
     """The module of a checkpoint that the command line wrote, its network built as it was trained.
 
@@ -35,16 +41,15 @@ def load(checkpoint: str | Path) -> MAML:
         torch.Size([9, 5])
     """
     content = read_checkpoint(trained(str(checkpoint)) or Path(checkpoint))
-    settings: dict[str, Any] = content.get("hyper_parameters", {})
+    settings = settings_of(content)
     net, loss = settings.get("net"), settings.get("loss")
     made = locate(net["class_path"]) if isinstance(net, dict) and "class_path" in net else None
     if not callable(made) or not isinstance(net, dict):
         raise SettingError(
             f"The checkpoint {checkpoint} does not name its network; use MAML.load_from_checkpoint(path, net=...)."
         )
-    given = {key: value for key, value in settings.items() if key in inspect.signature(MAML).parameters}
-    given |= {"net": made(**net.get("init_args", {})), "loss": locate(loss) if isinstance(loss, str) else loss}
-    maml = MAML(**{key: value for key, value in given.items() if value is not None})
+    settings |= {"net": made(**net.get("init_args", {})), "loss": locate(loss) if isinstance(loss, str) else loss}
+    maml = MAML(**{key: value for key, value in settings.items() if value is not None})
     maml.on_load_checkpoint(content)
     maml.load_state_dict(content["state_dict"])
     return maml.eval()
