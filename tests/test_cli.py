@@ -2,12 +2,15 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from cli import main
 from maml_lightning import SettingError
+from maml_lightning.checkpoints import read_checkpoint
+from maml_lightning.data import omniglot as characters
 from tests.command_line import DATA, TINY, omniglot, run, words
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -123,6 +126,25 @@ def test_omniglot_learns(omniglot_root):
     cli = main(words("fit", **{key: value for key, value in settings.items() if key not in drop}, seed_everything=0))
     assert cli.trainer.logged_metrics["val/accuracy"] > 0.45
     assert cli.trainer.logged_metrics["val/accuracy_step_0"] < 0.35
+
+
+def test_training_never_reads_test_classes(monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, characters.SHAPE, dtype=np.uint8)
+    other = images.copy()
+    other[characters.split_characters("finn")["test"]] = 0
+    ends = []
+    for packed in (images, other):
+        monkeypatch.setattr(characters, "load_characters", lambda root, download, packed=packed: packed)
+        cli = main(omniglot("nowhere", **{"trainer.max_epochs": 2}))
+        best = read_checkpoint(Path(cli.trainer.checkpoint_callback.best_model_path))
+        ends.append((best["epoch"], best["state_dict"], cli.trainer.logged_metrics, cli.datamodule.datasets))
+    (epoch, best, metrics, datasets), (other_epoch, other_best, other_metrics, _) = ends
+    assert set(datasets) == {"train", "val"}
+    assert epoch == other_epoch
+    assert all(torch.equal(best[name], other_best[name]) for name in best)
+    scores = [name for name in metrics if name.startswith("val/")]
+    assert "val/accuracy" in scores
+    assert [metrics[name] for name in scores] == [other_metrics[name] for name in scores]
 
 
 BAD_SETTINGS = [

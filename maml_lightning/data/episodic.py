@@ -52,6 +52,11 @@ def random_bits(seed: int, name: str, indices: Sequence[int] | npt.NDArray[np.in
     return _mix(streams[:, None] + np.arange(1, slots + 1, dtype=np.uint64) * _GAMMA)
 
 
+def below(bits: Bits, n: int | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Random integers in ``[0, n)``, of the bits' shape; ``n < 2**32``."""
+    return ((bits >> np.uint64(32)) * np.asarray(n).astype(np.uint64) >> np.uint64(32)).astype(np.int64)
+
+
 def choose(bits: Bits, n: int | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Draw ``k`` of ``n`` without replacement, in random order (Floyd's algorithm, then a shuffle).
 
@@ -66,7 +71,7 @@ def choose(bits: Bits, n: int | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     chosen = np.empty((*bits.shape[:-1], k), np.int64)
     for j in range(k):
         last = np.asarray(n) - k + j
-        pick = ((bits[..., j] >> np.uint64(32)) * (last + 1).astype(np.uint64) >> np.uint64(32)).astype(np.int64)
+        pick = below(bits[..., j], last + 1)
         taken = (chosen[..., :j] == pick[..., None]).any(-1)
         chosen[..., j] = np.where(taken, last, pick)
     return np.take_along_axis(chosen, bits[..., k:].argsort(-1), -1)
@@ -115,9 +120,11 @@ class EpisodeDataset(TaskDataset):
         rotations: whether each class turned by 90, 180 and 270 degrees counts as a class of its own (square images).
         pretraining: give the examples of a batch of episodes as one query set without a support set, labelled with
             their classes among all of the split's.
+        groups: a number for each class, where all classes of an episode are to be of one group, each group with
+            enough classes equally likely; turned classes are groups of their own.
 
     Raises:
-        SettingError: the split has too few classes, or too few drawings per class.
+        SettingError: the split (or each of its groups) has too few classes, or too few drawings per class.
     """
 
     def __init__(
@@ -133,6 +140,7 @@ class EpisodeDataset(TaskDataset):
         rotations: bool = False,
         pretraining: bool = False,
         counts: Sequence[int] | None = None,
+        groups: Sequence[int] | None = None,
     ):
         super().__init__(split, episodes, shots=shots, query_shots=query_shots, seed=seed)
         if counts is None:
@@ -148,6 +156,13 @@ class EpisodeDataset(TaskDataset):
             raise SettingError(
                 f"data.ways is {ways}, but the {split} split has {self.classes} classes; lower data.ways."
             )
+        every = [range(self.classes)] if groups is None else _members(groups, turns)
+        self.groups = [np.array(members) for members in every if len(members) >= ways]
+        if not self.groups:
+            raise SettingError(
+                f"data.ways is {ways}, but the largest group of the {split} split has {max(map(len, every))} classes; "
+                "lower data.ways."
+            )
         if shots + query_shots > self.counts.min():
             raise SettingError(
                 f"data.shots + data.query_shots is {shots} + {query_shots}, but a class of the {split} split has "
@@ -160,9 +175,11 @@ class EpisodeDataset(TaskDataset):
         With rotations, class ``c + r * classes`` is class ``c`` turned ``r`` times by 90 degrees, counter-clockwise.
         """
         examples = self.shots + self.query_shots
-        bits = random_bits(self.seed, self.split, indices, 2 * self.ways * (1 + examples))
-        classes = choose(bits[:, : 2 * self.ways], self.classes)
-        bits = bits[:, 2 * self.ways :].reshape(len(indices), self.ways, 2 * examples)
+        bits = random_bits(self.seed, self.split, indices, 2 * self.ways * (1 + examples) + 1)
+        groups = [self.groups[group] for group in below(bits[:, -1], len(self.groups))]
+        picks = choose(bits[:, : 2 * self.ways], np.array([len(members) for members in groups]))
+        classes = np.stack([members[pick] for members, pick in zip(groups, picks, strict=True)])
+        bits = bits[:, 2 * self.ways : -1].reshape(len(indices), self.ways, 2 * examples)
         drawings = choose(bits, self.counts[classes])
         return torch.from_numpy(classes), torch.from_numpy(drawings)
 
@@ -183,6 +200,15 @@ class EpisodeDataset(TaskDataset):
         rows = (self.starts[classes][..., None] + drawings).flatten(1)
         inputs = self.images.index_select(0, rows.flatten())
         return inputs.view(*rows.shape, *inputs.shape[1:]).float().div_(255)
+
+
+def _members(groups: Sequence[int], turns: int) -> list[npt.NDArray[np.int64]]:
+    """The classes of each group, turned ones apart."""
+    return [
+        np.flatnonzero(np.array(groups) == group) + turn * len(groups)
+        for turn in range(turns)
+        for group in sorted(set(groups))
+    ]
 
 
 # A subclass of DistributedSampler, because that is what keeps Lightning from putting a DistributedSampler of its own
@@ -417,6 +443,10 @@ class EpisodicDataModule(TaskDataModule):
     def load_split(self, split: Split) -> Tensor | tuple[Tensor, Sequence[int]]:
         """The images of a split: ``[classes, drawings, (C,) H, W]``, uint8; or ``[n, C, H, W]`` and classes' counts."""
 
+    def groups_of(self, split: Split) -> Sequence[int] | None:
+        """A number for each class of a split, where an episode's classes are to be of one group."""
+        return None
+
     def make_dataset(self, split: Split) -> EpisodeDataset:
         """Episodes of the split's images."""
         loaded = self.load_split(split)
@@ -432,6 +462,7 @@ class EpisodicDataModule(TaskDataModule):
             rotations=self.rotations and split == "train",
             pretraining=self.pretraining and split == "train",
             counts=counts,
+            groups=self.groups_of(split),
         )
 
 

@@ -173,6 +173,11 @@ def load_characters(root: str | Path, download: bool = False) -> Pixels:
     return images
 
 
+def alphabet_names() -> list[str]:
+    """The alphabet of each character, in the order of the packed images."""
+    return [alphabet for alphabets in PARTS.values() for alphabet, count in alphabets.items() for _ in range(count)]
+
+
 def split_characters(scheme: Literal["finn", "lake"]) -> dict[Split, npt.NDArray[np.int64]]:
     """The characters of each split, as indices into the packed images; fixed, whatever the seeds.
 
@@ -185,8 +190,7 @@ def split_characters(scheme: Literal["finn", "lake"]) -> dict[Split, npt.NDArray
         # RandomState, for its stream is frozen across NumPy versions
         permutation = np.random.RandomState(1623).permutation(SHAPE[0])
         return {"train": permutation[:1100], "val": permutation[1100:1200], "test": permutation[1200:]}
-    names = [alphabet for alphabets in PARTS.values() for alphabet, count in alphabets.items() for _ in range(count)]
-    held_out = np.isin(names, LAKE_VAL_ALPHABETS)
+    held_out = np.isin(alphabet_names(), LAKE_VAL_ALPHABETS)
     background = np.arange(SHAPE[0]) < sum(PARTS["images_background"].values())
     masks: dict[Split, npt.NDArray[np.bool_]] = {
         "train": background & ~held_out,
@@ -204,6 +208,8 @@ class OmniglotDataModule(EpisodicDataModule):
         download: fetch the images if they are missing (16 MB).
         split: ``finn`` mixes all alphabets (1100/100/423 characters), ``lake`` tests on alphabets never trained on.
         rotations: whether training adds each character turned by 90, 180 and 270 degrees as further classes.
+        within_alphabet: whether all classes of an episode are of one alphabet, which is harder; alphabets with fewer
+            characters than ``ways`` are left out. Mostly with ``split: lake``, whose alphabets are whole.
         pretraining: train on all training classes at once, the examples of a meta-batch pooled, for a network
             with so many outputs in training and ``inner_steps`` 0 (ordinary pre-training, the baseline).
         ways: classes per episode ``N``, at least 2.
@@ -226,6 +232,7 @@ class OmniglotDataModule(EpisodicDataModule):
         download: bool = False,
         split: Literal["finn", "lake"] = "finn",
         rotations: bool = True,
+        within_alphabet: bool = False,
         pretraining: bool = False,
         ways: int = 5,
         shots: int = 1,
@@ -252,7 +259,7 @@ class OmniglotDataModule(EpisodicDataModule):
         )
         if split not in ("finn", "lake"):
             raise SettingError(f"data.split must be finn or lake (got {split}).")
-        self.root, self.download, self.split = root, download, split
+        self.root, self.download, self.split, self.within_alphabet = root, download, split, within_alphabet
         self._images: Pixels | None = None
 
     def prepare_data(self) -> None:
@@ -265,3 +272,10 @@ class OmniglotDataModule(EpisodicDataModule):
         if self._images is None:
             self._images = load_characters(self.root, self.download)
         return torch.from_numpy(self._images[split_characters(self.split)[split]])
+
+    def groups_of(self, split: Split) -> list[int] | None:
+        """The alphabet of each character of a split, as a number, where episodes keep to one."""
+        if not self.within_alphabet:
+            return None
+        _, alphabets = np.unique(alphabet_names(), return_inverse=True)
+        return alphabets[split_characters(self.split)[split]].tolist()

@@ -139,14 +139,46 @@ def test_rotations_are_classes_of_their_own():
     assert len({tuple(episode) for episode in classes.tolist()}) > 15  # of 24 orders of the labels
 
 
+def test_an_episode_can_keep_to_one_group():
+    grouped = dataset(groups=[0, 1, 0, 1, 0, 1, 2])  # group 2 is too small for 3 ways
+    classes = [frozenset(episode) for episode in grouped.draw(range(1000))[0].tolist()]
+    assert set(classes) == {frozenset({0, 2, 4}), frozenset({1, 3, 5})}
+    # equally likely: binomial, sigma is sqrt(1000) / 2
+    assert abs(classes.count(frozenset({0, 2, 4})) - 500) < 4.5 * 1000**0.5 / 2
+
+
+def test_a_turned_group_is_one_of_its_own():
+    turned = dataset(groups=[0, 0, 0, 1, 1, 1, 1], rotations=True)
+    classes, _ = turned.draw(range(2000))
+    assert {frozenset((classes // CLASSES)[episode].tolist()) for episode in range(2000)} == {
+        frozenset({turn}) for turn in range(4)
+    }
+    assert {frozenset((classes % CLASSES >= 3)[episode].tolist()) for episode in range(2000)} == {
+        frozenset({False}),
+        frozenset({True}),
+    }
+    assert torch.bincount(classes.flatten(), minlength=28).min() > 100
+
+
+def test_without_groups_the_draws_are_those_of_one_group():
+    classes, drawings = dataset().draw(range(50))
+    grouped_classes, grouped_drawings = dataset(groups=[5] * CLASSES).draw(range(50))
+    assert torch.equal(classes, grouped_classes)
+    assert torch.equal(drawings, grouped_drawings)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (
+            {"groups": [0, 0, 1, 1, 2, 2, 2], "ways": 4},
+            r"data.ways is 4, but the largest group of the train split has 3 classes; lower data.ways",
+        ),
         ({"ways": 8}, r"data.ways is 8, but the train split has 7 classes; lower data.ways"),
         ({"shots": 5, "query_shots": 2}, r"data.shots \+ data.query_shots is 5 \+ 2, .* 6 drawings; lower"),
     ],
 )
-def test_a_split_that_is_too_small_is_refused(settings: dict[str, int], message: str):
+def test_a_split_that_is_too_small_is_refused(settings: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         dataset(**settings)
 

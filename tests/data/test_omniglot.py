@@ -192,6 +192,29 @@ def test_lake_splits_by_alphabet():
     assert not set(splits["train"]) & set(splits["val"])
 
 
+def test_episodes_can_keep_to_one_alphabet(monkeypatch: pytest.MonkeyPatch):
+    number = np.arange(1623, dtype=np.uint32).view(np.uint8).reshape(1623, 1, 2, 2)  # each character's pixels say which
+    monkeypatch.setattr(omniglot, "load_characters", lambda root, download: number.repeat(20, 1))
+    module = OmniglotDataModule(split="lake", within_alphabet=True, ways=20, rotations=False, meta_batch_size=100)
+    names = np.array(omniglot.alphabet_names())
+    seen = {}
+    for split, loader in {
+        "train": module.train_dataloader(),
+        "val": module.val_dataloader(),
+        "test": module.test_dataloader(),
+    }.items():
+        pixels = (next(iter(loader)).query_inputs * 255).round().to(torch.uint8).flatten(2).numpy()
+        alphabets = names[np.ascontiguousarray(pixels).view(np.uint32)[..., 0]]  # [100, 20]
+        assert (alphabets == alphabets[:, :1]).all()
+        seen[split] = {str(name) for name in alphabets[:, 0]}
+    assert seen["val"] == set(omniglot.LAKE_VAL_ALPHABETS)  # 5 alphabets in 100 draws: one is missed once in 10^9
+    assert seen["test"] <= set(omniglot.PARTS["images_evaluation"])
+    # those with fewer than 20 characters are left out
+    small = {"Tagalog", "Blackfoot_(Canadian_Aboriginal_Syllabics)", "Ojibwe_(Canadian_Aboriginal_Syllabics)"}
+    assert not seen["train"] & (small | seen["val"] | set(omniglot.PARTS["images_evaluation"]))
+    assert len(seen["train"]) > 15
+
+
 def test_an_unknown_split_is_refused():
     with pytest.raises(ValueError, match=r"data.split must be finn or lake \(got vinyals\)"):
         OmniglotDataModule(split="vinyals")  # type: ignore[arg-type]
