@@ -27,7 +27,10 @@ WARM_UP = 5  # meta-steps at the start of a run that measure settings, trace and
 
 
 class Cost(Callback):
-    """Logs ``train/seconds_per_step``, ``train/tasks_per_second`` and ``train/peak_memory_mb`` after each epoch.
+    """Logs what a run costs after each epoch.
+
+    ``train/seconds_per_step``, ``train/tasks_per_second``, ``train/peak_memory_mb``, and ``train/minutes`` since
+    training began, validations included, the time between an interruption and a resumption not.
 
     Of several processes the slowest and the largest. Seconds are the mean wall time of a meta-step of the epoch, the
     drawing of its episodes included; validation, checkpoints and the run's first ``WARM_UP`` meta-steps are not.
@@ -38,10 +41,24 @@ class Cost(Callback):
     def __init__(self) -> None:
         self._begun: tuple[float, int] | None = None  # the clock and the meta-step when it was started
         self._warm = self._steps = self._tasks = self._peak = 0
-        self._seconds = 0.0
+        self._seconds = self._earlier = 0.0  # of the epoch, and of the parts of the run before this one
+        self._started: float | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier run."""
+        self._earlier, self._started = 0.0, None
+
+    def state_dict(self) -> dict[str, float]:
+        """How long the run has trained, in seconds."""
+        return {"seconds": self._earlier + (0.0 if self._started is None else time.perf_counter() - self._started)}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Go on from there."""
+        self._earlier = state_dict["seconds"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew."""
+        self._started = time.perf_counter()
         self._begun, self._seconds, self._steps, self._peak = None, 0.0, 0, 0
         self._warm = trainer.global_step + WARM_UP
         if pl_module.device.type == "cuda":
@@ -61,7 +78,7 @@ class Cost(Callback):
         """Stop the clock and log."""
         self._stop(trainer)
         self._peak = max(self._peak, peak_bytes(pl_module.device))  # Linux takes it back by some pages at times
-        costs = {"train/peak_memory_mb": self._peak / 1e6}
+        costs = {"train/peak_memory_mb": self._peak / 1e6, "train/minutes": self.state_dict()["seconds"] / 60}
         if self._steps:
             costs["train/seconds_per_step"] = self._seconds / self._steps
             tasks = self._tasks * self._steps / self._seconds

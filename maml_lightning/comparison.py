@@ -51,6 +51,7 @@ class Run(NamedTuple):
         test: what ``test_results.json`` holds.
         seconds_per_step: of one meta-step, the median of the epochs.
         peak_memory_mb: the largest of the epochs.
+        minutes: meta-steps done, and the minutes that they took, validations included.
     """
 
     name: str
@@ -60,11 +61,20 @@ class Run(NamedTuple):
     test: dict | None = None
     seconds_per_step: float | None = None
     peak_memory_mb: float | None = None
+    minutes: Curve | None = None
 
     @property
     def best(self) -> float:
         """The best validation score."""
         return (min if self.metric == "mse" else max)(score for _, score in self.curve)
+
+    def minutes_to(self, score: float) -> float | None:
+        """How long it took until a validation reached the score; None where none did, or that is not known."""
+        sign = -1 if self.metric == "mse" else 1
+        steps = next((steps for steps, value in self.curve if sign * value >= sign * score), None)
+        if steps is None:
+            return None
+        return next((minutes for done, minutes in self.minutes or [] if done >= steps), None)
 
 
 def read_run(folder: Path, name: str) -> Run:
@@ -90,6 +100,7 @@ def read_run(folder: Path, name: str) -> Run:
         return joined(part.get(tag, []) for part in history)
 
     seconds, memory = ([cost for _, cost in curve(f"train/{tag}")] for tag in ("seconds_per_step", "peak_memory_mb"))
+    minutes = [(step + 1, minutes) for step, minutes in curve("train/minutes")]
     return Run(
         name,
         metric,
@@ -98,6 +109,7 @@ def read_run(folder: Path, name: str) -> Run:
         find_test(folder),
         statistics.median(seconds) if seconds else None,
         max(memory, default=None),
+        minutes,
     )
 
 
@@ -192,25 +204,30 @@ def labelled(words: Sequence[str]) -> list[tuple[str, Path]]:
     ]
 
 
-def table(runs: Sequence[Run]) -> str:
-    """The runs as a Markdown table; what is not known is a dash.
+def table(runs: Sequence[Run], reach: Sequence[float] = ()) -> str:
+    """The runs as a Markdown table; what is not known, or was not reached, is a dash.
 
     Args:
         runs: at least one, all with the same metric.
+        reach: validation scores (accuracy as a fraction), each a column of the minutes until a run reached it.
     """
     metric = runs[0].metric
     score = {"accuracy": "accuracy, %", "mse": "mse"}[metric]
+    columns = ["run", "meta-steps", f"test {score}", f"best validation {score}", "seconds per step", "peak memory, MB"]
+    columns += ["minutes", *(f"minutes to {_score(metric, score)}" for score in reach)]
     rows = [
-        ["run", "meta-steps", f"test {score}", f"best validation {score}", "seconds per step", "peak memory, MB"],
-        ["---"] * 6,
+        columns,
+        ["---"] * len(columns),
         *(
             [
                 run.name,
                 f"{run.curve[-1][0]:,}",
                 _test_cell(run),
                 _score(metric, run.best),
-                UNKNOWN if run.seconds_per_step is None else f"{run.seconds_per_step:.3g}",
-                UNKNOWN if run.peak_memory_mb is None else f"{run.peak_memory_mb:,.0f}",
+                _number(run.seconds_per_step, ".3g"),
+                _number(run.peak_memory_mb, ",.0f"),
+                _number(run.minutes[-1][1] if run.minutes else None, ".1f"),
+                *(_number(run.minutes_to(score), ".1f") for score in reach),
             ]
             for run in runs
         ),
@@ -247,12 +264,13 @@ def draw(runs: Sequence[Run]) -> Figure:
     return figure
 
 
-def compare(words: Sequence[str], output: Path) -> str:
+def compare(words: Sequence[str], output: Path, reach: Sequence[float] = ()) -> str:
     """Draw the runs into a file and return their table.
 
     Args:
         words: of each run its folder, or ``NAME=folder``.
         output: the PNG to write.
+        reach: validation scores, each a column of the minutes until a run reached it.
 
     Raises:
         SettingError: a folder is no run's, the runs do not have the same metric, or the output is not named .png.
@@ -267,7 +285,7 @@ def compare(words: Sequence[str], output: Path) -> str:
             )
     output.parent.mkdir(parents=True, exist_ok=True)
     draw(runs).savefig(output, dpi=DPI)
-    return table(runs)
+    return table(runs, reach)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -279,8 +297,16 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = ArgumentParser("python -m maml_lightning.comparison", description="Draw runs into a PNG, print a table.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="such as lightning_logs/version_0, or NAME=folder")
     parser.add_argument("--output", type=Path, default=Path("comparison.png"), help="the PNG to write (%(default)s)")
+    parser.add_argument(
+        "--reach",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="SCORE",
+        help="validation accuracies from 0 to 1 (or mse), each a column of the minutes until a run reached it",
+    )
     given = parser.parse_args(args)
-    print(compare(given.runs, given.output))
+    print(compare(given.runs, given.output, given.reach))
 
 
 def _task(config: dict[str, Any]) -> dict[str, Any]:
@@ -308,6 +334,10 @@ def _algorithm(config: dict[str, Any]) -> str:
 
 def _score(metric: str, value: float) -> str:
     return f"{100 * value:.2f}" if metric == "accuracy" else f"{value:.3g}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return UNKNOWN if value is None else format(value, form)
 
 
 def _test_cell(run: Run) -> str:

@@ -87,9 +87,23 @@ def test_seconds_of_a_meta_step_leave_out_validation_and_saving(clocked, tmp_pat
     ends = [steps - 1, 2 * steps - 1, 3 * steps - 1]
     # the first 5 meta-steps are not counted: with accumulation all of the first epoch's
     assert scalars["train/seconds_per_step"] == [(end, seconds) for end in ends if end >= 5]
+    # an epoch is 8 batches, 2 validations and 2 checkpoints; the validation before training is not training's
+    assert [value * 60 for _, value in scalars["train/minutes"]] == pytest.approx([2216, 4432, 6648])
     memory = [value for _, value in scalars["train/peak_memory_mb"]]
     assert len(memory) == 3
     assert memory == sorted(memory)
+
+
+def test_minutes_go_on_where_a_checkpoint_was_saved(clocked, tmp_path):
+    trainer = quiet(max_epochs=1, logger=False, enable_checkpointing=False, callbacks=[Cost()])
+    trainer.fit(clocked)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    clocked.now += 1e6
+    cost = Cost()
+    for ckpt_path in (tmp_path / "a.ckpt", None):  # then anew, from the start
+        trainer = quiet(max_epochs=2, logger=False, enable_checkpointing=False, callbacks=[cost])
+        trainer.fit(clocked, ckpt_path=ckpt_path)
+        assert trainer.callback_metrics["train/minutes"] * 60 == pytest.approx(2 * (8 * 2 + 100))
 
 
 def test_steps_that_draw_their_data_slowly_show_it(clocked):

@@ -43,6 +43,7 @@ ACCURACY = {
     "val/accuracy": {99: 0.5, 199: 0.8125, 299: 0.75},
     "train/seconds_per_step": {99: 0.5, 199: 0.125, 299: 0.25},
     "train/peak_memory_mb": {99: 1200, 199: 1300, 299: 1300},
+    "train/minutes": {99: 1.25, 199: 2.25, 299: 3.25},
 }
 MSE = {"val/mse": {9: 2.0, 19: 0.03125, 29: 0.0625}, "train/loss": {9: 1.0}}
 
@@ -68,11 +69,23 @@ def test_table(maml, logs):
     write_test(logs / "version_1", maml, accuracy=0.7, ci95=0.01234)
     other = write_run(logs / "version_2", {**MSE, "val/accuracy": {49: 0.25}})
     assert table([read_run(maml, "with"), read_run(other, "without")]).splitlines() == [
-        "| run | meta-steps | test accuracy, % | best validation accuracy, % | seconds per step | peak memory, MB |",
-        "| --- | --- | --- | --- | --- | --- |",
-        "| with | 300 | 70.00 ± 1.23 | 81.25 | 0.25 | 1,300 |",
-        f"| without | 50 | {UNKNOWN} | 25.00 | {UNKNOWN} | {UNKNOWN} |",
+        "| run | meta-steps | test accuracy, % | best validation accuracy, % "
+        "| seconds per step | peak memory, MB | minutes |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| with | 300 | 70.00 ± 1.23 | 81.25 | 0.25 | 1,300 | 3.2 |",
+        f"| without | 50 | {UNKNOWN} | 25.00 | {UNKNOWN} | {UNKNOWN} | {UNKNOWN} |",
     ]
+
+
+def test_minutes_to_a_score(maml, logs):
+    run, other = read_run(maml, "a"), read_run(write_run(logs / "version_1", MSE), "b")
+    assert [run.minutes_to(score) for score in (0.5, 0.6, 0.8125, 0.9)] == [1.25, 2.25, 2.25, None]
+    assert other.minutes_to(0.05) is None  # an older run, that does not tell
+    timed = read_run(write_run(logs / "version_2", {**MSE, "train/minutes": {14: 1.0, 29: 2.0}}), "c")
+    assert [timed.minutes_to(score) for score in (2.0, 0.05, 0.001)] == [1.0, 2.0, None]  # at the end of the epoch
+    lines = table([run], [0.8, 0.9]).splitlines()
+    assert lines[0].endswith("| minutes | minutes to 80.00 | minutes to 90.00 |")
+    assert lines[2].endswith(f"| 3.2 | 2.2 | {UNKNOWN} |")
 
 
 def test_table_of_regressions_takes_the_lowest_as_best(logs):
@@ -81,7 +94,7 @@ def test_table_of_regressions_takes_the_lowest_as_best(logs):
     (run / "test_results.json").write_text(json.dumps({"mse": 0.04567, "ci95": 0.001, "checkpoint": None}))
     lines = table([read_run(run, "sine")]).splitlines()
     assert "test mse | best validation mse" in lines[0]
-    assert lines[2] == f"| sine | 30 | 0.0457 ± 0.001 | 0.0312 | {UNKNOWN} | {UNKNOWN} |"
+    assert lines[2] == f"| sine | 30 | 0.0457 ± 0.001 | 0.0312 | {UNKNOWN} | {UNKNOWN} | {UNKNOWN} |"
 
 
 def test_a_single_test_episode_has_no_interval(maml):
@@ -214,7 +227,8 @@ def test_real_runs_through_the_command(folder):
     assert [row[:2] for row in rows] == [["MAML, 1 inner step", "8"], ["plain", "8"]]
     assert rows[0][2] == f"{100 * results['accuracy']:.2f} ± {100 * results['ci95']:.2f}"
     assert rows[1][2] == UNKNOWN
-    for *_, seconds, memory in rows:
+    for *_, seconds, memory, minutes in rows:
+        assert 0 <= float(minutes) < 5
         assert 1e-4 < float(seconds) < 5
         assert 100 < float(memory.replace(",", "")) < 20_000
     assert (folder / "comparison.png").stat().st_size > 10_000
