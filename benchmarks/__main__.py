@@ -1,5 +1,7 @@
 """``python -m benchmarks {speed,memory,batch,family,fit,scale}``; without a name each runs in turn.
 
+``python -m benchmarks {accuracy,again,results}`` trains to the end, records what that reached, compares, and tells.
+
 Peers from the package index: ``pip install higher torchopt jax``; learn2learn where it builds.
 """
 
@@ -9,13 +11,14 @@ import sys
 import torch
 from jsonargparse import auto_cli
 
+from benchmarks.accuracy import accuracy, again, results
 from benchmarks.measure import batch, family, fit, memory, scale, speed
 
 PARTS = [speed, memory, batch, family, fit, scale]
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        auto_cli(PARTS)
+        auto_cli([*PARTS, accuracy, again, results])
     else:
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
         for part in PARTS:

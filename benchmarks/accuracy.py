@@ -1,0 +1,129 @@
+"""Accuracies that reproduce: an experiment run as a user would, recorded with all it takes to run it again."""
+
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cli import main
+from maml_lightning.comparison import UNKNOWN, read_run
+
+RECORDS = Path(__file__).parents[1] / "docs" / "results"
+
+
+def accuracy(
+    config: Path, root: str | None = None, seed: int = 0, flags: list[str] | None = None, tests: list[str] | None = None
+) -> None:
+    """Train with a config, test the checkpoint that validated best, and record both in docs/results.
+
+    A run that was interrupted goes on where its last checkpoint was; one that has ended is only tested and recorded.
+
+    Args:
+        config: such as configs/omniglot_5way_1shot.yaml.
+        root: where the data are, for data on disk.
+        seed: of the network and of the episodes.
+        flags: flags over the config, such as ``["--trainer.max_epochs=4"]``.
+        tests: flags of one more test each, such as ``["--data.within_alphabet=true"]``.
+    """
+    record = run(config, root, seed, flags or [], tests or [])
+    file = RECORDS / f"{config.stem}_{seed}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record, indent=1) + "\n")
+    print(file.name, *described(record), sep="\n")
+
+
+def again(record: Path, root: str | None = None) -> None:
+    """Run a record of docs/results again and compare; the exit status is 1 where intervals do not overlap.
+
+    Args:
+        record: such as docs/results/omniglot_5way_1shot_0.json.
+        root: where the data are, for data on disk.
+    """
+    old = json.loads(record.read_text())
+    flags = [test["flags"] for test in old["tests"] if test["flags"]]
+    new = run(Path(old["config"]), root, old["seed"], old["flags"], flags)
+    print("recorded:", *described(old), "now:", *described(new), sep="\n")
+    apart = [
+        one["flags"] or "the test"
+        for one, two in zip(old["tests"], new["tests"], strict=True)
+        if abs(one["results"]["accuracy"] - two["results"]["accuracy"])
+        > one["results"]["ci95"] + two["results"]["ci95"]
+    ]
+    if apart:
+        sys.exit(f"error: {', '.join(apart)} lies outside the recorded interval.")
+
+
+def results() -> None:
+    """Print what docs/results holds as the Markdown tables of docs/results.md."""
+    print(*table([json.loads(file.read_text()) for file in sorted(RECORDS.glob("*.json"))]), sep="\n")
+
+
+def table(records: list[dict[str, Any]], reach: tuple[float, ...] = (0.9, 0.95, 0.98, 0.99)) -> list[str]:
+    """Lines of Markdown, a row for each test of each record.
+
+    Args:
+        records: what `run` returned.
+        reach: validation accuracies, each a column of the minutes until the run reached it.
+    """
+    head = ["config", "seed", "over it", "test, %", "episodes", "meta-steps", "minutes"]
+    head += [*(f"minutes to {100 * score:.0f} %" for score in reach), "commit"]
+    cells = [head, ["---"] * len(head)]
+    for record in records:
+        curve = record["validation"]
+        steps, total, _ = curve[-1]
+        times = [next((f"{spent:.1f}" for _, spent, score in curve if score >= wanted), UNKNOWN) for wanted in reach]
+        for test in record["tests"]:
+            results = test["results"]
+            flags = " ".join(filter(None, [*record["flags"], test["flags"]]))
+            row = [f"`{Path(record['config']).stem}`", str(record["seed"]), flags and f"`{flags}`", percent(results)]
+            row += [f"{results['episodes']:,}", f"{steps:,}", f"{total:.0f}", *times, record["commit"]]
+            cells.append(row)
+    return [f"| {' | '.join(row)} |" for row in cells]
+
+
+def percent(results: dict[str, Any]) -> str:
+    """Such as ``98.70 ± 0.40``."""
+    return f"{100 * results['accuracy']:.2f} ± {100 * results['ci95']:.2f}"
+
+
+def run(config: Path, root: str | None, seed: int, flags: list[str], tests: list[str]) -> dict[str, Any]:
+    """Train, or go on training, and test; what `accuracy` records."""
+    folder = Path("lightning_logs") / f"{config.stem}_{seed}"
+    settings = [f"--config={config}", f"--seed_everything={seed}", f"--data.seed={seed}", *flags]
+    settings += [f"--trainer.default_root_dir={folder}"] + ([] if root is None else [f"--data.root={root}"])
+    trained = main(["fit", *settings, "--ckpt_path=last"])
+    log = Path(trained.trainer.log_dir)
+    best = trained.trainer.checkpoint_callback.best_model_path
+    results = []
+    for test in ["", *tests]:
+        tested = main(["test", *settings, f"--ckpt_path={best}", *filter(None, [test])])
+        file = Path(tested.trainer.log_dir) / "test_results.json"
+        results.append({"flags": test, "results": json.loads(file.read_text())})
+    history = read_run(log, config.stem)
+    minutes = dict(history.minutes or [])
+    return {
+        "config": str(config),
+        "seed": seed,
+        "flags": flags,
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip(),
+        "machine": f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__.split('+')[0]}",
+        "seconds_per_step": history.seconds_per_step,
+        "validation": [[steps, round(minutes.get(steps, 0), 2), round(score, 4)] for steps, score in history.curve],
+        "tests": results,
+    }
+
+
+def described(record: dict[str, Any]) -> list[str]:
+    """A record's figures, a line each."""
+    steps, minutes, _ = record["validation"][-1]
+    lines = [f"  {steps:,} meta-steps in {minutes:.0f} minutes ({record['machine']}, {record['commit']})"]
+    for test in record["tests"]:
+        results = test["results"]
+        lines.append(f"  {percent(results)} % over {results['episodes']:,} test episodes {test['flags']}".rstrip())
+    return lines
