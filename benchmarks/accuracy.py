@@ -16,21 +16,25 @@ RECORDS = Path(__file__).parents[1] / "docs" / "results"
 
 
 def accuracy(
-    config: Path, root: str | None = None, seed: int = 0, flags: list[str] | None = None, tests: list[str] | None = None
+    experiment: Path,
+    root: str | None = None,
+    seed: int = 0,
+    flags: list[str] | None = None,
+    tests: list[str] | None = None,
 ) -> None:
     """Train with a config, test the checkpoint that validated best, and record both in docs/results.
 
     A run that was interrupted goes on where its last checkpoint was; one that has ended is only tested and recorded.
 
     Args:
-        config: such as configs/omniglot_5way_1shot.yaml.
+        experiment: a config, such as configs/omniglot_5way_1shot_best.yaml.
         root: where the data are, for data on disk.
         seed: of the network and of the episodes.
         flags: flags over the config, such as ``["--trainer.max_epochs=4"]``.
         tests: flags of one more test each, such as ``["--data.within_alphabet=true"]``.
     """
-    record = run(config, root, seed, flags or [], tests or [])
-    file = RECORDS / f"{config.stem}_{seed}.json"
+    record = run(experiment, root, seed, flags or [], tests or [])
+    file = RECORDS / f"{experiment.stem}_{seed}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(record, indent=1) + "\n")
     print(file.name, *described(record), sep="\n")
