@@ -161,9 +161,10 @@ class Inspection(Callback):
     """Shows in TensorBoard, at each validation, what adaptation does to the first validation episodes.
 
     ``inspect/episodes``: support and query pictures with the labels given to them before and after adaptation, wrong
-    ones in red (image tasks). ``inspect/adaptation``: score and loss after each inner step, to twice as many as the
-    evaluation takes and five more. ``val/inner_update_norm``: how far adaptation moves the parameters, mean over the
-    pictured episodes. ``inner_lr/NAME``: histograms of learnt inner rates.
+    ones in red; of regression from one number to one, the curves before and after. ``inspect/adaptation``: score and
+    loss after each inner step, to twice as many as the evaluation takes and five more. ``val/inner_update_norm``: how
+    far adaptation moves the parameters, mean over the pictured episodes. ``inner_lr/NAME``: histograms of learnt inner
+    rates.
 
     Args:
         episodes: how many episodes are pictured; 0 shows nothing.
@@ -195,12 +196,15 @@ class Inspection(Callback):
         outputs = pl_module.trajectory(first, most)
         pictures = first.query_inputs.dim() == 5 and first.query_inputs.shape[2] in (1, 3)
         sheet = _episodes_sheet(first, outputs, self.episodes, pl_module.eval_inner_steps) if pictures else None
-        curve = _adaptation_figure(first, outputs, pl_module)
+        curves = {"inspect/adaptation": _adaptation_figure(first, outputs, pl_module)}
+        if first.query_targets.is_floating_point() and first.query_inputs[0, 0].numel() == 1:
+            curves["inspect/episodes"] = _regression_figure(first, outputs, self.episodes, pl_module.eval_inner_steps)
         norms = pl_module.inner_update_norms(Episode(*(part[: self.episodes] for part in first)))
         for writer in writers:
             if sheet is not None:
                 writer.add_image("inspect/episodes", np.asarray(sheet), step, dataformats="HWC")
-            writer.add_figure("inspect/adaptation", curve, step, close=False)
+            for tag, figure in curves.items():
+                writer.add_figure(tag, figure, step, close=False)
             writer.add_scalar("val/inner_update_norm", norms.mean().item(), step)
             for name, rate in pl_module.adaptation.learnt.items():
                 writer.add_histogram(f"inner_lr/{name}", rate.detach().float(), step)
@@ -235,6 +239,23 @@ def _adaptation_figure(first: Episode, outputs: list[Tensor], maml: MAML) -> Fig
         axes.plot(steps, values, marker=".")
         axes.axvline(maml.eval_inner_steps, color="grey", linestyle=":")
         axes.set(xlabel="inner steps", ylabel=name)
+    return figure
+
+
+def _regression_figure(first: Episode, outputs: list[Tensor], episodes: int, steps: int) -> Figure:
+    """True and predicted values against inputs, a panel for each episode."""
+    shown = min(episodes, first.tasks)
+    figure = Figure(figsize=(4 * shown, 3), layout="constrained")
+    support, values, query, wanted, before, after = (
+        part[:shown].flatten(1).cpu().numpy() for part in (*first, outputs[0], outputs[steps])
+    )
+    for task, axes in enumerate(figure.subplots(1, shown, squeeze=False)[0]):
+        order = query[task].argsort()
+        for predicted, style, label in ((wanted, "-", "true"), (before, ":", "before"), (after, "--", "after")):
+            axes.plot(query[task][order], predicted[task][order], style, label=label)
+        axes.plot(support[task], values[task], "o", color="black", label="support")
+        axes.set(title=f"episode {task}: before and after {steps} steps", xlabel="input", ylabel="target")
+    figure.axes[0].legend()
     return figure
 
 

@@ -16,6 +16,11 @@ torch.set_num_threads(1)  # the networks are tiny here: more threads only wait f
 ARCHIVES = Path(__file__).parents[2] / "shared" / "data" / "omniglot-py"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first, so that short ones fill up the workers' ends."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """The same networks whichever tests ran before."""

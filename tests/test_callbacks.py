@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 from cli import main
-from maml_lightning import Cost, Inspection, SettingError
+from maml_lightning import Cost, Inspection, SettingError, callbacks
 from maml_lightning.callbacks import test_results as summarise
 from maml_lightning.comparison import read_scalars
 from tests.command_line import DATA, SINUSOIDS, TINY, words
@@ -168,11 +168,24 @@ def test_inspection_is_off_by_a_flag(tmp_path):
         Inspection(episodes=-1)
 
 
-def test_regression_is_inspected_without_pictures(tmp_path):
+def test_regression_is_shown_as_curves(tmp_path, monkeypatch):
+    figures = []
+    drawn = callbacks._regression_figure
+    monkeypatch.setattr(
+        callbacks, "_regression_figure", lambda *given: figures.append((given, drawn(*given))) or figures[-1][1]
+    )
     cli = main(words("fit", **{**SINUSOIDS, "trainer.default_root_dir": tmp_path}))
     events = EventAccumulator(cli.trainer.log_dir, size_guidance={"images": 0})
     events.Reload()
-    assert events.Tags()["images"] == ["inspect/adaptation"]
+    assert set(events.Tags()["images"]) == {"inspect/adaptation", "inspect/episodes"}
+    ((first, outputs, episodes, steps), figure) = figures[-1]
+    assert len(figure.axes) == episodes == 2
+    for task, axes in enumerate(figure.axes):
+        true, before, after, support = ({*zip(*line.get_data(), strict=True)} for line in axes.lines)
+        inputs = first.query_inputs[task, :, 0].tolist()
+        for line, values in ((true, first.query_targets), (before, outputs[0]), (after, outputs[steps])):
+            assert line == {*zip(inputs, values[task, :, 0].tolist(), strict=True)}
+        assert len(support) == first.support_inputs.shape[1]
 
 
 def test_a_test_fills_the_table_of_hyperparameters(tmp_path, checkpoint):

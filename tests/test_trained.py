@@ -29,6 +29,7 @@ def test_a_checkpoint_of_ones_own_loads(checkpoint, trained_weights):
     assert (maml.inner_lr, maml.eval_inner_steps, maml.net.head.out_features) == (0.3, 2, 3)
     assert torch.equal(maml.net.head.weight, trained_weights["net.head.weight"])
     assert maml.inputs.ways == 3
+    assert maml.hparams.tasks_per_chunk is None  # null, not left out
 
 
 @pytest.fixture

@@ -48,8 +48,12 @@ def load(checkpoint: str | Path) -> MAML:
         raise SettingError(
             f"The checkpoint {checkpoint} does not name its network; use MAML.load_from_checkpoint(path, net=...)."
         )
-    settings |= {"net": made(**net.get("init_args", {})), "loss": locate(loss) if isinstance(loss, str) else loss}
-    maml = MAML(**{key: value for key, value in settings.items() if value is not None})
+    settings["net"] = made(**net.get("init_args", {}))
+    if loss is None:
+        settings.pop("loss", None)
+    elif isinstance(loss, str):
+        settings["loss"] = locate(loss)
+    maml = MAML(**settings)
     maml.on_load_checkpoint(content)
     maml.load_state_dict(content["state_dict"])
     return maml.eval()
