@@ -245,7 +245,7 @@ def _adaptation_figure(first: Episode, outputs: list[Tensor], maml: MAML) -> Fig
 def _regression_figure(first: Episode, outputs: list[Tensor], episodes: int, steps: int) -> Figure:
     """True and predicted values against inputs, a panel for each episode."""
     shown = min(episodes, first.tasks)
-    figure = Figure(figsize=(4 * shown, 3), layout="constrained")
+    figure = Figure(figsize=(4 * shown, 3.5), layout="constrained")
     support, values, query, wanted, before, after = (
         part[:shown].flatten(1).cpu().numpy() for part in (*first, outputs[0], outputs[steps])
     )
@@ -255,7 +255,7 @@ def _regression_figure(first: Episode, outputs: list[Tensor], episodes: int, ste
             axes.plot(query[task][order], predicted[task][order], style, label=label)
         axes.plot(support[task], values[task], "o", color="black", label="support")
         axes.set(title=f"episode {task}: before and after {steps} steps", xlabel="input", ylabel="target")
-    figure.axes[0].legend()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
