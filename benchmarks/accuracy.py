@@ -34,7 +34,7 @@ def accuracy(
         tests: flags of one more test each, such as ``["--data.within_alphabet=true"]``.
     """
     record = run(experiment, root, seed, flags or [], tests or [])
-    file = RECORDS / f"{experiment.stem}_{seed}.json"
+    file = RECORDS / f"{named(experiment, seed, flags or [])}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(record, indent=1) + "\n")
     print(file.name, *described(record), sep="\n")
@@ -94,9 +94,14 @@ def percent(results: dict[str, Any]) -> str:
     return f"{100 * results['accuracy']:.2f} ± {100 * results['ci95']:.2f}"
 
 
+def named(config: Path, seed: int, flags: list[str]) -> str:
+    """What a record and its run's folder are called."""
+    return "_".join([config.stem, str(seed), *(flag.removeprefix("--").replace("/", "-") for flag in flags)])
+
+
 def run(config: Path, root: str | None, seed: int, flags: list[str], tests: list[str]) -> dict[str, Any]:
     """Train, or go on training, and test; what `accuracy` records."""
-    folder = Path("lightning_logs") / f"{config.stem}_{seed}"
+    folder = Path("lightning_logs") / named(config, seed, flags)
     settings = [f"--config={config}", f"--seed_everything={seed}", f"--data.seed={seed}", *flags]
     settings += [f"--trainer.default_root_dir={folder}"] + ([] if root is None else [f"--data.root={root}"])
     trained = main(["fit", *settings, "--ckpt_path=last"])

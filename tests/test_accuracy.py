@@ -13,9 +13,9 @@ UNKNOWN = "\N{EN DASH}"
 def test_a_record_is_what_the_runs_wrote_and_comes_again(folder, trained, monkeypatch, capsys):
     monkeypatch.setattr(module, "RECORDS", folder / "records")
     accuracy(trained / "config.yaml", seed=1, flags=["--trainer.max_epochs=2"], tests=["--data.shots=2"])
-    file = folder / "records" / "config_1.json"
+    file = folder / "records" / "config_1_trainer.max_epochs=2.json"
     record = json.loads(file.read_text())
-    runs = folder / "lightning_logs" / "config_1" / "lightning_logs"
+    runs = folder / "lightning_logs" / "config_1_trainer.max_epochs=2" / "lightning_logs"
     assert [test["results"] for test in record["tests"]] == [
         json.loads((runs / f"version_{run}" / "test_results.json").read_text()) for run in (1, 2)
     ]
