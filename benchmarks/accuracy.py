@@ -31,7 +31,7 @@ def accuracy(
         root: where the data are, for data on disk.
         seed: of the network and of the episodes.
         flags: flags over the config, such as ``["--trainer.max_epochs=4"]``.
-        tests: flags of one more test each, such as ``["--data.within_alphabet=true"]``.
+        tests: flags of one more test each, such as ``["--data.query_shots=1 --data.within_alphabet=true"]``.
     """
     record = run(experiment, root, seed, flags or [], tests or [])
     file = RECORDS / f"{named(experiment, seed, flags or [])}.json"
@@ -109,7 +109,7 @@ def run(config: Path, root: str | None, seed: int, flags: list[str], tests: list
     best = trained.trainer.checkpoint_callback.best_model_path
     results = []
     for test in ["", *tests]:
-        tested = main(["test", *settings, f"--ckpt_path={best}", *filter(None, [test])])
+        tested = main(["test", *settings, f"--ckpt_path={best}", *test.split()])
         file = Path(tested.trainer.log_dir) / "test_results.json"
         results.append({"flags": test, "results": json.loads(file.read_text())})
     history = read_run(log, config.stem)
