@@ -236,8 +236,7 @@ class InnerLoop:
         with torch.inference_mode(False), torch.no_grad():
             start = self._start(params, rates, steps)
             chunks = []
-            size = min(self.chosen.values(), default=None) if self.tasks_per_chunk == "auto" else self.tasks_per_chunk
-            for chunk in self._chunks(Episode(*map(_usable, episode)), size):
+            for chunk in self._evaluated(episode):
                 path = self._descend(start, (chunk.support_inputs, chunk.support_targets))
                 chunks.append(
                     [
@@ -246,6 +245,17 @@ class InnerLoop:
                     ]
                 )
             return [torch.cat(outputs) for outputs in zip(*chunks, strict=True)]
+
+    def moved(self, params: Parameters, episode: Episode, rates: float | Parameters, steps: int) -> Tensor:
+        """How far ``steps`` inner steps move each task's parameters, in the Euclidean norm: ``[T]``."""
+        with torch.inference_mode(False), torch.no_grad():
+            start = self._start(params, rates, steps)
+            norms = []
+            for chunk in self._evaluated(episode):
+                *_, ended = self._descend(start, (chunk.support_inputs, chunk.support_targets))
+                moved = [(ended[name] - value).expand(chunk.tasks, *value.shape) for name, value in start.fast.items()]
+                norms.append(torch.stack([part.flatten(1).square().sum(1) for part in moved]).sum(0).sqrt())
+            return torch.cat(norms)
 
     def adapt(
         self, params: Parameters, inputs: Tensor, targets: Tensor, rates: float | Parameters, steps: int
@@ -363,6 +373,10 @@ class InnerLoop:
             with torch.random.fork_rng([device] if (device := episode.support_inputs.device).type == "cuda" else []):
                 self.chosen[what] = self._fastest(lambda size: over(size, only_one=True), episode, steps)
         return over(self.chosen[what] if self.tasks_per_chunk == "auto" else self.tasks_per_chunk)
+
+    def _evaluated(self, episode: Episode) -> Iterator[Episode]:
+        size = min(self.chosen.values(), default=None) if self.tasks_per_chunk == "auto" else self.tasks_per_chunk
+        return self._chunks(Episode(*map(_usable, episode)), size)
 
     def _chunks(self, episode: Episode, size: int | None) -> Iterator[Episode]:
         size = size or episode.tasks

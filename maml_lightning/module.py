@@ -432,12 +432,8 @@ class MAML(LightningModule):
 
     def inner_update_norms(self, episode: Episode) -> Tensor:
         """How far ``eval_inner_steps`` steps of adaptation move the parameters, in the Euclidean norm: ``[T]``."""
-        start = dict(self.net.named_parameters())
-        norms = []
-        for inputs, targets in zip(episode.support_inputs, episode.support_targets, strict=True):
-            adapted = dict(self.adapt(inputs, targets).named_parameters())
-            norms.append(torch.nn.utils.get_total_norm([adapted[name] - value for name, value in start.items()]))
-        return torch.stack(norms).detach()
+        with self._memory():
+            return self._inner_loop.moved(self._params(), episode, self._rates(), self.eval_inner_steps)
 
     def _evaluate(self, batch: Episode, batch_idx: int) -> None:
         episode = self._check(batch)
