@@ -12,6 +12,7 @@ from tests.command_line import ROOT
 
 def test_names_are_those_in_the_package():
     assert trained("omniglot_5way_1shot") == FOLDER / "omniglot_5way_1shot.ckpt"
+    assert trained("omniglot_20way_1shot") == FOLDER / "omniglot_20way_1shot.ckpt"
     assert trained("../trained/omniglot_5way_1shot") is None
     assert trained("nothing") is None
 

@@ -16,7 +16,7 @@ from maml_lightning import Inputs, OmniglotDataModule, SettingError, load, suppo
 from maml_lightning.data.omniglot import character_files, split_characters
 from maml_lightning.data.pictures import class_folders
 from maml_lightning.data.support_query import read_pictures
-from tests.command_line import TINY, process, words
+from tests.command_line import process, words
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -132,18 +132,16 @@ def test_the_table_and_the_sheet(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 def test_real_characters_as_folders_are_judged_as_in_a_test(
     tmp_path: Path, omniglot_root: Path, caplog: pytest.LogCaptureFixture
 ):
-    flags = {key: value for key, value in TINY.items() if not key.endswith("classes")}
-    flags |= {"data": "OmniglotDataModule", "data.root": omniglot_root, "data.ways": 20, "data.test_episodes": 1}
-    flags |= {
-        "data.train_episodes": 240,
-        "data.meta_batch_size": 8,
-        "model.outer_lr": 0.005,
-        "model.net.hidden_channels": 16,
-        "model.net.blocks": 4,
+    flags = {
+        "data": "OmniglotDataModule",
+        "data.root": omniglot_root,
+        "data.ways": 20,
+        "data.test_episodes": 1,
+        "ckpt_path": "omniglot_20way_1shot",
+        "trainer.accelerator": "cpu",
+        "trainer.enable_progress_bar": "false",
     }
-    trained = main(words("fit", **flags))
-    checkpoint = Path(trained.trainer.log_dir) / "checkpoints" / "last.ckpt"
-    tested = main(words("test", **{k: v for k, v in flags.items() if k[:5] != "model"}, ckpt_path=checkpoint))
+    tested = main(words("test", **flags))
     data = OmniglotDataModule(root=str(omniglot_root), ways=20, test_episodes=1)
     data.setup("test")
     files, characters = character_files(omniglot_root / "omniglot-py"), split_characters("finn")["test"]
@@ -153,10 +151,10 @@ def test_real_characters_as_folders_are_judged_as_in_a_test(
             (tmp_path / part / f"{label:02d}").mkdir(parents=True)
             file = files[characters[character]][drawing]
             (tmp_path / part / f"{label:02d}" / file.name).symlink_to(file)
-    rows = predict(tmp_path / "support", tmp_path / "query", checkpoint=checkpoint)
+    rows = predict(tmp_path / "support", tmp_path / "query", checkpoint="omniglot_20way_1shot")
     accuracy = np.mean([Path(file).parent.name == predicted for file, predicted, *_ in rows[1:]])
     assert accuracy == pytest.approx(tested.trainer.logged_metrics["test/accuracy"].item())
-    same = main(words("predict", **{k: v for k, v in flags.items() if k[:5] != "model"}, ckpt_path=checkpoint))
+    same = main(words("predict", **flags))
     expected = same.trainer.predict_loop.predictions[0][0]
     assert torch.allclose(torch.tensor([[float(value) for value in row[2:]] for row in rows[1:]]), expected, atol=2e-6)
     assert f"Accuracy: {accuracy:.4f}" in caplog.text
