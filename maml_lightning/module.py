@@ -190,6 +190,9 @@ class MAML(LightningModule):
     def adapt(self, support_inputs: Tensor, support_targets: Tensor, steps: int | None = None) -> nn.Module:
         """A copy of the network, adapted to one task.
 
+        Normalisation layers take the statistics of the batch that they see: give it queries together with the support
+        inputs, and drop the outputs of those, where there are few queries or not all classes among them.
+
         Args:
             support_inputs: ``[N*K, C, H, W]``.
             support_targets: ``[N*K]``, int64 in ``[0, N)``.

@@ -2,8 +2,9 @@
 
 import csv
 import io
+from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -118,13 +119,23 @@ class SupportQueryDataModule(LightningDataModule):
         query: the pictures to tell apart, in this folder or in folders of it; where such a folder has a class's name,
             accuracy is reported.
         output: the CSV file; it must not be there yet, nor the PNG of that name.
+        beside_support: whether the network sees queries together with the support pictures. It normalises with what it
+            sees: one query alone, or many of one class, it can hardly tell. ``auto``: unless the folders' names say
+            that there are equally many queries of every class, as in a test.
 
     Raises:
         SettingError: a folder or picture cannot be used, or the output is there already.
     """
 
-    def __init__(self, support: str, query: str, output: str = "predictions.csv"):
+    def __init__(
+        self,
+        support: str,
+        query: str,
+        output: str = "predictions.csv",
+        beside_support: bool | Literal["auto"] = "auto",
+    ):
         super().__init__()
+        self.beside_support = beside_support
         self.support, self.query, self.output = Path(support), Path(query), Path(output)
         self.sheet = self.output.with_suffix(".png")
         self.classes: dict[str, list[Path]] = {}
@@ -170,9 +181,17 @@ class SupportQueryDataModule(LightningDataModule):
             self._read()
         assert self.pictures is not None
         support, query = self.pictures
+        if self._beside():
+            query = torch.cat([support, query])
         targets = torch.zeros(len(query), dtype=torch.int64)  # not asked for
         episode = Episode(support, _targets(self.classes), query, targets)
         return DataLoader([Episode(*(part[None] for part in episode))], batch_size=None)  # type: ignore[arg-type]
+
+    def _beside(self) -> bool:
+        if self.beside_support != "auto":
+            return self.beside_support
+        counts = Counter(self._label(file) for file in self.files)
+        return set(counts) != set(range(self.ways)) or len(set(counts.values())) > 1
 
     def _read(self) -> None:
         like = self._like()
@@ -191,7 +210,8 @@ class SupportQueryDataModule(LightningDataModule):
         told = ", ".join(f"{count} {what}" for what, count in done.items() if count)
         rank_zero_info(
             f"{len(support.inputs)} support and {len(query.inputs)} query pictures, each brought to {like.channels} x "
-            f"{like.side} x {like.side}{'; ' + told if told else ''}."
+            f"{like.side} x {like.side}{'; ' + told if told else ''}"
+            f"{'; queries are seen together with the support pictures' if self._beside() else ''}."
         )
         self.pictures = support.inputs, query.inputs
 
@@ -199,11 +219,12 @@ class SupportQueryDataModule(LightningDataModule):
         """Print and write what was found.
 
         Args:
-            probabilities: ``[pictures, classes]``.
+            probabilities: ``[pictures, classes]``, the queries last.
 
         Raises:
             SettingError: a file could not be written.
         """
+        probabilities = probabilities[-len(self.files) :]
         names = list(self.classes)
         found = probabilities.argmax(-1).tolist()
         true = [self._label(file) for file in self.files]

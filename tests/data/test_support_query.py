@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from cli import main
-from maml_lightning import Inputs, OmniglotDataModule, SettingError, load, support_set
+from maml_lightning import Inputs, OmniglotDataModule, SettingError, SupportQueryDataModule, load, support_set
 from maml_lightning.data.omniglot import character_files, split_characters
 from maml_lightning.data.pictures import class_folders
 from maml_lightning.data.support_query import read_pictures
@@ -127,6 +128,31 @@ def test_the_table_and_the_sheet(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         assert len({tuple(pixel) for pixel in np.asarray(sheet).reshape(-1, 3)}) > 10
     assert "7 support and 4 query pictures, each brought to 1 x 28 x 28; 8 inverted" in caplog.text
     assert "of 3 pictures in folders of classes" in caplog.text
+
+
+def test_queries_of_one_class_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    draw_folder(tmp_path / "support", plain, 1, each=2)
+    maml = load("omniglot_5way_1shot")
+    inputs, targets, _ = support_set(tmp_path / "support", maml.inputs)
+    classifier = maml.adapt(inputs, targets)
+    for kind, name in enumerate(SYMBOLS):
+        query = tmp_path / f"only {name}"
+        query.mkdir()
+        for number in range(kind + 1):  # of the cross one alone
+            plain(kind, 70 + number).save(query / f"{number}.png")
+        rows = predict(tmp_path / "support", query, f"{name}.csv")[1:]
+        assert [predicted for _, predicted, *_ in rows] == [name] * (kind + 1)
+        seen = read_pictures(sorted(query.iterdir()), maml.inputs).inputs
+        with torch.no_grad():
+            expected = classifier(torch.cat([inputs, seen]))[len(inputs) :].softmax(-1)
+        found = torch.tensor([[float(value) for value in row[2:]] for row in rows])
+        assert torch.allclose(found, expected, atol=2e-6)
+    assert caplog.text.count("queries are seen together with the support pictures") == 5
+    alone = SupportQueryDataModule(str(tmp_path / "support"), str(tmp_path / "only cross"), beside_support=False)
+    alone.trainer = SimpleNamespace(lightning_module=maml)  # type: ignore[assignment]
+    alone.setup()
+    (episode,) = alone.predict_dataloader()
+    assert episode.query_inputs.shape == (1, 1, 1, 28, 28)
 
 
 def test_real_characters_as_folders_are_judged_as_in_a_test(
