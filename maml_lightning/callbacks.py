@@ -162,9 +162,9 @@ class Inspection(Callback):
 
     ``inspect/episodes``: support and query pictures with the labels given to them before and after adaptation, wrong
     ones in red; of regression from one number to one, the curves before and after. ``inspect/adaptation``: score and
-    loss after each inner step, to twice as many as the evaluation takes and five more. ``val/inner_update_norm``: how
-    far adaptation moves the parameters, mean over the pictured episodes. ``inner_lr/NAME``: histograms of learnt inner
-    rates.
+    loss after each inner step, to twice as many as the evaluation takes (at least two more). ``val/inner_update_norm``:
+    how far adaptation moves the parameters, mean over the pictured episodes. ``inner_lr/NAME``: histograms of learnt
+    inner rates.
 
     Args:
         episodes: how many episodes are pictured; 0 shows nothing.
@@ -192,13 +192,14 @@ class Inspection(Callback):
         writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if first is None or trainer.sanity_checking or not writers or not isinstance(pl_module, MAML):
             return
-        step, most = trainer.global_step, 2 * pl_module.eval_inner_steps + 5
+        steps = pl_module.eval_inner_steps
+        step, most = trainer.global_step, max(2 * steps, steps + 2)
         outputs = pl_module.trajectory(first, most)
         pictures = first.query_inputs.dim() == 5 and first.query_inputs.shape[2] in (1, 3)
-        sheet = _episodes_sheet(first, outputs, self.episodes, pl_module.eval_inner_steps) if pictures else None
+        sheet = _episodes_sheet(first, outputs, self.episodes, steps) if pictures else None
         curves = {"inspect/adaptation": _adaptation_figure(first, outputs, pl_module)}
         if first.query_targets.is_floating_point() and first.query_inputs[0, 0].numel() == 1:
-            curves["inspect/episodes"] = _regression_figure(first, outputs, self.episodes, pl_module.eval_inner_steps)
+            curves["inspect/episodes"] = _regression_figure(first, outputs, self.episodes, steps)
         norms = pl_module.inner_update_norms(first)[: self.episodes]
         for writer in writers:
             if sheet is not None:
