@@ -33,7 +33,7 @@ def accuracy(
         flags: flags over the config, such as ``["--trainer.max_epochs=4"]``.
         tests: flags of one more test each, such as ``["--data.query_shots=1 --data.within_alphabet=true"]``.
     """
-    record = run(experiment, root, seed, flags or [], tests or [])
+    record = run(experiment, root, seed, flags or [], tests or [], Path("lightning_logs"))
     file = RECORDS / f"{named(experiment, seed, flags or [])}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(record, indent=1) + "\n")
@@ -43,13 +43,15 @@ def accuracy(
 def again(record: Path, root: str | None = None) -> None:
     """Run a record of docs/results again and compare; the exit status is 1 where intervals do not overlap.
 
+    It trains in a folder of its own, lightning_logs/again, not where the record's run may still lie.
+
     Args:
         record: such as docs/results/omniglot_5way_1shot_0.json.
         root: where the data are, for data on disk.
     """
     old = json.loads(record.read_text())
     flags = [test["flags"] for test in old["tests"] if test["flags"]]
-    new = run(Path(old["config"]), root, old["seed"], old["flags"], flags)
+    new = run(Path(old["config"]), root, old["seed"], old["flags"], flags, Path("lightning_logs") / "again")
     print("recorded:", *described(old), "now:", *described(new), sep="\n")
     apart = [
         one["flags"] or "the test"
@@ -99,9 +101,9 @@ def named(config: Path, seed: int, flags: list[str]) -> str:
     return "_".join([config.stem, str(seed), *(flag.removeprefix("--").replace("/", "-") for flag in flags)])
 
 
-def run(config: Path, root: str | None, seed: int, flags: list[str], tests: list[str]) -> dict[str, Any]:
+def run(config: Path, root: str | None, seed: int, flags: list[str], tests: list[str], logs: Path) -> dict[str, Any]:
     """Train, or go on training, and test; what `accuracy` records."""
-    folder = Path("lightning_logs") / named(config, seed, flags)
+    folder = logs / named(config, seed, flags)
     settings = [f"--config={config}", f"--seed_everything={seed}", f"--data.seed={seed}", *flags]
     settings += [f"--trainer.default_root_dir={folder}"] + ([] if root is None else [f"--data.root={root}"])
     trained = main(["fit", *settings, "--ckpt_path=last"])
@@ -113,7 +115,6 @@ def run(config: Path, root: str | None, seed: int, flags: list[str], tests: list
         file = Path(tested.trainer.log_dir) / "test_results.json"
         results.append({"flags": test, "results": json.loads(file.read_text())})
     history = read_run(log, config.stem)
-    minutes = dict(history.minutes or [])
     return {
         "config": str(config),
         "seed": seed,
@@ -123,7 +124,7 @@ def run(config: Path, root: str | None, seed: int, flags: list[str], tests: list
         ).stdout.strip(),
         "machine": f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__.split('+')[0]}",
         "seconds_per_step": history.seconds_per_step,
-        "validation": [[steps, round(minutes.get(steps, 0), 2), round(score, 4)] for steps, score in history.curve],
+        "validation": [[steps, round(history.minutes_at(steps), 2), round(score, 4)] for steps, score in history.curve],
         "tests": results,
     }
 

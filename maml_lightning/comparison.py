@@ -72,8 +72,10 @@ class Run(NamedTuple):
         """How long it took until a validation reached the score; None where none did, or that is not known."""
         sign = -1 if self.metric == "mse" else 1
         steps = next((steps for steps, value in self.curve if sign * value >= sign * score), None)
-        if steps is None:
-            return None
+        return None if steps is None else self.minutes_at(steps)
+
+    def minutes_at(self, steps: int) -> float | None:
+        """How long so many meta-steps took, to the end of their epoch; None where that is not known."""
         return next((minutes for done, minutes in self.minutes or [] if done >= steps), None)
 
 
