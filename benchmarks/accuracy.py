@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cli import main
-from maml_lightning.comparison import UNKNOWN, read_run
+from maml_lightning.comparison import UNKNOWN, metric_of, read_run, tested
 
 RECORDS = Path(__file__).parents[1] / "docs" / "results"
 
@@ -56,8 +56,7 @@ def again(record: Path, root: str | None = None) -> None:
     apart = [
         one["flags"] or "the test"
         for one, two in zip(old["tests"], new["tests"], strict=True)
-        if abs(one["results"]["accuracy"] - two["results"]["accuracy"])
-        > one["results"]["ci95"] + two["results"]["ci95"]
+        if abs(score_of(one) - score_of(two)) > one["results"]["ci95"] + two["results"]["ci95"]
     ]
     if apart:
         sys.exit(f"error: {', '.join(apart)} lies outside the recorded interval.")
@@ -75,25 +74,27 @@ def table(records: list[dict[str, Any]], reach: tuple[float, ...] = (0.9, 0.95, 
         records: what `run` returned.
         reach: validation accuracies, each a column of the minutes until the run reached it.
     """
-    head = ["config", "seed", "over it", "test, %", "episodes", "meta-steps", "minutes"]
+    head = ["config", "seed", "over it", "test, % or mse", "episodes", "meta-steps", "minutes"]
     head += [*(f"minutes to {100 * score:.0f} %" for score in reach), "commit"]
     cells = [head, ["---"] * len(head)]
     for record in records:
         curve = record["validation"]
         steps, total, _ = curve[-1]
-        times = [next((f"{spent:.1f}" for _, spent, score in curve if score >= wanted), UNKNOWN) for wanted in reach]
+        known = curve if metric_of(record["tests"][0]["results"]) == "accuracy" else []
+        times = [next((f"{spent:.1f}" for _, spent, score in known if score >= wanted), UNKNOWN) for wanted in reach]
         for test in record["tests"]:
             results = test["results"]
             flags = " ".join(filter(None, [*record["flags"], test["flags"]]))
-            row = [f"`{Path(record['config']).stem}`", str(record["seed"]), flags and f"`{flags}`", percent(results)]
+            row = [f"`{Path(record['config']).stem}`", str(record["seed"]), flags and f"`{flags}`", tested(results)]
             row += [f"{results['episodes']:,}", f"{steps:,}", f"{total:.0f}", *times, record["commit"]]
             cells.append(row)
     return [f"| {' | '.join(row)} |" for row in cells]
 
 
-def percent(results: dict[str, Any]) -> str:
-    """Such as ``98.70 ± 0.40``."""
-    return f"{100 * results['accuracy']:.2f} ± {100 * results['ci95']:.2f}"
+def score_of(test: dict[str, Any]) -> float:
+    """The accuracy of a record's test, or its mean squared error."""
+    score: float = test["results"][metric_of(test["results"])]
+    return score
 
 
 def named(config: Path, seed: int, flags: list[str]) -> str:
@@ -135,5 +136,6 @@ def described(record: dict[str, Any]) -> list[str]:
     lines = [f"  {steps:,} meta-steps in {minutes:.0f} minutes ({record['machine']}, {record['commit']})"]
     for test in record["tests"]:
         results = test["results"]
-        lines.append(f"  {percent(results)} % over {results['episodes']:,} test episodes {test['flags']}".rstrip())
+        score, unit = tested(results), " %" if metric_of(results) == "accuracy" else ""
+        lines.append(f"  {score}{unit} over {results['episodes']:,} test episodes {test['flags']}".rstrip())
     return lines

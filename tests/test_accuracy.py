@@ -56,6 +56,10 @@ def test_a_table_has_a_row_for_each_test():
         f"| `a` | 3 | `--b=1` | 98.77 ± 0.23 | 1,000 | 300 | 4 | 1.5 | 3.0 | {UNKNOWN} | abc |",
         f"| `a` | 3 | `--b=1 --c=2` | 50.00 ± 0.23 | 1,000 | 300 | 4 | 1.5 | 3.0 | {UNKNOWN} | abc |",
     ]
+    regression = {**record, "tests": [{"flags": "", "results": {"mse": 0.1364, "ci95": 0.0215, "episodes": 600}}]}
+    assert table([regression], (0.9,))[2:] == [
+        f"| `a` | 3 | `--b=1` | 0.136 ± 0.0215 | 600 | 300 | 4 | {UNKNOWN} | abc |"
+    ]
 
 
 def test_the_page_of_results_holds_the_records():
