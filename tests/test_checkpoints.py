@@ -38,6 +38,7 @@ STATEFUL = {
     "model.net.hidden_channels": None,
     "model.net.blocks": None,
 }
+AVERAGED = {"trainer.callbacks+": "EMAWeightAveraging", "trainer.callbacks.decay": 0.5}  # Lightning's
 
 
 class WithDropout(nn.Sequential):
@@ -63,8 +64,14 @@ def fit(folder, **flags):
 
 @pytest.mark.parametrize(
     ("settings", "stops"),
-    [({}, [3, 5, 12]), (STATEFUL, [7]), ({"data.num_workers": 2}, [8]), ({"trainer.accumulate_grad_batches": 2}, [4])],
-    ids=["plain", "stateful", "workers", "accumulated"],
+    [
+        ({}, [3, 5, 12]),
+        (STATEFUL, [7]),
+        ({"data.num_workers": 2}, [8]),
+        ({"trainer.accumulate_grad_batches": 2}, [4]),
+        (AVERAGED, [7]),
+    ],
+    ids=["plain", "stateful", "workers", "accumulated", "averaged"],
 )
 def test_a_run_that_goes_on_ends_in_the_same_weights(settings, stops):
     fit("whole", **settings)
