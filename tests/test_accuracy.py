@@ -1,13 +1,16 @@
 """Records of accuracies: what is written is what `test` wrote, and running it again gives it again."""
 
 import json
+import re
 
 import pytest
 
 from benchmarks import accuracy as module
-from benchmarks.accuracy import RECORDS, accuracy, again, table
+from benchmarks.accuracy import RECORDS, accuracy, again, score_of, table
+from tests.command_line import ROOT
 
 UNKNOWN = "\N{EN DASH}"
+FIGURE = re.compile(r"(\d+\.(\d+)) ± (\d+\.\d+)( %)?")
 
 
 def test_a_record_is_what_the_runs_wrote_and_comes_again(folder, trained, monkeypatch, capsys):
@@ -62,8 +65,53 @@ def test_a_table_has_a_row_for_each_test():
     ]
 
 
+def records():
+    return [json.loads(file.read_text()) for file in sorted(RECORDS.glob("*.json"))]
+
+
 def test_the_page_of_results_holds_the_records():
     page = (RECORDS.parent / "results.md").read_text().splitlines()
-    rows = table([json.loads(file.read_text()) for file in sorted(RECORDS.glob("*.json"))])
+    rows = table(records())
     assert len(rows) > 2
     assert [row for row in rows if row not in page] == []
+
+
+def figures(text):
+    """What a text says was reached: each ``a ± b``, but for lines about what others published."""
+    return [match for line in text.splitlines() if "Published" not in line for match in FIGURE.finditer(line)]
+
+
+def told(figure, records):
+    """Whether a record's test, rounded as the figure is, is the figure."""
+    digits = len(figure[2])
+    return any(
+        [f"{scale * score_of(test):.{digits}f}", f"{scale * test['results']['ci95']:.{digits}f}"]
+        == [figure[1], figure[3]]
+        for record in records
+        for test in record["tests"]
+        for scale in [100 if "accuracy" in test["results"] else 1]
+    )
+
+
+def test_figures_are_told_by_records_at_their_precision():
+    record = {
+        "tests": [{"results": {"accuracy": 0.98765, "ci95": 0.00234}}, {"results": {"mse": 0.1364, "ci95": 0.02}}]
+    }
+    text = "98.8 ± 0.2 %, 98.77 ± 0.23, 98.7 ± 0.2, 98.8 ± 0.3, 0.14 ± 0.02\nPublished: 99.0 ± 0.1"
+    assert [told(figure, [record]) for figure in figures(text)] == [True, True, False, False, True]
+
+
+def test_every_figure_of_the_readme_is_a_record():
+    found = figures((ROOT / "README.md").read_text())
+    assert len(found) > 20
+    assert [figure[0] for figure in found if not told(figure, records())] == []
+
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_figure_of_a_config_is_a_record_of_it(config):
+    own = [record for record in records() if config.name in f"{record['config']} {record['flags']}"]
+    base = [record for record in records() if config.parent.name == "variants" and not record["flags"]]
+    assert [figure[0] for figure in figures(config.read_text()) if not told(figure, own + base)] == []
