@@ -21,7 +21,7 @@ SHORT = {
     "trainer.enable_progress_bar": "false",
     "trainer.log_every_n_steps": 1,
 }
-SMALL = {"model.net.hidden_channels": 4, "model.net.blocks": 2}
+SMALL = {"model.net.hidden_channels": 4}  # all layers: configs name some
 GLYPHS = {"data.train_classes": 8, "data.val_classes": 8}
 
 pytestmark = pytest.mark.usefixtures("folder")
