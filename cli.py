@@ -166,6 +166,7 @@ def main(args: ArgsType = None) -> MAMLCommandLine:
         ".*LeafSpec.*is deprecated.*",  # inside Lightning 2.6 on torch 2.15
         ".*will be overridden by.*configure_optimizers.*",  # which is what --optimizer asks for
         "The dirpath has changed from.*",  # a checkpoint tested in another run's folder
+        "Precision .* is not supported by the model summary.*",  # which estimates sizes of 32 bits instead
     ):
         warnings.filterwarnings("ignore", harmless)
     return MAMLCommandLine(

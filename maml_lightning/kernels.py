@@ -328,8 +328,11 @@ def _standardise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _standardise_op(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if not _is_large(x):
         return _standardise(x, eps)
-    tasks = [torch.native_batch_norm(x.flatten(0, -2), None, None, None, None, True, 0.0, eps) for x in x]
-    return _stacked([n for n, _, _ in tasks]).view(x.shape), torch.stack([r for _, _, r in tasks])
+    n, r = torch.empty_like(x), x.new_empty(x.shape[0], x.shape[-1])
+    for x_t, n_t, r_t in zip(x.flatten(1, -2), n.view(x.shape[0], -1, x.shape[-1]), r, strict=True):
+        out = (n_t, torch.empty_like(r_t), r_t)
+        torch.native_batch_norm(x_t, None, None, None, None, True, 0.0, eps, out=out)
+    return n, r
 
 
 @_standardise_op.register_fake
@@ -351,14 +354,14 @@ def _project_op(g: Tensor, n: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Te
     if not _is_large(g):
         return _project(g, n, scale)
     zero, one = torch.zeros_like(scale[0]), torch.ones_like(scale[0])
-    tasks = [
-        torch.ops.aten.native_batch_norm_backward(
-            g.flatten(0, -2), n.flatten(0, -2), s, None, None, zero, one, True, 0.0, [True, True, True]
+    results = torch.empty_like(g), torch.empty_like(scale), torch.empty_like(scale)
+    for g_t, n_t, s_t, *results_t in zip(g, n, scale, *results, strict=True):
+        found = torch.ops.aten.native_batch_norm_backward(
+            g_t.flatten(0, -2), n_t.flatten(0, -2), s_t, None, None, zero, one, True, 0.0, [True, True, True]
         )
-        for g, n, s in zip(g, n, scale, strict=True)
-    ]
-    dx, sum_gn, sum_g = zip(*tasks, strict=True)
-    return _stacked(list(dx)).view(g.shape), torch.stack(sum_gn), torch.stack(sum_g)
+        for result, value in zip(results_t, found, strict=True):  # at once, while a task's values are in the cache
+            result.copy_(value.view(result.shape))
+    return results
 
 
 @_project_op.register_fake
