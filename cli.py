@@ -50,12 +50,20 @@ class MAMLCommandLine(LightningCLI):
     """LightningCLI with its links and defaults: output size and best checkpoint follow the data."""
 
     checkpoint: dict[str, Any] | None = None
+    goes_on: bool = False  # with the checkpoint's run; else only its weights are taken
     run_folder: Path | None = None  # of the run that ckpt_path last goes on with
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link ``ways`` and ``channels`` and give the callbacks that every run has their flags."""
         parser.link_arguments("data.init_args.ways", "model.net.init_args.out_features")
         parser.link_arguments("data.init_args.channels", "model.net.init_args.in_channels")
+        parser.add_argument(
+            "--initial_checkpoint",
+            type=str | None,
+            default=None,
+            help="A checkpoint, or the name of one in the package, whose weights, learnt rates and model settings "
+            "training begins with; its optimiser and epochs begin anew. Where ckpt_path is found, that one counts.",
+        )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.add_lightning_class_args(Cost, "cost")
@@ -76,20 +84,22 @@ class MAMLCommandLine(LightningCLI):
         """Parse with the checkpoint's settings as defaults, so that flags and config given by hand win."""
         super().parse_arguments(parser, args)
         subcommand = self.config.get("subcommand")
-        path = subcommand and self.config[subcommand].get("ckpt_path")
-        if not path or path in ("best", "hpc", "registry"):
+        if not subcommand:
             return
-        path = trained(path) or path
+        path, initial = self.config[subcommand].get("ckpt_path"), self.config[subcommand].initial_checkpoint
+        if path in ("best", "hpc", "registry"):
+            return
         if path == "last":
             path = self._last(self.config[subcommand])
-            if path is None:
-                self.config[subcommand].ckpt_path = None
-                return
-        self.checkpoint = read_checkpoint(Path(path))
-        known = settings_of(self.checkpoint)
-        self._subcommand_parsers[subcommand].set_defaults({f"model.{key}": value for key, value in known.items()})
-        super().parse_arguments(parser, args)
-        self.config[subcommand].ckpt_path = str(path)
+        elif path:
+            path = trained(path) or path
+        if path or initial:
+            setting, file = ("ckpt_path", path) if path else ("initial_checkpoint", trained(initial) or initial)
+            self.checkpoint, self.goes_on = read_checkpoint(Path(file), setting), bool(path)
+            known = settings_of(self.checkpoint)
+            self._subcommand_parsers[subcommand].set_defaults({f"model.{key}": value for key, value in known.items()})
+            super().parse_arguments(parser, args)
+        self.config[subcommand].ckpt_path = path and str(path)
 
     def _last(self, config: Namespace) -> Path | None:
         """The checkpoint that ``ckpt_path last`` stands for; None starts anew.
@@ -143,7 +153,9 @@ class MAMLCommandLine(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Save the network's settings in the checkpoint; refuse another's checkpoint before a run begins."""
         self.model.hparams.update(self.config_dump["model"])
-        if self.checkpoint:
+        if self.checkpoint and not self.goes_on:
+            self.model.begin_with(self.checkpoint)
+        elif self.checkpoint:
             self.model.on_load_checkpoint(self.checkpoint)
             if self.run_folder and self.subcommand == "fit" and isinstance(self.trainer.logger, TensorBoardLogger):
                 self.trainer.logger = TensorBoardLogger(

@@ -163,14 +163,18 @@ class LastCheckpoint(Checkpoint):
         self._random = state_dict
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, setting: str = "ckpt_path") -> dict[str, Any]:
     """Load a checkpoint's weights and plain values; code in it does not run.
+
+    Args:
+        path: the file.
+        setting: the setting that named it, for errors.
 
     Raises:
         SettingError: there is no file, or it is no checkpoint, or it holds more than weights and plain values.
     """
     if not path.is_file():
-        raise SettingError(f"ckpt_path {path} is not a file; give a checkpoint that fit wrote, such as .../{LAST}.")
+        raise SettingError(f"{setting} {path} is not a file; give a checkpoint that fit wrote, such as .../{LAST}.")
     try:
         if not _is_whole(path):  # torch.load checks no checksums
             raise EOFError
@@ -182,9 +186,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             reason = "it is damaged or no checkpoint"
         others = [file for file in _newest_first(path.parent) if file != path and _is_whole(file)]
         remedy = f"give {others[0]}, which is whole" if others else "give a checkpoint that fit wrote"
-        raise SettingError(f"ckpt_path {path} was not loaded: {reason}; {remedy}.") from error
+        raise SettingError(f"{setting} {path} was not loaded: {reason}; {remedy}.") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise SettingError(f"ckpt_path {path} holds no state_dict; give a checkpoint that fit wrote.")
+        raise SettingError(f"{setting} {path} holds no state_dict; give a checkpoint that fit wrote.")
     return checkpoint
 
 

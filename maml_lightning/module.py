@@ -351,6 +351,18 @@ class MAML(LightningModule):
         self._inner_loop.chosen = dict(chosen) if isinstance(chosen, dict) else {}
         inputs = checkpoint.get("inputs")
         self.inputs = Inputs(**inputs) if isinstance(inputs, dict) else None
+        self._refuse_another(checkpoint)
+
+    def begin_with(self, checkpoint: dict[str, Any]) -> None:
+        """Take a checkpoint's weights and learnt rates, and nothing else of its run.
+
+        Raises:
+            SettingError: it is of another network; names a tensor that differs.
+        """
+        self._refuse_another(checkpoint)
+        self.load_state_dict(checkpoint["state_dict"])
+
+    def _refuse_another(self, checkpoint: dict[str, Any]) -> None:
         ours = {name: tuple(value.shape) for name, value in self.state_dict().items()}
         theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
         if ours != theirs:

@@ -100,6 +100,32 @@ def test_a_run_of_limited_epochs_goes_on():
     assert same(state("whole"), state("halted"))
 
 
+def test_training_begins_with_the_weights_and_settings_of_another_run(checkpoint):
+    initial = {"initial_checkpoint": checkpoint, "trainer.default_root_dir": "run", "ckpt_path": "last"}
+    cli = main(words("fit", **{**DATA, **initial, "trainer.max_epochs": 0}))
+    theirs = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert all(torch.equal(value, theirs[name]) for name, value in cli.model.state_dict().items())
+    assert cli.model.inner_lr == 0.3
+    assert main(words("fit", **DATA, **initial)).trainer.global_step == 2  # anew: the other run's are not counted
+    assert not torch.equal(state("run", 1)["state_dict"]["net.head.weight"], theirs["net.head.weight"])
+
+
+def test_a_run_that_began_with_anothers_weights_goes_on_from_its_own(checkpoint):
+    fit("other")
+    initial = {"initial_checkpoint": next(Path("other").rglob("last.ckpt"))}
+    fit("whole", **initial)
+    fit("halted", **initial, **{"trainer.max_steps": 5})
+    fit("halted", **initial, ckpt_path="last")
+    assert same(state("whole"), state("halted"))
+
+
+def test_training_cannot_begin_with_another_network_or_without_a_file(checkpoint):
+    with pytest.raises(SettingError, match=r"initial_checkpoint no\.ckpt is not a file; give a checkpoint"):
+        fit("run", initial_checkpoint="no.ckpt")
+    with pytest.raises(SettingError, match=r"another network.* \(4, .* in it and \(6, .* here"):
+        main(words("fit", **DATA, initial_checkpoint=checkpoint, **{"model.net.hidden_channels": 6}))
+
+
 def test_last_of_nothing_starts_anew_and_cannot_be_tested():
     assert fit("new", ckpt_path="last", **{"trainer.max_steps": 1}).trainer.global_step == 1
     with pytest.raises(SettingError, match=r"ckpt_path last: there is no checkpoint in .*lightning_logs; run fit"):
