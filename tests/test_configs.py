@@ -38,7 +38,7 @@ def fit(*configs, **flags):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_configs_run(config, request):
     sinusoids = config.stem.startswith("sinusoids")
-    flags = {} if sinusoids else SMALL
+    flags = {} if sinusoids or "initial_checkpoint" in yaml.safe_load(config.read_text()) else SMALL
     if config.stem.startswith("omniglot"):
         flags = {**flags, "data.root": request.getfixturevalue("omniglot_root")}
     elif not sinusoids:
