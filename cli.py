@@ -50,7 +50,6 @@ class MAMLCommandLine(LightningCLI):
     """LightningCLI with its links and defaults: output size and best checkpoint follow the data."""
 
     checkpoint: dict[str, Any] | None = None
-    goes_on: bool = False  # with the checkpoint's run; else only its weights are taken
     run_folder: Path | None = None  # of the run that ckpt_path last goes on with
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -95,7 +94,7 @@ class MAMLCommandLine(LightningCLI):
             path = trained(path) or path
         if path or initial:
             setting, file = ("ckpt_path", path) if path else ("initial_checkpoint", trained(initial) or initial)
-            self.checkpoint, self.goes_on = read_checkpoint(Path(file), setting), bool(path)
+            self.checkpoint = read_checkpoint(Path(file), setting)
             known = settings_of(self.checkpoint)
             self._subcommand_parsers[subcommand].set_defaults({f"model.{key}": value for key, value in known.items()})
             super().parse_arguments(parser, args)
@@ -153,7 +152,7 @@ class MAMLCommandLine(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Save the network's settings in the checkpoint; refuse another's checkpoint before a run begins."""
         self.model.hparams.update(self.config_dump["model"])
-        if self.checkpoint and not self.goes_on:
+        if self.checkpoint and not self.config[self.subcommand].ckpt_path:
             self.model.begin_with(self.checkpoint)
         elif self.checkpoint:
             self.model.on_load_checkpoint(self.checkpoint)

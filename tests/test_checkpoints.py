@@ -110,7 +110,7 @@ def test_training_begins_with_the_weights_and_settings_of_another_run(checkpoint
     assert not torch.equal(state("run", 1)["state_dict"]["net.head.weight"], theirs["net.head.weight"])
 
 
-def test_a_run_that_began_with_anothers_weights_goes_on_from_its_own(checkpoint):
+def test_a_run_that_began_with_anothers_weights_goes_on_from_its_own():
     fit("other")
     initial = {"initial_checkpoint": next(Path("other").rglob("last.ckpt"))}
     fit("whole", **initial)
