@@ -19,6 +19,7 @@ from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
 from maml_lightning.memory import peak_bytes
 from maml_lightning.module import MAML, episode_scores
+from maml_lightning.processes import every_process
 
 DIGITS = 7  # an episode's score is a float32
 SHOWN = 40  # pictures of a set that are shown
@@ -78,14 +79,14 @@ class Cost(Callback):
         """Stop the clock and log."""
         self._stop(trainer)
         self._peak = max(self._peak, peak_bytes(pl_module.device))  # Linux takes it back by some pages at times
-        costs = {"train/peak_memory_mb": self._peak / 1e6, "train/minutes": self.state_dict()["seconds"] / 60}
+        seconds = self._seconds / max(self._steps, 1)
+        local = torch.tensor([self._peak / 1e6, self.state_dict()["seconds"] / 60, seconds], device=pl_module.device)
+        # Of all processes the most, asked for by all of them here: see MAML.training_step.
+        memory, minutes, seconds = every_process(local).amax(0)
+        costs = {"train/peak_memory_mb": memory, "train/minutes": minutes}
         if self._steps:
-            costs["train/seconds_per_step"] = self._seconds / self._steps
-            tasks = self._tasks * self._steps / self._seconds
-            pl_module.log(
-                "train/tasks_per_second", tasks, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="min"
-            )
-        pl_module.log_dict(costs, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="max")
+            costs |= {"train/seconds_per_step": seconds, "train/tasks_per_second": self._tasks / seconds}
+        pl_module.log_dict(costs, on_step=False, on_epoch=True)
         self._seconds, self._steps = 0.0, 0
 
     def _stop(self, trainer: Trainer) -> None:

@@ -17,6 +17,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from maml_lightning.errors import SettingError
 from maml_lightning.files import write_whole
+from maml_lightning.module import MAML
+from maml_lightning.processes import every_process
 
 LAST = "last.ckpt"
 
@@ -108,7 +110,11 @@ class LastCheckpoint(Checkpoint):
             rank_zero_info("Ctrl-C: the run is saved and ends after this meta-step; again, it ends at once.")
         self._told.append(number)
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: MAML, *_: Any) -> None:  # type: ignore[override]
+        """Have the module ask all processes for signals together with its loss."""
+        pl_module.signal = max(self._told, default=0)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: MAML, *_: Any) -> None:  # type: ignore[override]
         """Save where it is due, where the run ends within an epoch, or where a signal asks for it."""
         if trainer.global_step == self._step:  # gradients are being accumulated
             return
@@ -119,7 +125,7 @@ class LastCheckpoint(Checkpoint):
             self._whole = True
             return
         self._whole = False
-        told = self._agreed(trainer)
+        told = pl_module.agreed_signal if trainer.world_size > 1 else max(self._told, default=0)
         ends = trainer.should_stop or self._step == trainer.max_steps
         if told or ends or (self.every_n_train_steps and self._step % self.every_n_train_steps == 0):
             self._save(trainer)
@@ -129,18 +135,12 @@ class LastCheckpoint(Checkpoint):
         """Save, and leave if a signal came during the last meta-step or validation."""
         if self._whole:
             self._save(trainer)
-        self._obey(trainer, self._agreed(trainer))
-
-    def _agreed(self, trainer: Trainer) -> int:
-        """The largest signal that any process was sent."""
-        told = max(self._told, default=0)
-        if trainer.world_size == 1:
-            return told
-        return int(trainer.strategy.reduce(torch.tensor(told, device=trainer.strategy.root_device), reduce_op="max"))
+        told = torch.tensor([max(self._told, default=0)], device=trainer.strategy.root_device)
+        self._obey(trainer, int(every_process(told).max()))
 
     def _save(self, trainer: Trainer) -> None:
         if self._path is not None:
-            trainer.save_checkpoint(self._path)
+            trainer.save_checkpoint(self._path, weights_only=False)
 
     def _obey(self, trainer: Trainer, told: int) -> None:
         if told in self._handlers:

@@ -1,25 +1,38 @@
 """The command line: ``maml-lightning {fit,validate,test,predict} --config NAME [flags]``."""
 
 import errno
+import logging
+import os
+import signal
+import subprocess
 import sys
+import sysconfig
+import time
+import traceback
 import warnings
 from argparse import ArgumentParser
+from itertools import pairwise
 from pathlib import Path
 from pydoc import locate
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from maml_lightning.callbacks import Cost, Inspection, PredictionReport, TestReport
 from maml_lightning.checkpoints import LastCheckpoint, last_checkpoint, read_checkpoint
 from maml_lightning.errors import NonFiniteError, SettingError
 from maml_lightning.module import MAML, check_strategy
 from maml_lightning.trained import settings_of, trained
+
+SECONDS_FOR_THE_FIRST_PROCESS = 3  # to end the others after an error
+SECONDS_TO_LEAVE = 20  # for the others, after a signal that all have agreed on
 
 
 class Parser(LightningArgumentParser):
@@ -35,7 +48,7 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message alone, without jsonargparse's screens of usage, and end."""
-        self.exit(2, f"error: {message}\nEvery setting is described by --help.\n")
+        self.exit(2, f"error: {' '.join(message.split())} (--help describes every setting)\n")
 
 
 class MAMLCommandLine(LightningCLI):
@@ -55,6 +68,14 @@ class MAMLCommandLine(LightningCLI):
             help="A checkpoint, or the name of one in the package, whose weights, learnt rates and model settings "
             "training begins with; its optimiser and epochs begin anew. Where ckpt_path is found, that one counts.",
         )
+        parser.add_argument(
+            "--traceback",
+            type=bool,
+            nargs="?",
+            const=True,
+            default=False,
+            help="Show where an error came from; MAML_LIGHTNING_TRACEBACK=1 does so as well.",
+        )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.add_lightning_class_args(Cost, "cost")
@@ -63,6 +84,7 @@ class MAMLCommandLine(LightningCLI):
         parser.add_lightning_class_args(PredictionReport, "prediction_report")
         parser.set_defaults(
             {
+                "trainer.enable_model_summary": False,  # it would count no operations of MAML's
                 "checkpoint.monitor": None,
                 "checkpoint.filename": "best",
                 "checkpoint.save_on_train_epoch_end": False,  # it is best by validation, when that is there
@@ -141,6 +163,61 @@ class MAMLCommandLine(LightningCLI):
                 cause = cause.__cause__ or cause.__context__
             raise (cause or error) from None
 
+    def before_fit(self) -> None:
+        """Say what is trained."""
+        sizes = [value.numel() for value in self.model.net.parameters()]
+        rank_zero_info(f"{type(self.model.net).__name__}: {sum(sizes):,} parameters in {len(sizes)} tensors.")
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Without the callbacks that the trainer's settings rule out."""
+        if config.get("barebones"):
+            callbacks, self.save_config_callback = [], None
+        elif config.get("enable_checkpointing") is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
+        return super()._instantiate_trainer(config, callbacks)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Check everything before other processes are started or anything is written; leave no process behind."""
+        if self.trainer.local_rank == 0:
+            self._check(TrainerFn(subcommand))
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException as error:
+            self._end_children(patience=SECONDS_TO_LEAVE if isinstance(error, SystemExit) else 0)
+            raise
+
+    def _end_children(self, patience: float) -> None:
+        """End the processes that this one started; one that waits for it in a collective heeds only SIGKILL."""
+        started = getattr(self.trainer.strategy.launcher, "procs", [])
+        children = [*started]
+        started.clear()  # else Lightning's observer of them would kill this process too, before it can speak
+        for child in children:
+            try:
+                child.wait(patience)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+
+    def _check(self, stage: TrainerFn) -> None:
+        """Do what Lightning does in ``prepare_data``, which it calls when all processes run and wait for each other."""
+        self.trainer.datamodule, self.trainer.state.fn = self.datamodule, stage  # type: ignore[attr-defined]
+        self.model.trainer = self.datamodule.trainer = self.trainer
+        self.trainer.strategy.connect(self.model)
+        self.datamodule.prepare_data()
+        self.model.prepare_data()
+
+    def after_fit(self) -> None:
+        """Say what came out, and what to do with it."""
+        best = next((c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
+        if best is None or not best.best_model_path or best.best_model_score is None:
+            return
+        config, path = Path(self.trainer.log_dir or "") / "config.yaml", os.path.relpath(best.best_model_path)
+        data = f"--config {os.path.relpath(config)}" if config.is_file() else "with the same --data"
+        rank_zero_info(
+            f"Best {best.monitor}: {best.best_model_score:.4f} ({path}). "
+            f"Test it: {_program()} test {data} --ckpt_path {path}"
+        )
+
     def after_instantiate_classes(self) -> None:
         """Save the network's settings in the checkpoint; refuse another's checkpoint before a run begins."""
         self.model.hparams.update(self.config_dump["model"])
@@ -158,11 +235,30 @@ class MAMLCommandLine(LightningCLI):
             self.checkpoint = None
 
 
+def _program() -> str:
+    """How this program was called."""
+    script = Path(sys.argv[0])
+    if script.name == "__main__.py":
+        return "python -m maml_lightning"
+    return f"python {sys.argv[0]}" if script.suffix == ".py" else script.name
+
+
+class _Quiet(logging.Filter):
+    """Drops Lightning's messages that tell users of this command nothing."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "litlogger" not in record.getMessage()
+
+
 def main(args: ArgsType = None) -> MAMLCommandLine:
     """Run the command line.
 
     Args:
         args: the words after ``maml-lightning``; None takes them from ``sys.argv``.
+
+    Raises:
+        SettingError: a setting or a file cannot be used.
+        NonFiniteError: a loss, a gradient or an output is not finite.
     """
     for harmless in (
         ".*args parameter is intended to run from within Python.*",  # which is what main(args) is for
@@ -172,6 +268,9 @@ def main(args: ArgsType = None) -> MAMLCommandLine:
         "Precision .* is not supported by the model summary.*",  # which estimates sizes of 32 bits instead
     ):
         warnings.filterwarnings("ignore", harmless)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_Quiet())
+    if args is None or isinstance(args, list):
+        _check_words(sys.argv[1:] if args is None else args)
     return MAMLCommandLine(
         MAML,
         LightningDataModule,
@@ -184,14 +283,59 @@ def main(args: ArgsType = None) -> MAMLCommandLine:
     )
 
 
+def _check_words(words: list[str]) -> None:
+    """Refuse what the parser would take for something else, or fail at without naming it."""
+    for before, word in pairwise(["", *words]):
+        flag, _, value = word.partition("=") if word.startswith("--") else (before, "", word)
+        if flag.startswith("--") and not value and (not word or word.endswith("=")) and flag != "--print_config":
+            raise SettingError(
+                f"{flag[2:]} is empty (a shell variable that is not set?); give a value, or leave the flag out."
+            )
+        if flag == "--config" and Path(value).is_file():
+            try:
+                Path(value).read_text()
+            except UnicodeDecodeError as error:
+                raise SettingError(f"config {value} is not a text file ({error.reason}); give one in YAML.") from error
+
+
 def console() -> None:
-    """Run the command line as a process: errors that users can mend are one line, without a traceback."""
+    """Run the command line as a process: an error is one line, its traceback one flag away."""
     try:
         main()
-    except (SettingError, NonFiniteError) as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        if "--traceback" in sys.argv or os.environ.get("MAML_LIGHTNING_TRACEBACK"):
             raise
-        what = error.filename or "the run's logs"
-        sys.exit(f"error: {what}: {error.strerror}; make room, and go on with --ckpt_path last.")
+        rank = int(os.environ.get("LOCAL_RANK", 0))
+        if rank:  # the first process ends the others: what it meets as well is not said twice
+            time.sleep(SECONDS_FOR_THE_FIRST_PROCESS)
+        prefix = f"[process {rank}] error" if rank else "error"
+        sys.exit(f"{prefix}: {explain(error)}")
+
+
+def explain(error: BaseException) -> str:
+    """An error in one line: ours as it is, anybody else's with its type and place.
+
+    Args:
+        error: what was raised.
+    """
+    message = " ".join(str(error).split())
+    if isinstance(error, SettingError | NonFiniteError | MisconfigurationException):
+        return message
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else "" if error.errno != errno.ENOSPC else "the run's logs: "
+        remedy = {
+            errno.ENOSPC: "; make room, and resume with --ckpt_path last",
+            errno.EROFS: "; give another folder with --trainer.default_root_dir",
+            errno.EACCES: "; give another folder with --trainer.default_root_dir, or the right to use it",
+        }.get(error.errno or 0, "")
+        return f"{where}{error.strerror}{remedy}."
+    if "gloo" in message or "NCCL" in message:
+        return f"Another process of the run ended, or cannot be reached ({message})."
+    libraries = (sysconfig.get_path("purelib"), sysconfig.get_path("stdlib"), __file__, "<")
+    own = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(libraries)]
+    if message and not own:  # what a library refuses, called with the settings
+        return message
+    place = f"{type(error).__name__} at {own[-1].filename}, line {own[-1].lineno}; " if own else ""
+    return f"{message or type(error).__name__} ({place}--traceback shows how it came about)"

@@ -1,17 +1,18 @@
 """MAML as a LightningModule with automatic optimisation: Lightning sees a loss, autograd finds the meta-gradient."""
 
 import copy
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torchmetrics import CatMetric, MeanMetric
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from maml_lightning.adaptation import Adaptation
 from maml_lightning.episodes import Episode, Inputs
@@ -20,6 +21,10 @@ from maml_lightning.inner_loop import InnerLoop, MetaGradient, multi_step_weight
 from maml_lightning.memory import out_of_memory
 from maml_lightning.optimizers import Parameters
 from maml_lightning.optimizers import inner_optimizer as rule
+from maml_lightning.processes import every_process, rows_of_every_process
+
+# MAML's metrics are reduced before they are logged, see MAML.training_step: Lightning's advice would reduce them twice.
+warnings.filterwarnings("ignore", r"It is recommended to use `self.log\('(train|val|test)/")
 
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -173,13 +178,12 @@ class MAML(LightningModule):
             rule(inner_optimizer, inner_weight_decay, inner_clip_norm),
             proximal if algorithm == "imaml" else 0.0,
         )
-        self._eval_loss = MeanMetric(nan_strategy="disable")  # what is no number is to be seen
-        self._scores = CatMetric(nan_strategy="disable")
         self.loss = loss
         self._checked = False
         self.inputs: Inputs | None = None  # what pictures it was trained on
         self.non_finite, self._skipped = non_finite, 0
-        self._finite: list[tuple[int, Tensor]] = []  # of each batch, which tasks' outputs are finite
+        self._rows: list[Tensor] = []  # of each batch's episodes, see _row
+        self.signal, self.agreed_signal = 0, 0  # that LastCheckpoint was sent here, and the largest sent to any process
         self.test_scores: Tensor | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -207,7 +211,7 @@ class MAML(LightningModule):
 
     def prepare_data(self) -> None:
         """Refuse what does not fit, the data to the network or the strategy, before Lightning writes anything."""
-        check_strategy(type(self.trainer.strategy).__name__)
+        check_trainer(self.trainer)
         for dataset in list(getattr(getattr(self.trainer, "datamodule", None), "datasets", {}).values())[:1]:
             episode = dataset[0]
             self._check(episode._replace(support_inputs=episode.support_inputs.to(next(self.net.parameters()))))
@@ -225,10 +229,15 @@ class MAML(LightningModule):
         if self._inner_loop.flat and not flat:
             rank_zero_info("model.flat_memory: inner steps are computed again on the way back, to save memory.")
         if self._trainer is not None:
-            self._finite.append((batch_idx, _finite(result.predictions)))
+            self._rows.append(self._row("train", batch_idx, result.predictions))
             score = episode_scores([result.predictions], episode.query_targets).mean()
-            logged = {"train/loss": result.loss, f"train/{_score_name(episode)}": score}
-            self.log_dict(logged, prog_bar=True, batch_size=episode.tasks, sync_dist=True)
+            # One collective answers all questions of a meta-step. Nothing is left for `sync_dist`: a metric that is
+            # reduced when it is read hangs where one process alone reads it, such as for its progress bar.
+            local = torch.stack([result.loss.detach(), score, torch.full_like(score, self.signal)])
+            shared = every_process(local)
+            loss, score, _ = shared.mean(0)
+            self.agreed_signal = int(shared[:, 2].max()) if len(shared) > 1 else self.signal
+            self.log_dict({"train/loss": loss, f"train/{_score_name(episode)}": score}, prog_bar=True)
         pairs = [
             (value, gradient[name])
             for values, gradient in ((params, result.gradient), (rates, result.rates))
@@ -246,35 +255,54 @@ class MAML(LightningModule):
         Raises:
             NonFiniteError: it is not, and ``non_finite`` is stop.
         """
-        batches, self._finite = self._finite, []
+        batches, self._rows = self._rows, []
         gradients = [value.grad for value in self.parameters() if value.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         self.log("train/gradient_norm", norm)
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # 16-mixed: overflows are its business
-        if scaler is not None or norm.isfinite():
+        if norm.isfinite():
             return
+        rows = rows_of_every_process(torch.cat(batches))  # all are here: they share the gradient
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and rows[:, 1].all() and scaler.get_scale() > 1:
+            return  # an overflow of 16-mixed: the scaler skips the step and lowers its scale
         if self.non_finite == "stop":
-            raise NonFiniteError(self._where(f"The meta-gradient of meta-step {self.global_step}", "train", batches))
+            raise NonFiniteError(self._where(f"The meta-gradient of meta-step {self.global_step}", "train", rows))
         for value in self.parameters():
             value.grad = None  # which optimizers leave alone, moments included
         self._skipped += 1
         self.log("train/skipped_steps", float(self._skipped))
 
-    def _where(self, what: str, split: str, batches: list[tuple[int, Tensor]]) -> str:
-        """What is not finite, of which episodes, and what helps."""
+    def _sampler_indices(self, split: str) -> Callable[[int], Sequence[int]] | None:
+        """Which episodes are this process's in a batch of the split; None for data that does not tell."""
         trainer = self.trainer
         loaders = {"train": trainer.train_dataloader, "val": trainer.val_dataloaders, "test": trainer.test_dataloaders}
-        indices = getattr(getattr(loaders[split], "sampler", None), "indices", None)
-        where = "the batches " + ", ".join(str(batch) for batch, _ in batches)
-        if indices is not None:
-            shares = [(list(indices(batch)), finite.tolist()) for batch, finite in batches]
-            bad = [index for share, finite in shares for index, good in zip(share, finite, strict=True) if not good]
-            every = [index for share, _ in shares for index in share]
-            where = (
-                f"episodes {', '.join(map(str, bad))}"
-                if bad
-                else f"episodes {every[0]} to {every[-1]} of this process, whose outputs are finite, or another's"
-            )
+        return getattr(getattr(loaders[split], "sampler", None), "indices", None)
+
+    def _row(self, split: str, batch_idx: int, outputs: Tensor, *columns: Tensor) -> Tensor:
+        """A row for each episode of a batch: its number (else its batch's), whether its outputs are finite, and more.
+
+        Args:
+            split: the episodes' split.
+            batch_idx: the batch's number.
+            outputs: of the adapted networks, ``[T, N*Q, ...]``.
+            columns: what else is known of each, ``[T]`` or ``[T, n]``.
+        """
+        indices = self._sampler_indices(split)
+        numbers = [batch_idx] * len(outputs) if indices is None else list(indices(batch_idx))
+        finite = outputs.detach().isfinite().flatten(1).all(1)
+        wide = torch.float32 if outputs.device.type == "mps" else torch.float64
+        parts = [torch.tensor(numbers, device=outputs.device), finite, *columns]
+        return torch.cat([part.to(wide).reshape(len(outputs), -1) for part in parts], 1)
+
+    def _where(self, what: str, split: str, rows: Tensor) -> str:
+        """What is not finite, of which episodes, and what helps."""
+        bad = sorted({int(number) for number in rows[rows[:, 1] == 0, 0].tolist()})
+        noun = "batches" if self._sampler_indices(split) is None else "episodes"
+        where = (
+            f"{noun} {', '.join(map(str, bad))}"
+            if bad
+            else f"{noun} {int(rows[:, 0].min())} to {int(rows[:, 0].max())}, whose outputs are finite"
+        )
         return (
             f"{what} is not finite ({split} split, {where}): lower model.inner_lr ({self.inner_lr}) or the outer rate, "
             "look at these episodes, or leave such meta-steps out with --model.non_finite skip."
@@ -321,10 +349,8 @@ class MAML(LightningModule):
         return outputs[..., : int(episode.support_targets.max()) + 1].softmax(-1)  # a task may have fewer classes
 
     def on_validation_epoch_start(self) -> None:
-        """Begin anew; at the end it would leave inference tensors behind for a fit after a validate."""
-        self._scores.reset()
-        self._eval_loss.reset()
-        self._finite = []
+        """Begin anew."""
+        self._rows = []
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -454,24 +480,42 @@ class MAML(LightningModule):
         episode = self._check(batch)
         outputs = self.trajectory(episode)
         loss = self.loss(outputs[-1].flatten(0, 1), episode.query_targets.flatten(0, 1))
-        self._eval_loss.update(loss.expand(episode.tasks))  # not weight=: torchmetrics drops it with "disable"
-        self._scores.update(episode_scores(outputs, episode.query_targets))
-        self._finite.append((batch_idx, _finite(outputs[-1])))
+        scores = episode_scores(outputs, episode.query_targets)
+        split = "test" if self.trainer.testing else "val"
+        self._rows.append(self._row(split, batch_idx, outputs[-1], loss.expand(episode.tasks), scores))
         self.score_name = _score_name(episode)
 
     def _report(self, stage: str) -> Tensor:
-        batches, self._finite = self._finite, []
-        broken = [(batch, finite) for batch, finite in batches if not finite.all()]
-        if broken and self.non_finite == "stop":
-            raise NonFiniteError(self._where("An adapted network's output", stage, broken))
-        scores, loss = self._scores.compute().cpu().double(), self._eval_loss.compute()
-        # Gathered from all processes already: the largest of equal numbers is the number, to the last bit.
-        log = partial(self.log, sync_dist=True, reduce_fx="max")
-        log(f"{stage}/loss", loss, prog_bar=True)
+        rows, self._rows = rows_of_every_process(torch.cat(self._rows)).cpu().double(), []
+        if self.non_finite == "stop" and not rows[:, 1].all():
+            raise NonFiniteError(self._where("An adapted network's output", stage, rows))
+        scores = rows[:, 3:]
+        # The same numbers in every process, so that nothing is left to reduce when one of them reads them.
+        self.log(f"{stage}/loss", rows[:, 2].mean(), prog_bar=True)
         for step, score in enumerate(scores.mean(0)):
-            log(f"{stage}/{self.score_name}_step_{step}", score.item())
-        log(f"{stage}/{self.score_name}", scores[:, -1].mean().item(), prog_bar=True)
+            self.log(f"{stage}/{self.score_name}_step_{step}", score)
+        self.log(f"{stage}/{self.score_name}", scores[:, -1].mean(), prog_bar=True)
         return scores
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Check that the trainer does nothing that MAML cannot work with.
+
+    Raises:
+        SettingError: it does.
+    """
+    check_strategy(type(trainer.strategy).__name__)
+    if getattr(trainer.strategy, "_layer_sync", None) is not None:
+        raise SettingError(
+            "trainer.sync_batchnorm true is not supported: normalization uses the statistics of one task, which one "
+            "process has; leave it out."
+        )
+    averaging = any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    if averaging and any(isinstance(layer, _BatchNorm) for layer in trainer.lightning_module.modules()):
+        raise SettingError(
+            "trainer.callbacks StochasticWeightAveraging is not supported with batch normalization, whose running "
+            "statistics it collects; use EMAWeightAveraging or WeightAveraging."
+        )
 
 
 def check_strategy(strategy: str) -> None:
@@ -491,11 +535,6 @@ def check_strategy(strategy: str) -> None:
     else:
         return
     raise SettingError(f"trainer.strategy {strategy} {why}; use ddp.")
-
-
-def _finite(outputs: Tensor) -> Tensor:
-    """Which tasks' outputs are finite: ``[T]``."""
-    return outputs.isfinite().flatten(1).all(1)
 
 
 def _score_name(episode: Episode) -> str:

@@ -44,7 +44,7 @@ class ConvNet(nn.Module):
             "hidden_channels": hidden_channels,
             "blocks": blocks,
         }.items():
-            if value < 1:
+            if not isinstance(value, int) or value < 1:
                 what = "data.ways" if name == "out_features" else "it"
                 raise SettingError(f"model.net.{name} must be at least 1 (got {value}); raise {what}.")
         layers: list[nn.Module] = []

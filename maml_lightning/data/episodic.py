@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
@@ -211,9 +211,9 @@ def _members(groups: Sequence[int], turns: int) -> list[npt.NDArray[np.int64]]:
     ]
 
 
-# A subclass of DistributedSampler, because that is what keeps Lightning from putting a DistributedSampler of its own
-# around it under several ranks, which would pad the validation and test episodes with repeats.
-class EpisodeSampler(DistributedSampler[int]):
+# DistributedSampler keeps Lightning from putting a DistributedSampler of its own around it under several ranks, which
+# would pad the validation and test episodes with repeats; SequentialSampler from replacing it under overfit_batches.
+class EpisodeSampler(DistributedSampler[int], SequentialSampler):
     """A rank's contiguous share of every meta-batch, nothing padded and nothing dropped.
 
     Args:
@@ -244,18 +244,7 @@ class EpisodeSampler(DistributedSampler[int]):
         world = num_replicas or (dist.get_world_size() if distributed else 1)
         super().__init__(dataset, world, (dist.get_rank() if distributed else 0) if rank is None else rank)
         episodes = len(dataset)
-        if meta_batch_size % world:
-            raise SettingError(
-                f"data.meta_batch_size ({meta_batch_size}) must be a multiple of the number of processes ({world}); "
-                f"use {meta_batch_size // world * world + world}."
-            )
-        if not fixed:
-            whole_meta_batches(episodes, meta_batch_size)
-        elif episodes < world:
-            raise SettingError(
-                f"data.{dataset.split}_episodes ({episodes}) must be at least the number of processes ({world}); "
-                f"use {world}."
-            )
+        whole_shares(dataset, meta_batch_size, world, fixed)
         self.episodes, self.meta_batch_size, self.fixed, self.skip = episodes, meta_batch_size, fixed, 0
 
     def _share(self, start: int) -> range:
@@ -364,6 +353,9 @@ class TaskDataModule(LightningDataModule, ABC):
         """Draw up the datasets before Lightning writes anything: a refused setting leaves nothing behind."""
         if self.trainer is not None and self.trainer.state.fn is not None:
             self.setup(self.trainer.state.fn)
+            for split, dataset in self.datasets.items():
+                processes = self.trainer.num_devices * self.trainer.num_nodes
+                whole_shares(dataset, self.meta_batch_size, processes, self._fixed(split))
 
     def setup(self, stage: str | None = None) -> None:
         """Load the splits that the stage needs: ``fit``, ``validate``, ``test``, ``predict``, or None for all."""
@@ -392,6 +384,10 @@ class TaskDataModule(LightningDataModule, ABC):
         """Meta-batches of the fixed test episodes."""
         return self._loader("test")
 
+    def _fixed(self, split: Split) -> bool:
+        """Whether a pass over the split always has the same episodes."""
+        return split != "train" or bool(getattr(self.trainer, "overfit_batches", 0))
+
     def _dataset(self, split: Split) -> TaskDataset:
         if split not in self.datasets:
             self.datasets[split] = self.make_dataset(split)
@@ -399,7 +395,7 @@ class TaskDataModule(LightningDataModule, ABC):
 
     def _loader(self, split: Split) -> DataLoader[Episode]:
         dataset = self._dataset(split)
-        sampler = EpisodeSampler(dataset, self.meta_batch_size, fixed=split != "train")
+        sampler = EpisodeSampler(dataset, self.meta_batch_size, fixed=self._fixed(split))
         settings: dict[str, Any] = {
             "batch_size": self.meta_batch_size // sampler.num_replicas,
             "sampler": sampler,
@@ -472,7 +468,7 @@ def at_least(setting: str, value: int, least: int) -> None:
     Raises:
         SettingError: ``value < least``.
     """
-    if value < least:
+    if not isinstance(value, int) or value < least:
         raise SettingError(f"data.{setting} must be at least {least} (got {value}); raise it.")
 
 
@@ -486,4 +482,31 @@ def whole_meta_batches(train_episodes: int, meta_batch_size: int) -> None:
         raise SettingError(
             f"data.train_episodes ({train_episodes}) must be a multiple of data.meta_batch_size ({meta_batch_size}); "
             f"use {train_episodes // meta_batch_size * meta_batch_size + meta_batch_size}."
+        )
+
+
+def whole_shares(dataset: TaskDataset, meta_batch_size: int, processes: int, fixed: bool) -> None:
+    """Check that each process can have its share of every meta-batch.
+
+    Args:
+        dataset: episodes of a split.
+        meta_batch_size: episodes per outer step over all processes.
+        processes: their number.
+        fixed: whether a pass always has the same episodes, so that its last meta-batch may be smaller.
+
+    Raises:
+        SettingError: the meta-batch does not divide by the processes, or (not ``fixed``) the epoch by the meta-batch,
+            or there are fewer episodes than processes.
+    """
+    if meta_batch_size % processes:
+        raise SettingError(
+            f"data.meta_batch_size ({meta_batch_size}) must be a multiple of the number of processes ({processes}); "
+            f"use {meta_batch_size // processes * processes + processes}."
+        )
+    if not fixed:
+        whole_meta_batches(len(dataset), meta_batch_size)
+    elif len(dataset) < processes:
+        raise SettingError(
+            f"data.{dataset.split}_episodes ({len(dataset)}) must be at least the number of processes ({processes}); "
+            f"use {processes}."
         )

@@ -1,0 +1,38 @@
+"""What the processes of a run ask one another; every process must call these together."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def every_process(values: Tensor) -> Tensor:
+    """The values of every process, in one collective.
+
+    Args:
+        values: ``[n]``, of the same size in every process.
+
+    Returns:
+        ``[processes, n]``, the same in every process.
+    """
+    if not _several():
+        return values[None]
+    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, values.contiguous())
+    return torch.stack(parts)
+
+
+def rows_of_every_process(rows: Tensor) -> Tensor:
+    """The rows of every process, one after another; their numbers may differ.
+
+    Args:
+        rows: ``[n, columns]``.
+
+    Returns:
+        ``[sum of n, columns]``, the same in every process.
+    """
+    return torch.cat(gather_all_tensors(rows)) if _several() else rows
