@@ -158,10 +158,11 @@ class MAMLCommandLine(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            cause: BaseException | None = error
-            while cause and not isinstance(cause, SettingError):
-                cause = cause.__cause__ or cause.__context__
-            raise (cause or error) from None
+            chain: list[BaseException] = [error]
+            while cause := chain[-1].__cause__ or chain[-1].__context__:
+                chain.append(cause)
+            setting = next((cause for cause in chain if isinstance(cause, SettingError)), None)
+            raise setting or (chain[-1] if "does not validate" in str(error).lower() else error) from None
 
     def before_fit(self) -> None:
         """Say what is trained."""
@@ -265,6 +266,7 @@ def main(args: ArgsType = None) -> MAMLCommandLine:
         ".*LeafSpec.*is deprecated.*",  # inside Lightning 2.6 on torch 2.15
         ".*will be overridden by.*configure_optimizers.*",  # which is what --optimizer asks for
         "The dirpath has changed from.*",  # a checkpoint tested in another run's folder
+        r"You are trying to `self.log\(\)` but `Trainer\(barebones=True\)`",  # which is what barebones asks for
         "Precision .* is not supported by the model summary.*",  # which estimates sizes of 32 bits instead
     ):
         warnings.filterwarnings("ignore", harmless)

@@ -1,8 +1,12 @@
 """Command lines of tiny runs, and the real process."""
 
 import os
+import pty
+import select
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +29,6 @@ TINY = {
     "trainer.max_epochs": 1,
     "trainer.accelerator": "cpu",
     "trainer.log_every_n_steps": 1,
-    "trainer.enable_progress_bar": "false",
 }
 SINUSOIDS = {
     **{key: value for key, value in TINY.items() if not key.endswith("classes") and not key.startswith("model.net")},
@@ -52,20 +55,56 @@ def words(*command, **flags):
     return [*map(str, command), *(f"--{key}={value}" for key, value in flags.items() if value is not None)]
 
 
-def process(*arguments, **environment):
-    """The command line as a process of its own, under way."""
+def process(*arguments, program=(sys.executable, str(ROOT / "cli.py")), **environment):
+    """The command line as a process of its own, under way, its output piped."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, str(ROOT / "cli.py"), *arguments]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        [*program, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
     )
+
+
+def end(child, timeout=300):
+    """A process at its end; where it does not come to one, it and its children are killed and the test fails."""
+    try:
+        stdout, stderr = child.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        raise AssertionError(f"still running after {timeout} s: {child.args}\n{child.communicate()}") from None
+    return subprocess.CompletedProcess(child.args, child.returncode, stdout, stderr)
 
 
 def run(*arguments, **environment):
     """The command line as a process of its own, at its end."""
-    child = process(*arguments, **environment)
-    stdout, stderr = child.communicate(timeout=300)
-    return subprocess.CompletedProcess(child.args, child.returncode, stdout, stderr)
+    return end(process(*arguments, **environment))
+
+
+def in_terminal(command, timeout=300, **environment):
+    """A command in a terminal of its own, where the progress bar moves: its status and all that it printed."""
+    master, slave = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "xterm", **environment}
+    child = subprocess.Popen(
+        command, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True, close_fds=True
+    )
+    os.close(slave)
+    printed, deadline = b"", time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if select.select([master], [], [], 0.2)[0]:
+            try:
+                printed += os.read(master, 65536)
+            except OSError:  # what Linux says when the last process has closed the terminal
+                break
+        elif child.poll() is not None:
+            break
+    else:
+        os.killpg(child.pid, signal.SIGKILL)
+        raise AssertionError(f"still running after {timeout} s: {command}\n{printed.decode(errors='replace')}")
+    os.close(master)
+    return child.wait(10), printed.decode(errors="replace")
 
 
 def omniglot(root, **extra):

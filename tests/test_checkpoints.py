@@ -23,7 +23,6 @@ SMALL = {
     **TINY,
     "data.train_episodes": 20,
     "trainer.max_epochs": 3,
-    "trainer.enable_model_summary": "false",
 }
 EVERY_STEP = {"last_checkpoint.every_n_train_steps": 1}
 # Everything that has a state of its own.

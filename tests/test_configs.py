@@ -18,7 +18,6 @@ SHORT = {
     "model.tasks_per_chunk": "null",
     "trainer.max_epochs": 1,
     "trainer.accelerator": "cpu",
-    "trainer.enable_progress_bar": "false",
     "trainer.log_every_n_steps": 1,
 }
 SMALL = {"model.net.hidden_channels": 4}  # all layers: configs name some

@@ -29,7 +29,6 @@ WHOLE = {
     "data.seed": 3,
     "trainer.max_epochs": 2,
     "trainer.precision": "64-true",
-    "trainer.enable_model_summary": "false",
 }
 TESTED = {key: value for key, value in WHOLE.items() if not key.startswith("model.")}
 

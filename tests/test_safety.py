@@ -18,7 +18,7 @@ from tests.reference import images
 pytestmark = pytest.mark.usefixtures("folder")
 
 # 2 epochs of 3 meta-steps; episodes 12 to 23 are those of the second epoch.
-SMALL = {**TINY, "data.train_episodes": 12, "trainer.max_epochs": 2, "trainer.enable_model_summary": "false"}
+SMALL = {**TINY, "data.train_episodes": 12, "trainer.max_epochs": 2}
 
 
 @pytest.fixture

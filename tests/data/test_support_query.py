@@ -166,7 +166,6 @@ def test_real_characters_as_folders_are_judged_as_in_a_test(
         "data.test_episodes": 1,
         "ckpt_path": "omniglot_20way_1shot",
         "trainer.accelerator": "cpu",
-        "trainer.enable_progress_bar": "false",
     }
     tested = main(words("test", **flags))
     data = OmniglotDataModule(root=str(omniglot_root), ways=20, test_episodes=1)
