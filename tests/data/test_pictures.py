@@ -1,4 +1,3 @@
-import os
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +5,7 @@ import pytest
 from PIL import Image
 
 from maml_lightning import SettingError
-from maml_lightning.data.pictures import class_folders, fingerprint, pictures_in, read_picture
+from maml_lightning.data.pictures import class_folders, pictures_in, read_picture
 
 
 def half(mode: str, size: tuple[int, int] = (40, 20)) -> Image.Image:
@@ -104,12 +103,3 @@ def test_folders(tmp_path: Path):
         class_folders(tmp_path)
     with pytest.raises(SettingError, match=rf"{tmp_path / 'missing'} is not a folder"):
         class_folders(tmp_path / "missing")
-
-
-def test_fingerprints_follow_the_files(tmp_path: Path):
-    file = tmp_path / "a.png"
-    half("L").save(file)
-    before = fingerprint([file])
-    assert fingerprint([file]) == before
-    os.utime(file, (1, 1))
-    assert fingerprint([file]) != before
