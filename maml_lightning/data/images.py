@@ -29,9 +29,9 @@ from maml_lightning.data.packs import (
     sweep,
     temporary,
 )
-from maml_lightning.data.pictures import class_folders, read_picture, shown
+from maml_lightning.data.pictures import class_folders, read_picture
 from maml_lightning.errors import SettingError
-from maml_lightning.files import write_whole
+from maml_lightning.files import shown, write_whole
 
 SHARES: dict[Split, float] = {"train": 0.64, "val": 0.16, "test": 0.2}  # of the classes; mini-ImageNet's proportions
 Shape = tuple[int, Literal[1, 3], int, int]  # pictures, channels, side, side

@@ -25,8 +25,9 @@ from maml_lightning.data.packs import (
     save_arrays,
     sweep,
 )
-from maml_lightning.data.pictures import Pixels, shown
+from maml_lightning.data.pictures import Pixels
 from maml_lightning.errors import SettingError
+from maml_lightning.files import shown
 
 DRAWINGS, DRAWN_SIDE, SIDE = 20, 105, 28
 

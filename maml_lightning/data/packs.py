@@ -19,9 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from maml_lightning.data.pictures import shown
 from maml_lightning.errors import SettingError
-from maml_lightning.files import write_whole
+from maml_lightning.files import shown, write_whole
 
 VERSION = 1  # of what a pack holds; another one is packed again
 GRAIN = 2_000_000_000  # ns; a file written so shortly before may be written again without a change of its times

@@ -13,15 +13,11 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from maml_lightning.errors import SettingError
+from maml_lightning.files import shown
 
 Pixels = npt.NDArray[np.uint8]
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-
-
-def shown(name: object) -> str:
-    """A name as it can be printed in one line anywhere: what is not printable is escaped."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(name))
 
 
 def pictures_in(folder: Path, *, nested: bool = False) -> list[Path]:
