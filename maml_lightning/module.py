@@ -1,6 +1,7 @@
 """MAML as a LightningModule with automatic optimisation: Lightning sees a loss, autograd finds the meta-gradient."""
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,6 +22,7 @@ from maml_lightning.memory import out_of_memory
 from maml_lightning.optimizers import Parameters
 from maml_lightning.optimizers import inner_optimizer as rule
 
+LEFT_OUT = "their networks' outputs are not finite, or none of their query targets counts"
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -181,6 +183,7 @@ class MAML(LightningModule):
         self.non_finite, self._skipped = non_finite, 0
         self._finite: list[tuple[int, Tensor]] = []  # of each batch, which tasks' outputs are finite
         self.test_scores: Tensor | None = None
+        self.skipped_episodes = 0  # of the last validation or test
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The network before adaptation."""
@@ -226,7 +229,7 @@ class MAML(LightningModule):
             rank_zero_info("model.flat_memory: inner steps are computed again on the way back, to save memory.")
         if self._trainer is not None:
             self._finite.append((batch_idx, _finite(result.predictions)))
-            score = episode_scores([result.predictions], episode.query_targets).mean()
+            score = episode_scores([result.predictions], episode.query_targets, ignored_target(self.loss)).mean()
             logged = {"train/loss": result.loss, f"train/{_score_name(episode)}": score}
             self.log_dict(logged, prog_bar=True, batch_size=episode.tasks, sync_dist=True)
         pairs = [
@@ -452,11 +455,19 @@ class MAML(LightningModule):
 
     def _evaluate(self, batch: Episode, batch_idx: int) -> None:
         episode = self._check(batch)
-        outputs = self.trajectory(episode)
-        loss = self.loss(outputs[-1].flatten(0, 1), episode.query_targets.flatten(0, 1))
-        self._eval_loss.update(loss.expand(episode.tasks))  # not weight=: torchmetrics drops it with "disable"
-        self._scores.update(episode_scores(outputs, episode.query_targets))
-        self._finite.append((batch_idx, _finite(outputs[-1])))
+        outputs, targets = self.trajectory(episode), episode.query_targets
+        scores = episode_scores(outputs, targets, ignored_target(self.loss))
+        finite = _finite(torch.stack(outputs, 1))
+        if targets.is_floating_point():
+            finite &= scores.isfinite().all(1)
+        scores[~finite] = torch.nan
+        kept = ~scores.isnan().any(1)  # the others are left out of the report; or it raises
+        loss = outputs[-1].new_zeros(())
+        if kept.any():
+            loss = self.loss(outputs[-1][kept].flatten(0, 1), targets[kept].flatten(0, 1))
+        self._eval_loss.update(loss.expand(int(kept.sum())))  # not weight=: torchmetrics drops it with "disable"
+        self._scores.update(scores)
+        self._finite.append((batch_idx, finite))
         self.score_name = _score_name(episode)
 
     def _report(self, stage: str) -> Tensor:
@@ -465,6 +476,15 @@ class MAML(LightningModule):
         if broken and self.non_finite == "stop":
             raise NonFiniteError(self._where("An adapted network's output", stage, broken))
         scores, loss = self._scores.compute().cpu().double(), self._eval_loss.compute()
+        kept = ~scores.isnan().any(1)
+        scores, self.skipped_episodes = scores[kept], int((~kept).sum())
+        if self.skipped_episodes:
+            left = f"{self.skipped_episodes} of {len(kept)} episodes of the {stage} split are left out: {LEFT_OUT}"
+            if not len(scores) and self.trainer.sanity_checking:  # it may become finite in training
+                return scores
+            if not len(scores):
+                raise NonFiniteError(f"{left}; lower model.inner_lr ({self.inner_lr}), or look at these episodes.")
+            rank_zero_info(f"{left}.")
         # Gathered from all processes already: the largest of equal numbers is the number, to the last bit.
         log = partial(self.log, sync_dist=True, reduce_fx="max")
         log(f"{stage}/loss", loss, prog_bar=True)
@@ -502,12 +522,25 @@ def _score_name(episode: Episode) -> str:
     return "mse" if episode.query_targets.is_floating_point() else "accuracy"
 
 
-def episode_scores(outputs: list[Tensor], targets: Tensor) -> Tensor:
+def ignored_target(loss: Callable[..., Tensor]) -> int:
+    """The target that a loss leaves out: its ``ignore_index``, or that of `torch.nn.functional.cross_entropy`, -100."""
+    if isinstance(loss, functools.partial):
+        ignored = loss.keywords.get("ignore_index")
+    else:
+        ignored = getattr(loss, "ignore_index", None)
+    return ignored if isinstance(ignored, int) else -100
+
+
+def episode_scores(outputs: list[Tensor], targets: Tensor, ignored: int = -100) -> Tensor:
     """Accuracy, or of float targets mean squared error, of each episode after each step.
+
+    Targets that are ignored, or no class of the network's, do not count. Where none of an episode's does, its accuracy
+    is NaN.
 
     Args:
         outputs: of each step, ``[T, N*Q, ...]``.
         targets: ``[T, N*Q]`` or ``[T, Q, D]``.
+        ignored: a target that does not count, see `ignored_target`.
 
     Returns:
         ``[T, steps]``.
@@ -515,7 +548,9 @@ def episode_scores(outputs: list[Tensor], targets: Tensor) -> Tensor:
     if targets.is_floating_point():
         scores = [(output - targets).float().square().flatten(1).mean(1) for output in outputs]
     else:
-        scores = [(output.argmax(-1) == targets).float().mean(1) for output in outputs]
+        counts = (targets != ignored) & (targets >= 0) & (targets < outputs[0].shape[-1])
+        right = [((output.argmax(-1) == targets) & counts).flatten(1).sum(1) for output in outputs]
+        scores = [correct.float() / counts.flatten(1).sum(1) for correct in right]
     return torch.stack(scores, 1)
 
 
