@@ -2,12 +2,15 @@
 
 import json
 import time
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from matplotlib.figure import Figure
@@ -18,8 +21,11 @@ from maml_lightning.drawing import Tile, contact_sheet
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
 from maml_lightning.memory import peak_bytes
-from maml_lightning.module import MAML, episode_scores
+from maml_lightning.module import MAML, episode_scores, ignored_target
 from maml_lightning.processes import every_process
+from maml_lightning.tables import csv_bytes, write_file
+
+warnings.filterwarnings("ignore", "Couldn't infer the batch indices")  # of loaders without a sampler: they are counted
 
 DIGITS = 7  # an episode's score is a float32
 SHOWN = 40  # pictures of a set that are shown
@@ -125,7 +131,11 @@ def test_results(scores: Tensor, name: str) -> dict:
 
 
 class TestReport(Callback):
-    """Writes ``test_results.json`` into the run's log folder and prints its headline."""
+    """Prints a test's headline and writes ``test_results.json`` into the run's log folder.
+
+    Episodes whose networks' outputs are not finite (with ``non_finite`` skip), or none of whose query targets counts,
+    are in none of its figures; where there are any, ``skipped`` is their number.
+    """
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write and print, in the first process."""
@@ -137,8 +147,17 @@ class TestReport(Callback):
         data = getattr(trainer, "datamodule", None)
         task = {setting: getattr(data, setting, None) for setting in ("ways", "shots", "query_shots")}
         results = {**results, **task, "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path)}
-        folder.mkdir(parents=True, exist_ok=True)
+        left = ""
+        if pl_module.skipped_episodes:
+            results["skipped"], left = pl_module.skipped_episodes, f", {pl_module.skipped_episodes} left out"
         file = folder / "test_results.json"
+        scale, unit = (100, " %") if name == "accuracy" else (1, "")
+        interval = "" if results["ci95"] is None else f" ± {scale * results['ci95']:.2f}"
+        rank_zero_info(
+            f"Test {name} after {results['inner_steps']} inner steps: {scale * results[name]:.2f}{interval}{unit} "
+            f"over {results['episodes']} episodes{left} ({file})"
+        )
+        folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(results, indent=2) + "\n")
         plain = {key: value for key, value in pl_module.hparams.items() if isinstance(value, str | int | float)}
         settings = {key: value for key, value in plain.items() if not key.startswith("_")}  # Lightning's own
@@ -150,12 +169,6 @@ class TestReport(Callback):
                     {f"test/{name}": results[name]},
                     run_name="hparams",
                 )
-        scale, unit = (100, " %") if name == "accuracy" else (1, "")
-        interval = "" if results["ci95"] is None else f" ± {scale * results['ci95']:.2f}"
-        rank_zero_info(
-            f"Test {name} after {results['inner_steps']} inner steps: {scale * results[name]:.2f}{interval}{unit} "
-            f"over {results['episodes']} episodes ({file})"
-        )
 
 
 class Inspection(Callback):
@@ -234,7 +247,7 @@ def _episodes_sheet(first: Episode, outputs: list[Tensor], episodes: int, steps:
 def _adaptation_figure(first: Episode, outputs: list[Tensor], maml: MAML) -> Figure:
     """Score and loss against inner steps; the evaluation's own number is marked."""
     steps = range(len(outputs))
-    scores = episode_scores(outputs, first.query_targets).mean(0).tolist()
+    scores = episode_scores(outputs, first.query_targets, ignored_target(maml.loss)).nanmean(0).tolist()
     losses = [maml.loss(output.flatten(0, 1), first.query_targets.flatten(0, 1)).item() for output in outputs]
     figure = Figure(figsize=(6, 3))
     figure.subplots_adjust(0.1, 0.17, 0.98, 0.95, wspace=0.25)  # "constrained" takes twice as long as the drawing
@@ -262,11 +275,111 @@ def _regression_figure(first: Episode, outputs: list[Tensor], episodes: int, ste
     return figure
 
 
-class PredictionReport(Callback):
-    """Lets data that asks for it (`SupportQueryDataModule`) write what was predicted."""
+class Predicted(NamedTuple):
+    """What was predicted in one episode.
 
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        """Hand over the probabilities of the one task."""
+    Args:
+        episode: its number in the split, or in the order of the predictions where the data do not tell.
+        targets: ``[N*Q]`` or ``[Q, D]``.
+        outputs: class probabilities ``[N*Q, N]``, or of regression the network's outputs ``[Q, D]``.
+    """
+
+    episode: int
+    targets: Tensor
+    outputs: Tensor
+
+
+class PredictionReport(BasePredictionWriter):
+    """Writes what was predicted of episodes into the run's log folder, as ``predictions.csv``, a row for each query.
+
+    Columns are ``episode, query, label, predicted, probability_0 …``; of regression ``episode, query, target_0 …,
+    predicted_0 …``. Episodes come in their order, whatever the number of processes. Where outputs are not finite,
+    ``predicted`` is empty. Data that has a ``report`` method (`SupportQueryDataModule`) writes itself.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("batch")
+        self._predicted: list[Predicted] = []
+        self._numbered = True  # whether the data tell episodes' numbers
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin anew."""
+        self._predicted, self._numbered = [], True
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Keep the episodes' predictions, or hand over those of the one task."""
         report = getattr(getattr(trainer, "datamodule", None), "report", None)
-        if report is not None and trainer.is_global_zero:
-            report(outputs[0])
+        if report is not None:
+            if trainer.is_global_zero:
+                report(prediction[0])
+        elif isinstance(pl_module, MAML):
+            targets = Episode(*batch).query_targets
+            numbers = list(batch_indices or ())
+            if len(numbers) != len(targets):
+                self._numbered, numbers = False, [0] * len(targets)
+            self._predicted += map(Predicted, numbers, targets.cpu(), prediction.float().cpu())
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring together what all processes predicted, and write it in the first."""
+        if not isinstance(pl_module, MAML) or hasattr(getattr(trainer, "datamodule", None), "report"):
+            return
+        shares = [(self._numbered, self._predicted)]
+        if trainer.world_size > 1:  # all processes are here
+            shares = [(True, [])] * trainer.world_size
+            torch.distributed.all_gather_object(shares, (self._numbered, self._predicted))
+        folder, self._predicted = Path(trainer.log_dir or trainer.default_root_dir), []  # log_dir asks them all as well
+        if not trainer.is_global_zero:
+            return
+        predicted = [each for _, share in shares for each in share]
+        if all(numbered for numbered, _ in shares):  # an episode that several processes predicted counts once
+            by_number = {each.episode: each for each in predicted}
+            predicted = [by_number[number] for number in sorted(by_number)]
+        else:
+            predicted = [each._replace(episode=number) for number, each in enumerate(predicted)]
+        rows, broken = prediction_rows(predicted)
+        file = write_file(folder / "predictions.csv", csv_bytes(rows))
+        left = f"; of {broken} the outputs are not finite, nothing is predicted there" if broken else ""
+        rank_zero_info(f"Predictions of {len(predicted)} episodes, {len(rows) - 1} queries{left} ({file})")
+
+
+def prediction_rows(predicted: Sequence[Predicted]) -> tuple[list[list[object]], int]:
+    """The table of predictions with its header, and of how many queries the outputs are not finite.
+
+    Args:
+        predicted: of episodes that are all classification or all regression.
+    """
+    regression = any(each.targets.is_floating_point() for each in predicted)
+    rows: list[list[object]] = []
+    broken = width = 0
+    for episode, targets, outputs in predicted:
+        outputs, finite = (
+            outputs.reshape(len(targets), -1),
+            outputs.reshape(len(targets), -1).isfinite().all(1).tolist(),
+        )
+        targets = targets.reshape(len(targets), -1)
+        width = max(width, outputs.shape[1])
+        broken += finite.count(False)
+        labels = outputs.argmax(1).tolist()
+        for query, (target, output) in enumerate(zip(targets.tolist(), outputs.tolist(), strict=True)):
+            if regression:
+                told = [f"{value:.7g}" for value in target] + [
+                    f"{value:.7g}" if finite[query] else "" for value in output
+                ]
+            else:
+                told = [target[0], labels[query] if finite[query] else "", *(f"{value:.6f}" for value in output)]
+            rows.append([episode, query, *told])
+    if regression:
+        header = [f"{what}_{index}" for what in ("target", "predicted") for index in range(width)]
+    else:
+        header = ["label", "predicted", *(f"probability_{index}" for index in range(width))]
+    rows = [[*row, *[""] * (2 + len(header) - len(row))] for row in rows]  # an episode may have fewer classes
+    return [["episode", "query", *header], *rows], broken

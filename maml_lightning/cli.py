@@ -234,6 +234,8 @@ class MAMLCommandLine(LightningCLI):
                     purge_step=self.checkpoint["global_step"],  # what was logged after the checkpoint comes again
                 )
             self.checkpoint = None
+        elif self.subcommand != "fit" and not self.config[self.subcommand].ckpt_path:
+            rank_zero_info("No checkpoint was given (--ckpt_path): the weights are untrained.")
 
 
 def _program() -> str:

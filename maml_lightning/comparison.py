@@ -19,6 +19,7 @@ from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from maml_lightning.errors import SettingError
+from maml_lightning.files import shown
 from maml_lightning.module import MAML
 
 # Okabe and Ito's colours, distinct to colour-blind eyes; line styles tell apart what has the same colour.
@@ -222,7 +223,7 @@ def table(runs: Sequence[Run], reach: Sequence[float] = ()) -> str:
         ["---"] * len(columns),
         *(
             [
-                run.name,
+                shown(run.name).replace("|", "\\|"),
                 f"{run.curve[-1][0]:,}",
                 UNKNOWN if run.test is None else tested(run.test),
                 _score(metric, run.best),
@@ -261,7 +262,7 @@ def draw(runs: Sequence[Run]) -> Figure:
         steps, scores = zip(*run.curve, strict=True)
         style = STYLES[index // len(COLOURS) % len(STYLES)]
         colour = COLOURS[index % len(COLOURS)]
-        axes.plot(steps, scores, style, color=colour, label=run.name, linewidth=2, marker="o", markersize=4)
+        axes.plot(steps, scores, style, color=colour, label=_label(run.name), linewidth=2, marker="o", markersize=4)
     if runs[0].metric == "mse":
         axes.set(ylabel="validation mean squared error", yscale="log")
     else:
@@ -274,7 +275,8 @@ def draw(runs: Sequence[Run]) -> Figure:
     axes.set_xlim(left=0)
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(edgecolor="none")
+    for label in axes.legend(edgecolor="none").get_texts():
+        label.set_parse_math(False)  # a $ in a run's name is a $
     return figure
 
 
@@ -344,6 +346,11 @@ def _algorithm(config: dict[str, Any]) -> str:
     defaults = {name: setting.default for name, setting in inspect.signature(MAML).parameters.items()}
     changed = [f"{key} {model[key]}" for key in VARIATIONS if model.get(key, defaults[key]) != defaults[key]]
     return ", ".join([name, f"{steps} inner step{'' if steps == 1 else 's'}", *changed])
+
+
+def _label(name: str) -> str:
+    """As matplotlib shows it: it would leave out one that begins with an underscore."""
+    return f" {shown(name)}" if name.startswith("_") else shown(name)
 
 
 def _score(metric: str, value: float) -> str:

@@ -31,13 +31,18 @@ def contact_sheet(parts: Sequence[tuple[str, Sequence[Tile]]], columns: int = 10
     sheet = Image.new("RGB", size, "white")
     draw, font, top = ImageDraw.Draw(sheet), ImageFont.load_default(11), 0
     for (title, tiles), height in zip(parts, rows, strict=True):
-        draw.text((GAP, top + 4), title, "black", font)
+        draw.text((GAP, top + 4), _drawable(title), "black", font)
         top += TITLE
         for index, (picture, caption, colour) in enumerate(tiles):
             x, y = GAP + index % columns * (EDGE + GAP), top + index // columns * step
             pixels = (picture.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
             tile = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels[..., :3]).convert("RGB")
             sheet.paste(tile.resize((EDGE, EDGE), Image.Resampling.NEAREST), (x, y))
-            draw.text((x, y + EDGE + 1), caption[:15], colour, font)
+            draw.text((x, y + EDGE + 1), _drawable(caption[:15]), colour, font)
         top += height * step
     return sheet
+
+
+def _drawable(text: str) -> str:
+    """In one line, without what no font has: line ends, control characters, bytes of names that are no text."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)

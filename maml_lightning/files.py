@@ -28,3 +28,8 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], temporary: str)
     finally:
         with contextlib.suppress(OSError):  # a folder that cannot be written holds no temporary file either
             growing.unlink(missing_ok=True)
+
+
+def shown(name: object) -> str:
+    """A name as it can be printed in one line anywhere: what is not printable is escaped."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(name))

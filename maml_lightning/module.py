@@ -1,6 +1,7 @@
 """MAML as a LightningModule with automatic optimisation: Lightning sees a loss, autograd finds the meta-gradient."""
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from maml_lightning.processes import every_process, rows_of_every_process
 # MAML's metrics are reduced before they are logged, see MAML.training_step: Lightning's advice would reduce them twice.
 warnings.filterwarnings("ignore", r"It is recommended to use `self.log\('(train|val|test)/")
 
+LEFT_OUT = "their networks' outputs are not finite, or none of their query targets counts"
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -185,6 +187,7 @@ class MAML(LightningModule):
         self._rows: list[Tensor] = []  # of each batch's episodes, see _row
         self.signal, self.agreed_signal = 0, 0  # that LastCheckpoint was sent here, and the largest sent to any process
         self.test_scores: Tensor | None = None
+        self.skipped_episodes = 0  # of the last validation or test
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The network before adaptation."""
@@ -229,8 +232,9 @@ class MAML(LightningModule):
         if self._inner_loop.flat and not flat:
             rank_zero_info("model.flat_memory: inner steps are computed again on the way back, to save memory.")
         if self._trainer is not None:
-            self._rows.append(self._row("train", batch_idx, result.predictions))
-            score = episode_scores([result.predictions], episode.query_targets).mean()
+            finite = result.predictions.isfinite().flatten(1).all(1)
+            self._rows.append(self._row("train", batch_idx, finite))
+            score = episode_scores([result.predictions], episode.query_targets, ignored_target(self.loss)).mean()
             # One collective answers all questions of a meta-step. Nothing is left for `sync_dist`: a metric that is
             # reduced when it is read hangs where one process alone reads it, such as for its progress bar.
             local = torch.stack([result.loss.detach(), score, torch.full_like(score, self.signal)])
@@ -278,21 +282,20 @@ class MAML(LightningModule):
         loaders = {"train": trainer.train_dataloader, "val": trainer.val_dataloaders, "test": trainer.test_dataloaders}
         return getattr(getattr(loaders[split], "sampler", None), "indices", None)
 
-    def _row(self, split: str, batch_idx: int, outputs: Tensor, *columns: Tensor) -> Tensor:
-        """A row for each episode of a batch: its number (else its batch's), whether its outputs are finite, and more.
+    def _row(self, split: str, batch_idx: int, finite: Tensor, *columns: Tensor) -> Tensor:
+        """A row for each episode of a batch: its number (else its batch's), whether it is finite, and more.
 
         Args:
             split: the episodes' split.
             batch_idx: the batch's number.
-            outputs: of the adapted networks, ``[T, N*Q, ...]``.
+            finite: whether the adapted networks' outputs are, ``[T]``.
             columns: what else is known of each, ``[T]`` or ``[T, n]``.
         """
         indices = self._sampler_indices(split)
-        numbers = [batch_idx] * len(outputs) if indices is None else list(indices(batch_idx))
-        finite = outputs.detach().isfinite().flatten(1).all(1)
-        wide = torch.float32 if outputs.device.type == "mps" else torch.float64
-        parts = [torch.tensor(numbers, device=outputs.device), finite, *columns]
-        return torch.cat([part.to(wide).reshape(len(outputs), -1) for part in parts], 1)
+        numbers = [batch_idx] * len(finite) if indices is None else list(indices(batch_idx))
+        wide = torch.float32 if finite.device.type == "mps" else torch.float64
+        parts = [torch.tensor(numbers, device=finite.device), finite, *columns]
+        return torch.cat([part.to(wide).reshape(len(finite), -1) for part in parts], 1)
 
     def _where(self, what: str, split: str, rows: Tensor) -> str:
         """What is not finite, of which episodes, and what helps."""
@@ -478,20 +481,35 @@ class MAML(LightningModule):
 
     def _evaluate(self, batch: Episode, batch_idx: int) -> None:
         episode = self._check(batch)
-        outputs = self.trajectory(episode)
-        loss = self.loss(outputs[-1].flatten(0, 1), episode.query_targets.flatten(0, 1))
-        scores = episode_scores(outputs, episode.query_targets)
+        outputs, targets = self.trajectory(episode), episode.query_targets
+        scores = episode_scores(outputs, targets, ignored_target(self.loss))
+        finite = torch.stack(outputs, 1).isfinite().flatten(1).all(1)
+        if targets.is_floating_point():
+            finite &= scores.isfinite().all(1)
+        scores[~finite] = torch.nan
+        kept = ~scores.isnan().any(1)  # the others are left out of the report; or it raises
+        loss = outputs[-1].new_zeros(())
+        if kept.any():
+            loss = self.loss(outputs[-1][kept].flatten(0, 1), targets[kept].flatten(0, 1))
         split = "test" if self.trainer.testing else "val"
-        self._rows.append(self._row(split, batch_idx, outputs[-1], loss.expand(episode.tasks), scores))
+        self._rows.append(self._row(split, batch_idx, finite, loss.expand(episode.tasks), scores))
         self.score_name = _score_name(episode)
 
     def _report(self, stage: str) -> Tensor:
         rows, self._rows = rows_of_every_process(torch.cat(self._rows)).cpu().double(), []
         if self.non_finite == "stop" and not rows[:, 1].all():
             raise NonFiniteError(self._where("An adapted network's output", stage, rows))
-        scores = rows[:, 3:]
+        kept = ~rows[:, 3:].isnan().any(1)
+        scores, self.skipped_episodes = rows[kept, 3:], int((~kept).sum())
+        if self.skipped_episodes:
+            left = f"{self.skipped_episodes} of {len(kept)} episodes of the {stage} split are left out: {LEFT_OUT}"
+            if not len(scores) and self.trainer.sanity_checking:  # it may become finite in training
+                return scores
+            if not len(scores):
+                raise NonFiniteError(f"{left}; lower model.inner_lr ({self.inner_lr}), or look at these episodes.")
+            rank_zero_info(f"{left}.")
         # The same numbers in every process, so that nothing is left to reduce when one of them reads them.
-        self.log(f"{stage}/loss", rows[:, 2].mean(), prog_bar=True)
+        self.log(f"{stage}/loss", rows[kept, 2].mean(), prog_bar=True)
         for step, score in enumerate(scores.mean(0)):
             self.log(f"{stage}/{self.score_name}_step_{step}", score)
         self.log(f"{stage}/{self.score_name}", scores[:, -1].mean(), prog_bar=True)
@@ -541,12 +559,25 @@ def _score_name(episode: Episode) -> str:
     return "mse" if episode.query_targets.is_floating_point() else "accuracy"
 
 
-def episode_scores(outputs: list[Tensor], targets: Tensor) -> Tensor:
+def ignored_target(loss: Callable[..., Tensor]) -> int:
+    """The target that a loss leaves out: its ``ignore_index``, or that of `torch.nn.functional.cross_entropy`, -100."""
+    if isinstance(loss, functools.partial):
+        ignored = loss.keywords.get("ignore_index")
+    else:
+        ignored = getattr(loss, "ignore_index", None)
+    return ignored if isinstance(ignored, int) else -100
+
+
+def episode_scores(outputs: list[Tensor], targets: Tensor, ignored: int = -100) -> Tensor:
     """Accuracy, or of float targets mean squared error, of each episode after each step.
+
+    Targets that are ignored, or no class of the network's, do not count. Where none of an episode's does, its accuracy
+    is NaN.
 
     Args:
         outputs: of each step, ``[T, N*Q, ...]``.
         targets: ``[T, N*Q]`` or ``[T, Q, D]``.
+        ignored: a target that does not count, see `ignored_target`.
 
     Returns:
         ``[T, steps]``.
@@ -554,7 +585,9 @@ def episode_scores(outputs: list[Tensor], targets: Tensor) -> Tensor:
     if targets.is_floating_point():
         scores = [(output - targets).float().square().flatten(1).mean(1) for output in outputs]
     else:
-        scores = [(output.argmax(-1) == targets).float().mean(1) for output in outputs]
+        counts = (targets != ignored) & (targets >= 0) & (targets < outputs[0].shape[-1])
+        right = [((output.argmax(-1) == targets) & counts).flatten(1).sum(1) for output in outputs]
+        scores = [correct.float() / counts.flatten(1).sum(1) for correct in right]
     return torch.stack(scores, 1)
 
 

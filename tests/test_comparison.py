@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from cli import main as command_line
 from maml_lightning import SettingError
-from maml_lightning.comparison import compare, draw, joined, labelled, main, read_run, table
+from maml_lightning.comparison import Run, compare, draw, joined, labelled, main, read_run, table
 from tests.command_line import DATA, ROOT, TINY, words
 
 UNKNOWN = "\N{EN DASH}"
@@ -256,3 +256,13 @@ def test_labels_tell_the_variants_apart(logs):
     pooled = {"data": {"class_path": "GlyphsDataModule", "init_args": {"ways": 5, "pretraining": True}}}
     folders.append(str(write_run(logs / "pooled", ACCURACY, {"inner_steps": 0}, **pooled)))
     assert [name for name, _ in labelled(folders)] == [*variants, "pre-training"]
+
+
+def test_names_are_shown_as_they_are(tmp_path):
+    names = ["$x_{$", "_hidden", "a|b\nc"]
+    runs = [Run(name, "accuracy", [(1, 0.5), (2, 0.6)]) for name in names]
+    figure = draw(runs)
+    figure.savefig(tmp_path / "a.png")
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["$x_{$", " _hidden", r"a|b\nc"]
+    assert table(runs).splitlines()[-1].startswith(r"| a\|b\nc | 2 |")

@@ -20,3 +20,10 @@ def test_tiles_lie_in_rows_under_their_titles():
 def test_values_beyond_the_range_are_clipped():
     sheet = np.asarray(contact_sheet([("", [Tile(torch.tensor([[[-1.0, 2.0]] * 2]), "")])]))
     assert set(sheet[TITLE + 5, GAP : GAP + EDGE].flatten().tolist()) == {0, 255}
+
+
+def test_captions_stay_in_their_line_whatever_they_say():
+    plain, odd = (
+        np.asarray(contact_sheet([("", [Tile(torch.zeros(1, 2, 2), caption)])])) for caption in ("a?b?", "a\nb\udcff")
+    )
+    assert np.array_equal(plain, odd)

@@ -1,6 +1,11 @@
 """Folders of pictures, a folder a class: one's own, or a published set laid out so (mini-ImageNet, CIFAR-FS, CUB)."""
 
-import uuid
+import contextlib
+import hashlib
+import io
+import os
+import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -11,19 +16,35 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from maml_lightning.data.episodic import EpisodicDataModule, Split, at_least, choose, random_bits
-from maml_lightning.data.pictures import class_folders, fingerprint, read_picture
+from maml_lightning.data.packs import (
+    VERSION,
+    Sources,
+    abandoned,
+    compare,
+    load_arrays,
+    new_digest,
+    read_sources,
+    save_arrays,
+    state,
+    sweep,
+    temporary,
+)
+from maml_lightning.data.pictures import class_folders, read_picture
 from maml_lightning.errors import SettingError
-from maml_lightning.files import write_whole
+from maml_lightning.files import shown, write_whole
 
 SHARES: dict[Split, float] = {"train": 0.64, "val": 0.16, "test": 0.2}  # of the classes; mini-ImageNet's proportions
+Shape = tuple[int, Literal[1, 3], int, int]  # pictures, channels, side, side
 
 
-def pack(classes: dict[str, list[Path]], file: Path, side: int, channels: Literal[1, 3]) -> Tensor:
+def pack(folder: Path, names: list[str], file: Path, side: int, channels: Literal[1, 3]) -> Tensor:
     """Every picture as ``[channels, side, side]``, in a file that is mapped into memory, not read.
 
     Args:
-        classes: the pictures of each class.
-        file: the packed pictures; made where it is not there. Where it cannot be written they stay in memory.
+        folder: where the pictures lie.
+        names: their paths in it.
+        file: the packed pictures, with what they were made of beside them (``.npz``); made where it is not there, and
+            again where the pictures or the pack have changed. Where it cannot be written they stay in memory.
         side: edge in pixels; what is not square is cut.
         channels: 1 or 3.
 
@@ -33,23 +54,116 @@ def pack(classes: dict[str, list[Path]], file: Path, side: int, channels: Litera
     Raises:
         SettingError: a picture cannot be read.
     """
-    files = [picture for pictures in classes.values() for picture in pictures]
-    shape = (len(files), channels, side, side)
+    shape: Shape = (len(names), channels, side, side)
+    for part in (file, _about(file)):
+        sweep(part)
+    found = _packed(file, folder, names, shape)
+    if isinstance(found, Tensor):
+        return found
+    again = f"again, for {shown(found)}" if found else "once"
+    rank_zero_info(f"Packing {len(names)} pictures into {shown(file)} ({again})")
+    try:
+        file.parent.mkdir(exist_ok=True)
+        _write(file, folder, names, shape)
+        found = _packed(file, folder, names, shape)
+    except OSError as error:
+        reason = error.strerror or error
+        rank_zero_warn(f"{shown(file)} could not be written ({reason}): the pictures are read at every start.")
+    if isinstance(found, Tensor):
+        return found
+    return torch.from_numpy(np.stack([read_picture(folder / name, side, channels, "crop") for name in names]))
+
+
+def _about(file: Path) -> Path:
+    return file.with_suffix(".npz")
+
+
+def _settings(shape: Shape) -> str:
+    return f"version {VERSION}, {list(shape)}, crop"
+
+
+def _packed(file: Path, folder: Path, names: list[str], shape: Shape) -> Tensor | str:
+    """The packed pictures; or what speaks against using them, nothing where there are none."""
     if not file.exists():
-        rank_zero_info(f"Packing {len(files)} pictures into {file} (once)")
-        try:
-            file.parent.mkdir(exist_ok=True)
+        return ""
+    about = load_arrays(_about(file))
+    try:
+        if about is None:
+            return "it does not say of what it was made"
+        packed, pixels, settings = Sources.of_arrays(about), about["pixels"].tolist(), str(about["settings"])
+        (why, now) = compare(packed, folder, names)
+        if why is not None or settings != _settings(shape):
+            return why or "its settings are others"
+        with file.open("rb") as opened:
+            found = list(state(os.fstat(opened.fileno())))
+            if found != pixels and hashlib.file_digest(opened, new_digest).digest() != about["digest"].tobytes():
+                return "its pixels have changed"
+            opened.seek(0)
+            np.lib.format.read_magic(opened)
+            np.lib.format.read_array_header_1_0(opened)
+            # c: never written back; torch warns of read-only ones
+            mapped = np.memmap(opened, np.uint8, "c", opened.tell(), shape)
+    except SettingError:  # of a picture
+        raise
+    except (OSError, ValueError, KeyError):
+        return "it cannot be read"
+    if found != pixels or not np.array_equal(now.states, packed.states):
+        with contextlib.suppress(OSError):  # without it the digests are compared at the next start too
+            _describe(file, now, found, about["digest"].tobytes(), shape)
+    return torch.from_numpy(mapped)
 
-            def write(growing: BinaryIO) -> None:
-                np.lib.format.write_array_header_1_0(growing, {"descr": "|u1", "fortran_order": False, "shape": shape})
-                for picture in files:
-                    growing.write(read_picture(picture, side, channels, "crop").tobytes())
 
-            write_whole(file, write, f".{file.name}.{uuid.uuid4().hex}")
-        except OSError as error:
-            rank_zero_warn(f"{file} could not be written ({error}): the pictures are read at every start.")
-            return torch.from_numpy(np.stack([read_picture(picture, side, channels, "crop") for picture in files]))
-    return torch.from_numpy(np.load(file, mmap_mode="c"))  # c: never written back; torch warns of read-only ones
+def _write(file: Path, folder: Path, names: list[str], shape: Shape) -> None:
+    """Pack, and write beside it what it was made of."""
+    whole, inode, sources = new_digest(), 0, None
+    _, channels, side, _ = shape
+
+    def write(growing: BinaryIO) -> None:
+        nonlocal inode, sources
+
+        def add(content: bytes) -> None:
+            growing.write(content)
+            whole.update(content)
+
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        add(header.getvalue())
+        sources = read_sources(
+            folder,
+            names,
+            lambda picture, content: add(read_picture(Path(picture), side, channels, "crop", content).tobytes()),
+        )
+        inode = os.fstat(growing.fileno()).st_ino
+
+    write_whole(file, write, temporary(file))
+    assert sources is not None
+    time.sleep(0.02)  # a tick of the clock of file systems: whoever writes to it from now on changes its times
+    now = state(file.stat())
+    try:
+        _describe(file, sources, list(now) if now[-1] == inode else [0] * 4, whole.digest(), shape)
+    except OSError:
+        file.unlink(missing_ok=True)  # of no use without
+        raise
+
+
+def _describe(file: Path, sources: Sources, pixels: list[int], digest: bytes, shape: Shape) -> None:
+    about = {
+        **sources.arrays(),
+        "pixels": np.array(pixels, np.int64),
+        "digest": np.frombuffer(digest, np.uint8),
+        "settings": np.array(_settings(shape)),
+    }
+    save_arrays(_about(file), about)
+
+
+def _superseded(folder: Path, split: Split, side: int, channels: int) -> None:
+    """Remove packs as they were once named, by a checksum of their files' sizes and times."""
+    name = re.compile(rf"(\.?){split}_{channels}x{side}_[0-9a-f]{{8}}\.npy(\.[0-9a-f]{{32}})?")
+    for file in folder.glob("*") if folder.is_dir() else ():
+        if (found := name.fullmatch(file.name)) is not None:
+            with contextlib.suppress(OSError):
+                if not found[1] or abandoned(file):
+                    file.unlink()
 
 
 def split_classes(names: Sequence[str], seed: int) -> dict[Split, list[str]]:
@@ -66,7 +180,8 @@ class ImagesDataModule(EpisodicDataModule):
     """Episodes of your own pictures, ``ROOT/{train,val,test}/CLASS/*.png`` or of any other common format.
 
     Without those three folders, ``ROOT/CLASS/*.png``, classes are split 64/16/20 by ``split_seed``. Pictures are packed
-    once into ``ROOT/.packed``, again when files change, and mapped into memory, so they may be larger than it.
+    once into ``ROOT/.packed``, again when a file's bytes or the pack have changed, and mapped into memory, so they may
+    be larger than it. A start asks each file for its size, times and inode, and reads those where one differs.
 
     Args:
         root: the folder of the splits, or of the classes.
@@ -137,20 +252,26 @@ class ImagesDataModule(EpisodicDataModule):
         elif there:
             missing = next(name for name in SHARES if name not in there)
             raise SettingError(
-                f"data.root {self.root} has {', '.join(there)} but no folder {missing}; give all of train, val and "
-                "test, or the classes alone."
+                f"data.root {shown(self.root)} has {', '.join(there)} but no folder {missing}; give all of train, val "
+                "and test, or the classes alone."
             )
         else:
             every = class_folders(self.root)
             found = {name: every[name] for name in split_classes(list(every), self.split_seed)[split]}
         if not found:
-            raise SettingError(f"data.root {self.root} has no folders of pictures for {split}; give one a class.")
+            raise SettingError(
+                f"data.root {shown(self.root)} has no folders of pictures for {split}; give one a class."
+            )
         return found
 
     def load_split(self, split: Split) -> tuple[Tensor, list[int]]:
         """The pictures of a split, ``[pictures, channels, size, size]`` uint8, and how many each class has."""
         classes = self.classes_of(split)
-        files = [picture for pictures in classes.values() for picture in pictures]
-        name = f"{split}_{self.channels}x{self.size}_{fingerprint(files)}.npy"
-        images = pack(classes, self.root / ".packed" / name, self.size, self.channels)
+        separate = (self.root / split).is_dir()
+        folder, packs = self.root / split if separate else self.root, self.root / ".packed"
+        drawn = "" if separate else f"_seed{self.split_seed}"  # which classes are the split's
+        names = [os.path.join(name, picture.name) for name, pictures in classes.items() for picture in pictures]
+        _superseded(packs, split, self.size, self.channels)
+        file = packs / f"{split}{drawn}_{self.channels}x{self.size}.npy"
+        images = pack(folder, names, file, self.size, self.channels)
         return images, [len(pictures) for pictures in classes.values()]

@@ -1,11 +1,10 @@
 """Omniglot: 1623 handwritten characters of 50 alphabets, 20 drawings each (Lake, Salakhutdinov and Tenenbaum 2015)."""
 
-import struct
-import uuid
+import io
+import os
 import zipfile
-import zlib
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +16,18 @@ from torchvision.datasets import Omniglot
 from torchvision.datasets.utils import download_and_extract_archive, extract_archive
 
 from maml_lightning.data.episodic import EpisodicDataModule, Split
+from maml_lightning.data.packs import (
+    VERSION,
+    Sources,
+    compare,
+    load_arrays,
+    read_sources,
+    save_arrays,
+    sweep,
+)
 from maml_lightning.data.pictures import Pixels
 from maml_lightning.errors import SettingError
-from maml_lightning.files import write_whole
+from maml_lightning.files import shown
 
 DRAWINGS, DRAWN_SIDE, SIDE = 20, 105, 28
 
@@ -57,30 +65,48 @@ def character_files(folder: Path) -> list[list[Path]]:
     Raises:
         SettingError: the tree is missing or incomplete; says what is missing.
     """
-    files = []
+    names = [folder / name for name in drawings(folder)]
+    return [names[first : first + DRAWINGS] for first in range(0, len(names), DRAWINGS)]
+
+
+def drawings(folder: Path) -> list[str]:
+    """The drawings of `character_files` one after another, as names in the folder: text, for there are 32,460.
+
+    Raises:
+        SettingError: the tree is missing or incomplete; says what is missing.
+    """
+    names: list[str] = []
     for part, alphabets in PARTS.items():
         if not (folder / part).is_dir():
             raise SettingError(
-                f"Omniglot is not at {folder / part}: set data.root to the folder that holds omniglot-py, "
+                f"Omniglot is not at {shown(folder / part)}: set data.root to the folder that holds omniglot-py, "
                 f"fetch it with --data.download true, {_NO_DATA}."
             )
         for alphabet, expected in alphabets.items():
-            characters = [path for path in _entries(folder / part / alphabet) if path.is_dir()]
-            _complete(folder / part / alphabet, "characters", len(characters), expected)
+            where = folder / part / alphabet
+            characters = [entry.name for entry in _entries(where) if entry.is_dir()]
+            _complete(where, "characters", len(characters), expected)
             for character in characters:
-                files.append([path for path in _entries(character) if path.suffix == ".png"])
-                _complete(character, "drawings", len(files[-1]), DRAWINGS)
-    return files
+                found = [entry.name for entry in _entries(where / character) if entry.name.endswith(".png")]
+                _complete(where / character, "drawings", len(found), DRAWINGS)
+                names += [f"{part}/{alphabet}/{character}/{name}" for name in found]
+    return names
 
 
-def _entries(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*") if not path.name.startswith("."))
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise SettingError(f"{shown(folder)} cannot be read ({error.strerror}); give a folder that can.") from error
 
 
 def _complete(folder: Path, what: str, found: int, expected: int) -> None:
     if found != expected:
         raise SettingError(
-            f"Omniglot is incomplete: {folder} has {found} of {expected} {what}; unzip the archive again, "
+            f"Omniglot is incomplete: {shown(folder)} has {found} of {expected} {what}; unzip the archive again, "
             f"or fetch it with --data.download true, {_NO_DATA}."
         )
 
@@ -104,50 +130,64 @@ def fetch(folder: Path) -> None:
         raise SettingError(f"Omniglot could not be fetched into {folder} ({reason}); try again, {_NO_DATA}.") from error
 
 
-def _reduced(file: Path) -> Pixels:
+def _reduced(file: str, content: bytes) -> Pixels:
     try:
-        with Image.open(file) as image:
+        with Image.open(io.BytesIO(content)) as image:
             if image.size != (DRAWN_SIDE, DRAWN_SIDE):
                 raise ValueError(f"its size is {image.size}, not {(DRAWN_SIDE, DRAWN_SIDE)}")
             return 255 - np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.LANCZOS))
-    except (OSError, SyntaxError, ValueError, struct.error, zlib.error) as error:
-        raise SettingError(f"{file} is not a whole Omniglot image ({error}); unzip the archive again.") from error
+    except Exception as error:  # PIL's readers raise whatever a damaged file makes them trip over
+        reason = " ".join(str(error).split())
+        raise SettingError(
+            f"{shown(file)} is not a whole Omniglot image ({reason}); unzip the archive again."
+        ) from error
 
 
-def pack(folder: Path) -> Pixels:
-    """Reduce every drawing of the tree to 28x28 by Lanczos, ink = 255.
+class Pack(NamedTuple):
+    """The packed images ``[1623, 20, 28, 28]``, and the files that they were made of."""
 
-    Returns:
-        ``[1623, 20, 28, 28]``, in the order of `character_files`.
+    images: Pixels
+    sources: Sources
+
+
+def pack(folder: Path) -> Pack:
+    """Reduce every drawing of the tree to 28x28 by Lanczos, ink = 255, in the order of `character_files`.
 
     Raises:
         SettingError: the tree is missing or incomplete, or an image is damaged.
     """
-    characters = character_files(folder)
-    rank_zero_info(f"Packing the {SHAPE[0] * DRAWINGS} images of {folder} (once, some seconds)")
-    return np.stack([np.stack([_reduced(file) for file in files]) for files in characters])
+    images: list[Pixels] = []
+    sources = read_sources(folder, drawings(folder), lambda file, content: images.append(_reduced(file, content)))
+    return Pack(np.stack(images).reshape(-1, DRAWINGS, SIDE, SIDE), sources)
 
 
-def read_cache(cache: Path) -> Pixels | None:
+def read_cache(cache: Path) -> Pack | None:
     """The packed images, or None where there is no cache or a damaged one (a zip: its checksum is verified)."""
+    arrays = load_arrays(cache)
     try:
-        with cache.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            images: Pixels = arrays["images"]
-        return images if images.shape == SHAPE and images.dtype == np.uint8 else None
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, NotImplementedError, zipfile.BadZipFile):
+        if arrays is None or arrays["version"].tolist() != VERSION:
+            return None
+        found = Pack(arrays["images"], Sources.of_arrays(arrays))
+    except (KeyError, ValueError):
         return None
+    images, (names, *_) = found
+    return found if images.shape == SHAPE and images.dtype == np.uint8 and len(names) == SHAPE[0] * DRAWINGS else None
 
 
-def write_cache(cache: Path, images: Pixels) -> None:
+def write_cache(cache: Path, packed: Pack) -> None:
     """Write the packed images, whole or not at all; where that is impossible, warn."""
+    arrays = {"images": packed.images, "version": np.array(VERSION), **packed.sources.arrays()}
     try:
-        write_whole(cache, lambda file: np.savez(file, images=images), f".{cache.name}.{uuid.uuid4().hex}")
+        save_arrays(cache, arrays)
     except OSError as error:
         rank_zero_warn(f"{cache} could not be written ({error}): Omniglot will be packed again at every start.")
 
 
 def load_characters(root: str | Path, download: bool = False) -> Pixels:
-    """All of Omniglot, from the cache ``ROOT/omniglot-py/packed_28.npz``, which is made where it is not.
+    """All of Omniglot, from the cache ``ROOT/omniglot-py/packed_28.npz``, made where it is not or the tree has changed.
+
+    A start asks each file of the tree for its size, times and inode, and reads those where one differs. Where both
+    parts of the tree are gone, the cache alone is used.
 
     Args:
         root: the folder that holds ``omniglot-py``.
@@ -161,16 +201,29 @@ def load_characters(root: str | Path, download: bool = False) -> Pixels:
     """
     folder = Path(root) / "omniglot-py"
     cache = folder / "packed_28.npz"
-    images = read_cache(cache)
-    if images is None:
-        if download:
-            try:
-                character_files(folder)
-            except SettingError:
-                fetch(folder)
-        images = pack(folder)
-        write_cache(cache, images)
-    return images
+    sweep(cache)
+    cached = read_cache(cache)
+    if cached is not None and not any((folder / part).exists() for part in PARTS):
+        return cached.images
+    try:
+        names = drawings(folder)
+    except SettingError:
+        if not download:
+            raise
+        fetch(folder)
+        names = drawings(folder)
+    why = "it is damaged or of another version" if cache.exists() else None
+    if cached is not None:
+        why, sources = compare(cached.sources, folder, names)
+        if why is None:
+            if not np.array_equal(sources.states, cached.sources.states):
+                write_cache(cache, cached._replace(sources=sources))
+            return cached.images
+    again = f"again, for {shown(why)}" if why else "once, some seconds"
+    rank_zero_info(f"Packing the {len(names)} images of {shown(folder)} ({again})")
+    packed = pack(folder)
+    write_cache(cache, packed)
+    return packed.images
 
 
 def alphabet_names() -> list[str]:

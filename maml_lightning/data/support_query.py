@@ -1,10 +1,11 @@
 """One task of your own: folders of pictures to adapt on, and pictures to be told apart."""
 
-import csv
 import io
+import os
+import uuid
 from collections import Counter
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,14 +14,16 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from maml_lightning.data.pictures import Pixels, class_folders, pictures_in, read_picture
 from maml_lightning.drawing import Tile, contact_sheet
 from maml_lightning.episodes import Episode, Inputs
 from maml_lightning.errors import SettingError
-from maml_lightning.files import write_whole
+from maml_lightning.files import shown
+from maml_lightning.tables import csv_bytes, text_cell, write_file
 
 FAINT = 0.5  # of full ink; below it a picture's contrast is raised
 ROWS = 40  # of the printed table; the file has them all
@@ -98,8 +101,8 @@ def _classes(folder: Path) -> dict[str, list[Path]]:
     classes = class_folders(folder)
     if len(classes) < 2:
         raise SettingError(
-            f"{folder} holds {len(classes)} folder{'s' * (len(classes) != 1)} of pictures; give one for each of at "
-            "least 2 classes."
+            f"{shown(folder)} holds {len(classes)} folder{'s' * (len(classes) != 1)} of pictures; give one for each of "
+            "at least 2 classes."
         )
     return classes
 
@@ -108,17 +111,42 @@ def _targets(classes: dict[str, list[Path]]) -> Tensor:
     return torch.arange(len(classes)).repeat_interleave(torch.tensor([len(files) for files in classes.values()]))
 
 
+def _only(batch: list[Episode]) -> Episode:
+    return batch[0]
+
+
+def _check_writable(output: Path) -> None:
+    """Refuse a file that could not be written after the work.
+
+    Raises:
+        SettingError: it could not.
+    """
+    folder = next(parent for parent in output.absolute().parents if os.path.lexists(parent))
+    try:
+        trial = folder / uuid.uuid4().hex.ljust(len(os.fsencode(output.with_suffix(".png").name)), "x")
+        trial.open("xb").close()
+        trial.unlink()
+    except OSError as error:
+        raise SettingError(
+            f"data.output {shown(output)} could not be written ({error.strerror}); give another name."
+        ) from error
+
+
 class SupportQueryDataModule(LightningDataModule):
     """Tell your own pictures apart: ``cli.py predict --ckpt_path CKPT --data SupportQueryDataModule``.
 
     Writes a table of probabilities (CSV: ``file``, ``predicted``, then a column a class) and a contact sheet (PNG)
-    beside it. Pictures are brought to what the network was trained on.
+    beside it. Pictures are brought to what the network was trained on. Names of files and classes that a spreadsheet
+    would take for formulas, those that begin with ``=``, ``+``, ``-``, ``@``, a tab or a line's end, get a single
+    quote in front in the table. Where the outputs for a picture are not finite, ``predicted`` is empty. Of several
+    processes each predicts everything and the first one writes.
 
     Args:
         support: the classes, ``SUPPORT/CLASS/*.png`` or of other formats; any number of pictures in each.
         query: the pictures to tell apart, in this folder or in folders of it; where such a folder has a class's name,
             accuracy is reported.
-        output: the CSV file; it must not be there yet, nor the PNG of that name.
+        output: the CSV file; it must not be there yet, nor the PNG of that name. What appears there meanwhile is
+            left as it is, and ``NAME-1`` is written.
         beside_support: whether the network sees queries together with the support pictures. It normalises with what it
             sees: one query alone, or many of one class, it can hardly tell. ``auto``: unless the folders' names say
             that there are equally many queries of every class, as in a test.
@@ -137,6 +165,8 @@ class SupportQueryDataModule(LightningDataModule):
         super().__init__()
         self.beside_support = beside_support
         self.support, self.query, self.output = Path(support), Path(query), Path(output)
+        if not self.output.name:
+            raise SettingError(f"data.output {output} is no file's name; give one such as predictions.csv.")
         self.sheet = self.output.with_suffix(".png")
         self.classes: dict[str, list[Path]] = {}
         self.files: list[Path] = []
@@ -152,15 +182,19 @@ class SupportQueryDataModule(LightningDataModule):
         support, query = self.support.resolve(), self.query.resolve()
         if support == query or support in query.parents or query in support.parents:
             raise SettingError(
-                f"data.support {self.support} and data.query {self.query} must not lie in one another; move one."
+                f"data.support {shown(self.support)} and data.query {shown(self.query)} must not lie in one another; "
+                "move one."
             )
         if self.output.suffix.lower() == ".png":
-            raise SettingError(f"data.output {self.output} must not end in .png; that is the contact sheet's name.")
+            raise SettingError(
+                f"data.output {shown(self.output)} must not end in .png; that is the contact sheet's name."
+            )
         for file in (self.output, self.sheet):
-            if file.exists():
-                raise SettingError(f"data.output: {file} is there already; remove it or give another name.")
+            if os.path.lexists(file):
+                raise SettingError(f"data.output: {shown(file)} is there already; remove it or give another name.")
+        _check_writable(self.output)
         self.setup()
-        if self._like() is not None:
+        if self._like() is not None or (self.trainer is not None and self.trainer.ckpt_path is None):
             self._read()
 
     def _like(self) -> Inputs | None:
@@ -170,10 +204,10 @@ class SupportQueryDataModule(LightningDataModule):
         """List the pictures."""
         self.classes = _classes(self.support)
         if not self.query.is_dir():
-            raise SettingError(f"data.query {self.query} is not a folder; give one that holds pictures.")
+            raise SettingError(f"data.query {shown(self.query)} is not a folder; give one that holds pictures.")
         self.files = pictures_in(self.query, nested=True)
         if not self.files:
-            raise SettingError(f"data.query {self.query} holds no pictures; put some in it.")
+            raise SettingError(f"data.query {shown(self.query)} holds no pictures; put some in it.")
 
     def predict_dataloader(self) -> DataLoader[Episode]:
         """The one task."""
@@ -185,7 +219,10 @@ class SupportQueryDataModule(LightningDataModule):
             query = torch.cat([support, query])
         targets = torch.zeros(len(query), dtype=torch.int64)  # not asked for
         episode = Episode(support, _targets(self.classes), query, targets)
-        return DataLoader([Episode(*(part[None] for part in episode))], batch_size=None)  # type: ignore[arg-type]
+        tasks: Any = [Episode(*(part[None] for part in episode))]
+        # Every process predicts the one task: Lightning would spread it over them with a sampler of its own.
+        sampler: DistributedSampler[Episode] = DistributedSampler(tasks, num_replicas=1, rank=0, shuffle=False)
+        return DataLoader(tasks, sampler=sampler, collate_fn=_only)
 
     def _beside(self) -> bool:
         if self.beside_support != "auto":
@@ -195,14 +232,16 @@ class SupportQueryDataModule(LightningDataModule):
 
     def _read(self) -> None:
         like = self._like()
+        if like is None and self.trainer is not None and self.trainer.ckpt_path is None:
+            raise SettingError("ckpt_path is not given, and an untrained network predicts nothing; give --ckpt_path.")
         if like is None:
             raise SettingError(
                 "The checkpoint does not say what pictures its network was trained on; train it with this version."
             )
         if self.ways > like.ways:
             raise SettingError(
-                f"data.support {self.support} holds {self.ways} classes, but the checkpoint tells {like.ways} apart; "
-                f"remove some, or train one with --data.ways {self.ways}."
+                f"data.support {shown(self.support)} holds {self.ways} classes, but the checkpoint tells {like.ways} "
+                f"apart; remove some, or train one with --data.ways {self.ways}."
             )
         support = read_pictures([file for files in self.classes.values() for file in files], like)
         query = read_pictures(self.files, like)
@@ -216,7 +255,7 @@ class SupportQueryDataModule(LightningDataModule):
         self.pictures = support.inputs, query.inputs
 
     def report(self, probabilities: Tensor) -> None:
-        """Print and write what was found.
+        """Write what was found, then print it.
 
         Args:
             probabilities: ``[pictures, classes]``, the queries last.
@@ -224,49 +263,58 @@ class SupportQueryDataModule(LightningDataModule):
         Raises:
             SettingError: a file could not be written.
         """
-        probabilities = probabilities[-len(self.files) :]
-        names = list(self.classes)
-        found = probabilities.argmax(-1).tolist()
+        probabilities = probabilities[-len(self.files) :].float().cpu()
+        finite, names = probabilities.isfinite().all(1).tolist(), list(self.classes)
+        found = [
+            index if whole else None for index, whole in zip(probabilities.argmax(-1).tolist(), finite, strict=True)
+        ]
+        files = [str(file.relative_to(self.query)) for file in self.files]
         true = [self._label(file) for file in self.files]
-        table = Table("file", "predicted", "probability")
-        for file, index, row in list(zip(self.files, found, probabilities.tolist(), strict=True))[:ROWS]:
-            table.add_row(str(file.relative_to(self.query)), names[index], f"{row[index]:.2f}")
-        Console().print(table)
-        if len(found) > ROWS:
-            rank_zero_info(f"… and {len(found) - ROWS} more in {self.output}.")
-        text = io.StringIO()
-        writer = csv.writer(text)
-        writer.writerow(["file", "predicted", *names])
-        for file, index, row in zip(self.files, found, probabilities.tolist(), strict=True):
-            writer.writerow([file.relative_to(self.query), names[index], *(f"{value:.6f}" for value in row)])
+        rows = list(zip(files, found, probabilities.tolist(), strict=True))
+        table = [["file", "predicted", *map(text_cell, names)]]
+        for file, index, row in rows:
+            predicted = "" if index is None else text_cell(names[index])
+            table.append([text_cell(file), predicted, *(f"{value:.6f}" for value in row)])
+        written = [write_file(self.output, csv_bytes(table))]
         picture = io.BytesIO()
         self._contact_sheet(found, probabilities, true).save(picture, "PNG")
-        try:
-            self.output.parent.mkdir(parents=True, exist_ok=True)
-            content = text.getvalue().encode(errors="surrogateescape")
-            write_whole(self.output, lambda file: file.write(content), f".{self.output.name}.part")
-            write_whole(self.sheet, lambda file: file.write(picture.getbuffer()), f".{self.sheet.name}.part")
-        except OSError as error:
-            raise SettingError(f"data.output {self.output} could not be written ({error.strerror}).") from error
+        written.append(write_file(self.sheet, picture.getvalue()))
+        console = Console()
+
+        def cell(name: str) -> Text:
+            return Text(shown(name).encode(console.encoding, "backslashreplace").decode(console.encoding))
+
+        screen = Table("file", "predicted", "probability")
+        for file, index, row in rows[:ROWS]:
+            screen.add_row(cell(file), *(("", "") if index is None else (cell(names[index]), f"{row[index]:.2f}")))
+        console.print(screen)
+        if len(found) > ROWS:
+            rank_zero_info(f"… and {len(found) - ROWS} more in {shown(written[0])}.")
         told = [(index, label) for index, label in zip(found, true, strict=True) if label is not None]
         if told:
             right = sum(index == label for index, label in told)
             rank_zero_info(f"Accuracy: {right / len(told):.4f} ({right} of {len(told)} pictures in folders of classes)")
-        rank_zero_info(f"Written: {self.output}, {self.sheet}")
+        if not all(finite):
+            rank_zero_info(f"{finite.count(False)} pictures are not predicted: the network's outputs are not finite.")
+        rank_zero_info(f"Written: {', '.join(map(shown, written))}")
 
     def _label(self, file: Path) -> int | None:
         names = list(self.classes)
         folders = file.relative_to(self.query).parts[:-1]
         return names.index(folders[-1]) if folders and folders[-1] in names else None
 
-    def _contact_sheet(self, found: list[int], probabilities: Tensor, true: list[int | None]) -> Image.Image:
+    def _contact_sheet(self, found: list[int | None], probabilities: Tensor, true: list[int | None]) -> Image.Image:
         """Support pictures by class, then queries with what they were taken for; wrong ones in red."""
         assert self.pictures is not None
         names, (support, query) = list(self.classes), self.pictures
         labels = _targets(self.classes).tolist()
         shown = [Tile(picture, names[label]) for picture, label in zip(support, labels, strict=True)]
         asked = [
-            Tile(picture, f"{names[index]} {row[index]:.2f}", "red" if label not in (None, index) else "green")
+            Tile(
+                picture,
+                "not finite" if index is None else f"{names[index]} {row[index]:.2f}",
+                "red" if label not in (None, index) else "green",
+            )
             for picture, index, row, label in zip(query, found, probabilities.tolist(), true, strict=True)
         ]
         return contact_sheet([("support", shown[:SHEET]), ("query", asked[:SHEET])])

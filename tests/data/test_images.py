@@ -1,7 +1,13 @@
+import errno
+import logging
 import os
+import shutil
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -9,6 +15,7 @@ from PIL import Image
 from cli import main
 from maml_lightning import ImagesDataModule, SettingError
 from maml_lightning.data import images
+from maml_lightning.data import packs as data_packs
 from maml_lightning.data.images import split_classes
 from tests.command_line import TINY, words
 
@@ -50,21 +57,190 @@ def test_episodes_are_of_the_splits_folders(tree: Path):
         assert set((found % 10).flatten().tolist()) == {0, 1, 2, 3}  # all pictures of the classes that have more
 
 
-def test_packed_once_and_again_when_a_file_changes(tree: Path, monkeypatch: pytest.MonkeyPatch):
+def loaded(root: Path, split: str = "train", **settings: object) -> torch.Tensor:
+    """The pictures of a split as a start finds them."""
+    return ImagesDataModule(str(root), **{**SMALL, **settings}).load_split(split)[0].clone()  # type: ignore[arg-type]
+
+
+def packs(root: Path) -> dict[str, int]:
+    """The files of the packs, and when they were written."""
+    return {file.name: file.stat().st_mtime_ns for file in (root / ".packed").iterdir()}
+
+
+def only_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on no picture may be read."""
+    monkeypatch.setattr(images, "read_picture", None)
+
+
+def test_packed_once_and_again_when_a_file_changes(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    logging.getLogger("lightning.pytorch").propagate = True  # to pytest
     first = ImagesDataModule(str(tree), **SMALL)  # type: ignore[arg-type]
     first.setup("fit")
-    packed = {file: file.stat().st_mtime_ns for file in (tree / ".packed").iterdir()}
-    assert len(packed) == 2
+    before = packs(tree)
+    assert sorted(before) == ["train_3x12.npy", "train_3x12.npz", "val_3x12.npy", "val_3x12.npz"]
+    assert len(set(caplog.messages)) == 2
     with monkeypatch.context() as patch:
-        patch.setattr(images, "read_picture", None)
+        only_known(patch)
         again = ImagesDataModule(str(tree), **SMALL)  # type: ignore[arg-type]
         again.setup("fit")
     assert torch.equal(again.datasets["train"][0].query_inputs, first.datasets["train"][0].query_inputs)
     Image.new("L", (9, 9), 250).save(tree / "train" / "class 00" / "new.png")
+    caplog.clear()
     later = ImagesDataModule(str(tree), **SMALL)  # type: ignore[arg-type]
     later.setup("fit")
     assert later.datasets["train"].counts.tolist() == [3, 3, 4, 2]  # type: ignore[attr-defined]
-    assert {file: file.stat().st_mtime_ns for file in packed} == packed
+    (told,) = set(caplog.messages)
+    assert told.startswith("Packing 12 pictures into")
+    assert told.endswith("(again, for class 00/new.png is new)")
+    after = packs(tree)
+    assert sorted(after) == sorted(before)  # the superseded one is gone
+    assert after["val_3x12.npy"] == before["val_3x12.npy"]
+    assert (tree / "train/class 00/new.png").unlink() is None
+    loaded(tree)
+    assert "class 00/new.png is gone" in caplog.text
+
+
+def test_other_pixels_of_the_same_size_and_time_are_packed_again(tree: Path, caplog: pytest.LogCaptureFixture):
+    logging.getLogger("lightning.pytorch").propagate = True  # to pytest
+    file = tree / "train" / "class 01" / "2.bmp"
+    Image.new("RGB", (12, 12), (7, 7, 7)).save(file)
+    assert (loaded(tree)[4] == 7).all()
+    for shade, way in ((8, "written"), (9, "moved")):
+        before = file.stat()
+        other = tree / "other.bmp"
+        Image.new("RGB", (12, 12), (shade,) * 3).save(other)
+        if way == "written":
+            file.write_bytes(other.read_bytes())
+        else:
+            other.replace(file)
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+        assert (loaded(tree)[4] == shade).all()
+    assert "Packing 12 pictures" in caplog.text
+    assert "(again, for class 01/2.bmp has changed)" in caplog.text
+
+
+def test_the_same_bytes_at_another_time_are_not_packed_again(tree: Path, monkeypatch: pytest.MonkeyPatch):
+    first = loaded(tree)
+    for file in tree.glob("train/*/*"):
+        os.utime(file, (1, 1))
+    shutil.copytree(tree, tree / "copy", ignore=shutil.ignore_patterns("copy"))
+    only_known(monkeypatch)
+    for root in (tree, tree / "copy"):
+        assert torch.equal(loaded(root), first)
+
+
+def test_a_file_that_did_not_change_is_not_read(tree: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(data_packs, "GRAIN", -(10**18))  # as if the tree had been written long ago
+    first = loaded(tree)
+    read: list[str] = []
+    reader = data_packs._read
+    monkeypatch.setattr(data_packs, "_read", lambda file: read.append(file) or reader(file))
+    monkeypatch.setattr(images.hashlib, "file_digest", None)
+    assert torch.equal(loaded(tree), first)
+    assert read == []
+    (tree / "train/class 00/0.png").touch()
+    assert torch.equal(loaded(tree), first)
+    assert read == [str(tree / "train/class 00/0.png")]
+    assert torch.equal(loaded(tree), first)
+    assert len(read) == 1  # noted
+
+
+@pytest.mark.parametrize(
+    "damage", ["cut", "empty", "dtype", "shape", "count", "text", "pixel", "about", "no about", "another about"]
+)
+def test_a_pack_that_is_not_what_was_written_is_made_anew(tree: Path, damage: str):
+    first = loaded(tree)
+    pack, about = tree / ".packed" / "train_3x12.npy", tree / ".packed" / "train_3x12.npz"
+    before, whole, pixels = pack.stat(), pack.read_bytes(), np.load(pack)
+    if damage in ("dtype", "shape", "count"):
+        other = {"dtype": pixels.astype(np.float32), "shape": pixels[..., :6], "count": pixels[:5]}[damage]
+        np.save(pack, other)
+    elif damage == "about":
+        about.write_bytes(about.read_bytes()[:100])
+    elif damage == "no about":
+        about.unlink()
+    elif damage == "another about":
+        loaded(tree, "val")
+        about.write_bytes((tree / ".packed" / "val_3x12.npz").read_bytes())
+    else:
+        flipped = whole[:-1] + bytes([whole[-1] ^ 1])
+        pack.write_bytes({"cut": whole[:-100], "empty": b"", "text": b"hello", "pixel": flipped}[damage])
+    os.utime(pack, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert torch.equal(loaded(tree), first)
+    assert pack.read_bytes() == whole
+
+
+def test_settings_and_seeds_have_packs_of_their_own(tmp_path: Path):
+    make(tmp_path, 12)
+    found = [loaded(tmp_path, "test", **settings) for settings in ({}, {"size": 8}, {"channels": 1}, {"split_seed": 1})]
+    assert [tuple(pictures.shape[1:]) for pictures in found] == [(3, 12, 12), (3, 8, 8), (1, 12, 12), (3, 12, 12)]
+    assert found[0].shape != found[3].shape or not torch.equal(found[0], found[3])
+    before = packs(tmp_path)
+    assert len(before) == 8
+    for settings in ({}, {"size": 8}, {"channels": 1}, {"split_seed": 1}):
+        loaded(tmp_path, "test", **settings)
+    assert {name: time for name, time in packs(tmp_path).items() if name.endswith(".npy")} == {
+        name: time for name, time in before.items() if name.endswith(".npy")
+    }
+
+
+PACKING = """
+import os, signal, sys
+from maml_lightning.data import images
+from maml_lightning.data import packs as data_packs
+read, count = images.read_picture, 0
+def last(*given):
+    global count
+    count += 1
+    if count == 5:
+        if sys.argv[2] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        print("packing", flush=True)
+        sys.stdin.readline()
+    return read(*given)
+images.read_picture = last
+images.ImagesDataModule(sys.argv[1], size=12).load_split("train")
+"""
+
+
+def test_what_killed_runs_left_is_removed_and_what_others_write_is_not(tree: Path):
+    command = [sys.executable, "-c", PACKING, str(tree)]
+    subprocess.run([*command, "kill"], check=False, stderr=subprocess.DEVNULL)
+    (killed,) = packs(tree)
+    with subprocess.Popen([*command, "wait"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout
+        assert running.stdin
+        assert running.stdout.readline() == "packing\n"  # and the killed one's is gone
+        (written,) = packs(tree)
+        assert written != killed
+        abroad = tree / ".packed" / f".train_3x12.npy.elsewhere.{os.getpid()}.aa"  # by a process of another machine
+        abroad.touch()
+        old = tree / ".packed" / ".train_3x12.npz.elsewhere.1.aa"
+        old.touch()
+        os.utime(old, (1, 1))
+        (tree / ".packed" / "train_3x12_0a1b2c3d.npy").touch()  # as packs were once named
+        loaded(tree)
+        assert sorted(packs(tree)) == sorted([written, abroad.name, "train_3x12.npy", "train_3x12.npz"])
+        mapped = loaded(tree)
+        running.communicate("go on\n")
+    assert running.returncode == 0
+    assert sorted(packs(tree)) == [abroad.name, "train_3x12.npy", "train_3x12.npz"]
+    assert torch.equal(mapped, loaded(tree))  # the file that it maps is another's now
+
+
+def test_a_pack_without_room_for_its_description_is_not_kept(tree: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.warns(UserWarning, match=r"train_3x12.npy could not be written \(No space left on device\)"):
+        pictures = loaded(tree)
+    assert packs(tree) == {}
+    monkeypatch.undo()
+    assert torch.equal(loaded(tree), pictures)
 
 
 def test_pictures_are_mapped_not_read(tree: Path):

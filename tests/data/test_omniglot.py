@@ -1,7 +1,11 @@
 """Omniglot: the tree, its cache, its splits, and everything that may be wrong with them."""
 
 import errno
+import logging
+import os
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from maml_lightning.data import OmniglotDataModule, omniglot
+from maml_lightning.data import OmniglotDataModule, omniglot, packs
 from maml_lightning.data.omniglot import load_characters, split_characters
 from maml_lightning.errors import SettingError
 
@@ -50,13 +54,72 @@ def test_the_second_start_reads_the_cache_alone(small_root: Path, monkeypatch: p
     assert np.array_equal(load_characters(small_root), images)
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "shape", "text", "object"])
+def test_a_tree_with_other_contents_is_packed_again(small_root: Path, caplog: pytest.LogCaptureFixture):
+    logging.getLogger("lightning.pytorch").propagate = True  # to pytest
+    before = load_characters(small_root)
+    first, other = (small_root / f"omniglot-py/images_background/Greek/character0{number}" for number in (1, 2))
+    for drawing in range(20):  # the second's bars in the first's files, of the same sizes and times
+        file = first / f"0000_{drawing + 1:02}.png"
+        content, times = (other / f"0001_{drawing + 1:02}.png").read_bytes(), file.stat()
+        file.write_bytes(content[: times.st_size].ljust(times.st_size, b"\0"))
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+        if file.stat().st_size != len(content):
+            file.write_bytes(content)
+    after = load_characters(small_root)
+    assert not np.array_equal(after[0], before[0])
+    assert np.array_equal(after[0], before[1])
+    assert np.array_equal(after[1:], before[1:])
+    assert "again, for images_background/Greek/character01/0000_01.png has changed" in caplog.text
+    (other / "0001_01.png").rename(other / "0001_00.png")
+    assert np.array_equal(load_characters(small_root), after)
+    assert "character02/0001_00.png is new" in caplog.text
+
+
+def test_the_same_bytes_at_another_time_are_not_packed_again(small_root: Path, monkeypatch: pytest.MonkeyPatch):
+    images = load_characters(small_root)
+    monkeypatch.setattr(omniglot, "pack", None)
+    for file in small_root.rglob("*.png"):
+        os.utime(file, (1, 1))
+    assert np.array_equal(load_characters(small_root), images)
+
+
+def test_a_cache_without_its_tree_is_used_but_not_with_a_part_of_it(small_root: Path):
+    images = load_characters(small_root)
+    shutil.rmtree(small_root / "omniglot-py" / "images_evaluation")
+    assert "Omniglot is not at" in refusal(small_root)
+    shutil.rmtree(small_root / "omniglot-py" / "images_background")
+    assert np.array_equal(load_characters(small_root), images)
+
+
+def test_what_killed_runs_left_is_removed(small_root: Path):
+    folder = small_root / "omniglot-py"
+    script = (
+        "import sys; from maml_lightning.data import packs, omniglot; print(packs.temporary(omniglot.Path('p.npz')))"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    left = folder / ended.stdout.strip().replace("p.npz", "packed_28.npz")
+    left.touch()
+    mine, old = folder / packs.temporary(folder / "packed_28.npz"), folder / f".packed_28.npz.{'0' * 32}"
+    mine.touch()
+    old.touch()
+    os.utime(old, (1, 1))
+    load_characters(small_root)
+    assert sorted(file.name for file in folder.glob(".*")) == [mine.name]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "shape", "dtype", "text", "object", "alone"])
 def test_a_damaged_cache_is_made_anew(small_root: Path, damage: str):
     images = load_characters(small_root)
     cache = small_root / "omniglot-py" / "packed_28.npz"
     whole = cache.read_bytes()
+    with np.load(cache) as packed:
+        arrays = dict(packed)
     if damage == "shape":
-        np.savez(cache, images=images[:2])
+        np.savez(cache, **{**arrays, "images": images[:2]})
+    elif damage == "dtype":
+        np.savez(cache, **{**arrays, "images": images.astype(np.float32)})
+    elif damage == "alone":  # as other versions wrote it
+        np.savez(cache, images=images)
     elif damage == "object":
         np.savez(cache, images=np.array([{}], dtype=object))
     else:

@@ -1,4 +1,3 @@
-import os
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +5,7 @@ import pytest
 from PIL import Image
 
 from maml_lightning import SettingError
-from maml_lightning.data.pictures import class_folders, fingerprint, pictures_in, read_picture
+from maml_lightning.data.pictures import class_folders, pictures_in, read_picture
 
 
 def half(mode: str, size: tuple[int, int] = (40, 20)) -> Image.Image:
@@ -106,10 +105,49 @@ def test_folders(tmp_path: Path):
         class_folders(tmp_path / "missing")
 
 
-def test_fingerprints_follow_the_files(tmp_path: Path):
-    file = tmp_path / "a.png"
-    half("L").save(file)
-    before = fingerprint([file])
-    assert fingerprint([file]) == before
-    os.utime(file, (1, 1))
-    assert fingerprint([file]) != before
+def test_an_animation_is_its_first_picture(tmp_path: Path):
+    half("L").save(tmp_path / "a.gif", save_all=True, append_images=[Image.new("L", (40, 20), 255)])
+    half("L").save(tmp_path / "b.gif")
+    first, alone = (read_picture(tmp_path / f"{name}.gif", 10, 1, "crop") for name in "ab")
+    assert np.array_equal(first, alone)
+    assert first[0, :, 0].max() < 20
+
+
+def test_floats_that_are_no_grey_become_black(tmp_path: Path):
+    values = np.array([[-1.0, np.nan], [0.5, 1.0]], np.float32)
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    assert read_picture(tmp_path / "a.tif", 2, 1, "pad").tolist() == [[[0, 0], [127, 255]]]
+
+
+def test_a_strip_that_would_not_fit_into_memory_as_a_square_is_named(tmp_path: Path):
+    Image.new("L", (60_000, 1)).save(tmp_path / "a.png")
+    assert read_picture(tmp_path / "a.png", 4, 1, "crop").shape == (1, 4, 4)
+    with pytest.raises(SettingError, match=r"a.png is too large a picture \(60000 x 1 pixels, 60000 x 60000 when"):
+        read_picture(tmp_path / "a.png", 4, 1, "pad")
+
+
+def test_links(tmp_path: Path):
+    folder, elsewhere = tmp_path / "pictures", tmp_path / "elsewhere"
+    for place in (folder / "a", elsewhere):
+        place.mkdir(parents=True)
+        half("L").save(place / "1.png")
+    (folder / "a" / "up").symlink_to(folder)  # a loop
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "notes.txt").symlink_to("nowhere")
+    assert [str(file.relative_to(folder)) for file in pictures_in(folder, nested=True)] == ["a/1.png", "linked/1.png"]
+    for name, target, why in (("b.png", "nowhere", "No such file"), ("c.png", "c.png", "Too many levels")):
+        (folder / "a" / name).symlink_to(target)
+        with pytest.raises(SettingError, match=rf"a/{name} cannot be read \({why}.*\); give a folder that can"):
+            pictures_in(folder, nested=True)
+        (folder / "a" / name).unlink()
+    (elsewhere / "class").symlink_to("nowhere")
+    with pytest.raises(SettingError, match=r"elsewhere/class cannot be read \(No such file"):
+        class_folders(elsewhere)
+
+
+def test_a_message_about_an_odd_name_is_one_line(tmp_path: Path):
+    file = tmp_path / "two\nlines\x1b[2J.png"
+    file.write_bytes(b"")
+    with pytest.raises(SettingError, match=r"two\\nlines\\x1b\[2J.png cannot be read \(no whole picture\)") as error:
+        read_picture(file, 4, 1, "crop")
+    assert str(error.value).isprintable()

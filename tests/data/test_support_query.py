@@ -17,7 +17,7 @@ from maml_lightning import Inputs, OmniglotDataModule, SettingError, SupportQuer
 from maml_lightning.data.omniglot import character_files, split_characters
 from maml_lightning.data.pictures import class_folders
 from maml_lightning.data.support_query import read_pictures
-from tests.command_line import process, words
+from tests.command_line import process, run, words
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -29,7 +29,7 @@ def predict(support: Path, query: Path, output: object = "out.csv", checkpoint: 
     logging.getLogger("lightning.pytorch").propagate = True  # to pytest
     data = {"data": "SupportQueryDataModule", "data.support": support, "data.query": query, "data.output": output}
     main(words("predict", ckpt_path=checkpoint, **data, **{"trainer.logger": "false", "trainer.accelerator": "cpu"}))
-    with Path(str(output)).open(newline="") as file:
+    with Path(str(output)).open(newline="", errors="surrogateescape") as file:
         return list(csv.reader(file))
 
 
@@ -277,6 +277,130 @@ def test_as_a_process_it_ends_in_one_line(good: Path):
     assert printed.strip().splitlines()[-1].startswith("error: ")
     assert "note.png" in printed.strip().splitlines()[-1]
     assert "Traceback" not in printed
+
+
+ODD = ["[", "=cmd()", "a|b$x$_", "-dash %s", "日本"]
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> Path:
+    """Classes and pictures with names that mean something to a spreadsheet, a terminal, rich or a font."""
+    for number, name in enumerate(ODD):
+        for part, file in (("support", "1.png"), ("query", "x].png")):
+            (tmp_path / part / name).mkdir(parents=True)
+            plain(number, number).save(tmp_path / part / name / file)
+    others = ["=1+1.png", "+1.png", "@a.png", "\t=.png", "two\nlines.png", "\x1b[31mred.png", "l" * 250 + ".png"]
+    for name in (*others, os.fsdecode(b"raw\xff.png")):
+        plain(0, 1).save(tmp_path / "query" / name)
+    return tmp_path
+
+
+def test_odd_names_are_printed_as_they_are_and_harmless_in_a_spreadsheet(odd: Path, capsys: pytest.CaptureFixture):
+    header, *rows = predict(odd / "support", odd / "query")
+    assert header == ["file", "predicted", "'-dash %s", "'=cmd()", "[", "a|b$x$_", "日本"]
+    found = {row[0] for row in rows}
+    assert found >= {"'=1+1.png", "'+1.png", "'@a.png", "'\t=.png", "two\nlines.png", "\x1b[31mred.png", "[/x].png"}
+    assert found >= {"a|b$x$_/x].png", "日本/x].png", "'=cmd()/x].png", os.fsdecode(b"raw\xff.png")}
+    assert len(rows) == len(found) == 13
+    assert {row[1] for row in rows} <= set(header[2:])
+    printed = capsys.readouterr().out
+    assert "a|b$x$_/x].png" in printed
+    assert "[/x].png" in printed
+    assert r"two\nlines.png" in printed
+    assert r"\x1b[31mred.png" in printed
+    assert "\x1b[31m" not in printed
+
+
+def test_two_processes_write_what_one_writes_once(odd: Path):
+    flags = {"data": "SupportQueryDataModule", "data.support": odd / "support", "data.query": odd / "query"}
+    alone = predict(odd / "support", odd / "query", "alone.txt")
+    ddp = {"trainer.accelerator": "cpu", "trainer.strategy": "ddp", "trainer.devices": 2}
+    ended = run(*words("predict", ckpt_path="omniglot_5way_1shot", **flags, **ddp))  # with its progress bar
+    assert ended.returncode == 0, ended.stderr
+    assert (odd / "predictions.csv").read_bytes() == (odd / "alone.txt").read_bytes()
+    assert len(alone) == 14
+    assert ended.stderr.count("Written: predictions.csv, predictions.png") == 1
+    assert {file.name for file in odd.glob("predictions*")} == {"predictions.csv", "predictions.png"}
+
+
+@pytest.fixture
+def ready(good: Path) -> SupportQueryDataModule:
+    """Two classes and two queries, read, and the task predicted but not written."""
+    data = SupportQueryDataModule(str(good / "support"), str(good / "query"), str(good / "new" / "out.csv"))
+    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(inputs=OMNIGLOT))  # type: ignore[assignment]
+    data.prepare_data()
+    return data
+
+
+FOUND = torch.tensor([[0.75, 0.25], [0.5, 0.5]])
+
+
+def test_a_table_is_written_before_anything_else_can_fail(
+    ready: SupportQueryDataModule, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: object) -> None:
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("maml_lightning.data.support_query.contact_sheet", fail)
+    with pytest.raises(RuntimeError, match="no font"):
+        ready.report(FOUND)
+    assert ready.output.read_text().splitlines()[1] == "cross/0.png,cross,0.750000,0.250000"
+
+
+def test_what_appears_meanwhile_is_left_as_it_is(ready: SupportQueryDataModule, caplog: pytest.LogCaptureFixture):
+    logging.getLogger("lightning.pytorch").propagate = True  # to pytest
+    ready.output.parent.mkdir()
+    ready.output.write_text("mine")
+    ready.report(FOUND)
+    assert ready.output.read_text() == "mine"
+    assert (ready.output.parent / "out-1.csv").read_text().count("cross/0.png") == 1
+    assert f"Written: {ready.output.parent / 'out-1.csv'}, {ready.sheet}" in caplog.text
+
+
+def test_a_table_that_cannot_be_written_is_elsewhere(
+    ready: SupportQueryDataModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    ready.output.parent.write_text("a file where the folder should be")
+    with pytest.raises(
+        SettingError, match=r"out.csv could not be written \(File exists\); it is in .*out.csv"
+    ) as error:
+        ready.report(FOUND)
+    where = Path(str(error.value).split("it is in ")[1].removesuffix("."))
+    assert "cross/0.png,cross,0.750000" in where.read_text()
+
+
+def test_what_is_not_finite_is_not_predicted(ready: SupportQueryDataModule, caplog: pytest.LogCaptureFixture):
+    logging.getLogger("lightning.pytorch").propagate = True  # to pytest
+    ready.report(torch.tensor([[0.25, 0.75], [torch.nan, torch.nan]]))
+    assert ready.output.read_text().splitlines()[1:] == ["cross/0.png,ring,0.250000,0.750000", "ring/0.png,,nan,nan"]
+    assert "1 pictures are not predicted" in caplog.text
+    assert "Accuracy: 0.0000 (0 of 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("output", "why"),
+    [
+        ("file/out.csv", "Not a directory"),
+        (f"{'n' * 300}.csv", "File name too long"),
+        ("dangling/out.csv", "No such file or directory"),
+    ],
+)
+def test_an_output_that_cannot_be_is_named_before_the_work(good: Path, output: str, why: str):
+    (good / "file").write_text("")
+    (good / "dangling").symlink_to(good / "nowhere")
+    before = sorted(good.rglob("*"))
+    with pytest.raises(SettingError, match=rf"data.output .*{output} could not be written \({why}\); give another"):
+        SupportQueryDataModule(str(good / "support"), str(good / "query"), str(good / output)).prepare_data()
+    assert sorted(good.rglob("*")) == before
+
+
+def test_without_a_checkpoint_it_asks_for_one(good: Path):
+    before = sorted(good.rglob("*"))
+    data = {"data": "SupportQueryDataModule", "data.support": good / "support", "data.query": good / "query"}
+    with pytest.raises(SettingError, match=r"ckpt_path is not given.*; give --ckpt_path"):
+        main(words("predict", **data, **{"trainer.accelerator": "cpu"}))
+    assert sorted(good.rglob("*")) == before
 
 
 def test_python_gives_a_plain_network_that_exports(good: Path):

@@ -1,0 +1,190 @@
+"""Packs: what was read from many files, kept in one, and used again only while it is known to be theirs.
+
+A pack keeps of each file its size, its times, its inode and a digest of its bytes. At a start the files are asked for
+the former, which costs microseconds; only those that differ are read again and their digests compared. A rewrite that
+restores size and modification time still changes ``ctime``, so other pixels are never taken for those packed.
+"""
+
+import contextlib
+import hashlib
+import os
+import platform
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+
+from maml_lightning.errors import SettingError
+from maml_lightning.files import shown, write_whole
+
+VERSION = 1  # of what a pack holds; another one is packed again
+GRAIN = 2_000_000_000  # ns; a file written so shortly before may be written again without a change of its times
+ABANDONED = 3600  # seconds; a writer writes all the time
+DIGEST = 16  # bytes
+
+NODE = platform.node().replace("/", "")
+
+State = tuple[int, int, int, int]
+
+
+def new_digest() -> hashlib.blake2b:
+    """A hash of ``DIGEST`` bytes, to be fed."""
+    return hashlib.blake2b(digest_size=DIGEST)
+
+
+def state(file: os.stat_result) -> State:
+    """What changes when a file does: size, modification time, change time and inode."""
+    return file.st_size, file.st_mtime_ns, file.st_ctime_ns, file.st_ino
+
+
+class Sources(NamedTuple):
+    """The files that a pack was made of.
+
+    Args:
+        names: of the files, as paths in their folder.
+        states: ``[files, 4]``, the `state` of each; a change time 0 is never met again, and asks for the digest.
+        digests: ``[files, DIGEST]`` uint8.
+    """
+
+    names: Sequence[str]
+    states: npt.NDArray[np.int64]
+    digests: npt.NDArray[np.uint8]
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """As arrays, for `numpy.savez`."""
+        names = np.frombuffer("\0".join(self.names).encode(errors="surrogateescape"), np.uint8)
+        return {"names": names, "states": self.states, "digests": self.digests}
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> "Sources":
+        """Those of `arrays`.
+
+        Raises:
+            ValueError, KeyError: they are no such arrays.
+        """
+        names = arrays["names"].tobytes().decode(errors="surrogateescape").split("\0")
+        states, digests = arrays["states"], arrays["digests"]
+        for array, dtype, width in ((states, np.int64, 4), (digests, np.uint8, DIGEST)):
+            if array.dtype != dtype or array.shape != (len(names), width):
+                raise ValueError("no sources of a pack")
+        return cls(names, states, digests)
+
+
+def read_sources(folder: Path, names: Sequence[str], use: Callable[[str, bytes], object]) -> Sources:
+    """Read files one after another, and keep what they were.
+
+    Args:
+        folder: where the files lie.
+        names: their paths in it.
+        use: takes each file's path and its bytes.
+
+    Raises:
+        SettingError: a file cannot be read.
+    """
+    states, digests = np.empty((len(names), 4), np.int64), np.empty((len(names), DIGEST), np.uint8)
+    for index, name in enumerate(names):
+        states[index], content = _read(file := os.path.join(folder, name))
+        digests[index] = _digest(content)
+        use(file, content)
+    return Sources(names, states, digests)
+
+
+def _digest(content: bytes) -> npt.NDArray[np.uint8]:
+    whole = new_digest()
+    whole.update(content)
+    return np.frombuffer(whole.digest(), np.uint8)
+
+
+def _read(file: str) -> tuple[State, bytes]:
+    now = time.time_ns()
+    with _readable(file), open(file, "rb") as opened:
+        size, modified, changed, inode = state(os.fstat(opened.fileno()))
+        return (size, modified, changed if changed + GRAIN < now else 0, inode), opened.read()
+
+
+@contextlib.contextmanager
+def _readable(file: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SettingError(f"{shown(file)} cannot be read ({error.strerror}); replace or remove it.") from error
+
+
+def _state(file: str) -> State:
+    with _readable(file):
+        return state(os.stat(file))
+
+
+def compare(packed: Sources, folder: Path, names: Sequence[str]) -> tuple[str | None, Sources]:
+    """Whether files are still those that were packed.
+
+    Args:
+        packed: what they were.
+        folder: where the files lie.
+        names: their paths in it.
+
+    Returns:
+        what has changed, None where nothing has; and the sources with what is known of them now.
+
+    Raises:
+        SettingError: a file cannot be read.
+    """
+    if list(packed.names) != list(names):
+        new, gone = sorted(set(names) - set(packed.names)), sorted(set(packed.names) - set(names))
+        return (f"{new[0]} is new" if new else f"{gone[0]} is gone" if gone else "their order is another"), packed
+    start = os.path.join(folder, "")
+    states = np.array([_state(start + name) for name in names], np.int64)
+    differ = np.flatnonzero((states != packed.states).any(1))
+    known = packed.states.copy()
+    for index in differ.tolist():
+        if states[index, 0] != packed.states[index, 0]:
+            return f"{names[index]} has changed", packed
+        known[index], content = _read(start + names[index])
+        if not np.array_equal(_digest(content), packed.digests[index]):
+            return f"{names[index]} has changed", packed
+    return None, packed._replace(states=known)
+
+
+def load_arrays(path: Path) -> dict[str, npt.NDArray[Any]] | None:
+    """The arrays of an ``.npz``, their checksums verified; None where it is not there or damaged."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except Exception:  # zipfile and NumPy raise whatever a damaged file makes them trip over
+        return None
+
+
+def save_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Write an ``.npz``, whole or not at all.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    write_whole(path, lambda file: np.savez(file, **arrays), temporary(path))  # type: ignore[arg-type]
+
+
+def temporary(path: Path) -> str:
+    """A name beside ``path`` for it to grow under, which says by which process."""
+    return f".{path.name}.{NODE}.{os.getpid()}.{uuid.uuid4().hex}"
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed writers of ``path`` left: their process is gone, or wrote nothing for an hour."""
+    prefix = f".{path.name}."
+    for file in path.parent.glob("*") if path.parent.is_dir() else ():
+        if file.name.startswith(prefix):
+            writer = file.name.removeprefix(prefix).rsplit(".", 2)
+            here = len(writer) == 3 and writer[0] == NODE and writer[1].isdecimal()
+            with contextlib.suppress(OSError):  # another has removed it, or the folder cannot be written
+                if (here and not psutil.pid_exists(int(writer[1]))) or abandoned(file):
+                    file.unlink()
+
+
+def abandoned(file: Path) -> bool:
+    """Whether nothing was written for an hour."""
+    return file.stat().st_mtime < time.time() - ABANDONED
