@@ -150,12 +150,7 @@ class MAML(LightningModule):
         if first_order:
             _refuse({"first_order_epochs": first_order_epochs}, "model.first_order is true in every epoch")
         self.save_hyperparameters(ignore=["net", "loss"])
-        tracking = [layer for layer in net.modules() if getattr(layer, "running_mean", None) is not None]
-        if tracking:
-            rank_zero_info("Running statistics of normalisation layers are off: MAML uses those of the batch at hand.")
-        for layer in tracking:  # torch.func.replace_all_batch_norm_modules_ would leave instance normalisation as it is
-            for name, off in {**dict.fromkeys(_RUNNING), "track_running_stats": False}.items():
-                setattr(layer, name, off)
+        _use_batch_statistics(net)
         self.net = net
         self.inner_lr, self.inner_steps, self.first_order, self.outer_lr = inner_lr, inner_steps, first_order, outer_lr
         self.eval_inner_steps = inner_steps if eval_inner_steps is None else eval_inner_steps
@@ -164,7 +159,7 @@ class MAML(LightningModule):
         self.adaptation = Adaptation(
             net, inner_lr, inner_steps, adapted_parameters, learn_inner_lr, per_step_normalization
         )
-        self._inner_loop = InnerLoop(
+        self._loop = InnerLoop(
             net,
             loss,
             tasks_per_chunk,
@@ -181,6 +176,15 @@ class MAML(LightningModule):
         self.non_finite, self._skipped = non_finite, 0
         self._finite: list[tuple[int, Tensor]] = []  # of each batch, which tasks' outputs are finite
         self.test_scores: Tensor | None = None
+
+    @property
+    def _inner_loop(self) -> InnerLoop:
+        """The inner loop of what ``net`` and ``loss`` are now."""
+        if self._loop.net is not self.net:
+            _use_batch_statistics(self.net)
+            self._loop.net = self.net
+        self._loop.loss = self.loss
+        return self._loop
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The network before adaptation."""
@@ -377,11 +381,11 @@ class MAML(LightningModule):
         return self.adaptation.params(self.net)
 
     def _rates(self) -> Parameters:
-        return self.adaptation.rates(self.net)
+        return self.adaptation.rates(self.net, self.inner_lr)
 
     def _check(self, batch: Episode) -> Episode:
         episode = Episode(*batch).check()
-        if not self._checked:
+        if self._loop.net is not self.net or not self._checked:
             self._check_fit(episode)
             self._checked = True
         if self.inputs is None and self.training and episode.support_targets.dtype == torch.int64:
@@ -472,6 +476,16 @@ class MAML(LightningModule):
             log(f"{stage}/{self.score_name}_step_{step}", score.item())
         log(f"{stage}/{self.score_name}", scores[:, -1].mean().item(), prog_bar=True)
         return scores
+
+
+def _use_batch_statistics(net: nn.Module) -> None:
+    """Switch running statistics off, which tasks cannot share."""
+    tracking = [layer for layer in net.modules() if getattr(layer, "running_mean", None) is not None]
+    if tracking:
+        rank_zero_info("Running statistics of normalisation layers are off: MAML uses those of the batch at hand.")
+    for layer in tracking:  # torch.func.replace_all_batch_norm_modules_ would leave instance normalisation as it is
+        for name, off in {**dict.fromkeys(_RUNNING), "track_running_stats": False}.items():
+            setattr(layer, name, off)
 
 
 def check_strategy(strategy: str) -> None:
