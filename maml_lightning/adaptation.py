@@ -29,6 +29,8 @@ def adapted_names(net: nn.Module, which: str | Sequence[str] = "all") -> list[st
         ['2.weight', '2.bias']
     """
     names = [name for name, value in net.named_parameters() if value.requires_grad]
+    if which == "all" and names:
+        return names
     layers = [name for name, layer in net.named_modules() if any(True for _ in layer.parameters(recurse=False))]
     prefix = f"{layers[-1]}." if layers and layers[-1] else ""
     head = [name for name in names if name.startswith(prefix)]

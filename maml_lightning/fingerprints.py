@@ -5,6 +5,7 @@ function of parameters, buffers and inputs; parameters and buffers are therefore
 """
 
 import weakref
+from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from dataclasses import is_dataclass
 from functools import partial
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_PLAIN = {int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
+_CONTAINERS = {dict, OrderedDict, list, tuple, set}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -58,7 +60,7 @@ def _of(value: Any, seen: dict[int, int]) -> Hashable:
     if (first := seen.setdefault(id(value), len(seen))) != len(seen) - 1:
         return ("seen", first)
     if isinstance(value, nn.Module):
-        return (kind, tuple(vars(value)), *[_attribute(n, v, seen) for n, v in vars(value).items()])
+        return _module(value, seen)
     if isinstance(value, Mapping):
         return (kind, *[(_of(k, seen), _of(v, seen)) for k, v in value.items()])
     if isinstance(value, list):
@@ -77,10 +79,20 @@ def _of(value: Any, seen: dict[int, int]) -> Hashable:
     return (_identity(value), *[(n, type(v), v) for n, v in attributes.items() if type(v) in _PLAIN])
 
 
-def _attribute(name: str, value: Any, seen: dict[int, int]) -> Hashable:
-    if name in ("_parameters", "_buffers"):
-        return tuple([(n, v is None) for n, v in value.items()]) if value else None
-    return _of(value, seen)
+def _module(net: nn.Module, seen: dict[int, int]) -> Hashable:
+    attributes = vars(net)
+    parts: list[Any] = [type(net), *attributes]
+    for name, value in attributes.items():
+        kind = type(value)
+        if kind in _PLAIN:
+            parts += (kind, value)
+        elif kind in _CONTAINERS and not value:  # most are: no hooks, no buffers
+            parts.append(kind)
+        elif name in ("_parameters", "_buffers"):
+            parts.append(tuple([(n, v is None) for n, v in value.items()]))
+        else:
+            parts.append(_of(value, seen))
+    return tuple(parts)
 
 
 def _identity(value: Any) -> Hashable:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
 
-from maml_lightning import MAML, MLP, ConvNet, Episode, GlyphsDataModule, InnerLoop, SettingError
+from maml_lightning import MAML, MLP, Episode, GlyphsDataModule, InnerLoop, SettingError
 from tests.reference import images, perturbed, reference, relative_error
 
 
