@@ -25,6 +25,20 @@ log = logging.getLogger(__name__)
 _STATES = 8  # so many states of a network are traced; one that changes at each step runs untraced
 
 
+def _hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+# A key for the structure of arguments; torch 2.7 has no hash of one with a dictionary in it.
+_structure: Callable[[pytree.TreeSpec], Hashable] = (
+    (lambda spec: spec) if _hashable(pytree.tree_structure({"": 0})) else str
+)
+
+
 def _signature(leaves: Iterable[Tensor]) -> tuple:
     autocast = {
         device: torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) for device in ("cpu", "cuda")
@@ -65,7 +79,7 @@ def _share(graph: fx.Graph) -> None:
         if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             continue
         arguments, spec = pytree.tree_flatten((node.args, node.kwargs))
-        first = seen.setdefault((node.target, spec, *((type(a), a) for a in arguments)), node)
+        first = seen.setdefault((node.target, _structure(spec), *((type(a), a) for a in arguments)), node)
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
@@ -304,7 +318,7 @@ class Tracer:
             graph = _trace(flat, leaves, self.compile)
             return self._ready(graph), out_spec
 
-        program = self._program(function, (in_dims, spec, *_signature(leaves)), build)
+        program = self._program(function, (in_dims, _structure(spec), *_signature(leaves)), build)
         if program is None:
             return vectorised(*args)
         graph, out_spec = program
@@ -351,7 +365,7 @@ class Tracer:
             forward, backward = cut(_trace(flat, [*leaves, *shaped], self.compile), count, count)
             return self._ready(forward), self._ready(backward), shaped, out_spec
 
-        program: Any = self._program(function, ("vjp", in_dims, spec, *_signature(leaves)), build)
+        program: Any = self._program(function, ("vjp", in_dims, _structure(spec), *_signature(leaves)), build)
 
         def backward(residuals: list[Tensor], cotangents: Any) -> Any:
             _, half, shaped, _ = program
