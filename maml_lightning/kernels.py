@@ -454,12 +454,14 @@ def batch_norm(
 
     Args:
         input: ``[B, C, ...]``. The others as in torch; calls with running statistics or without an affine part are
-            left to torch. Half precision is normalised in float32.
+            left to torch. Half precision is normalised in float32, and comes back in half precision.
     """
     if running_mean is not None or weight is None or bias is None or not training:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
-    return _Normalise.apply(x.movedim(1, -1), weight, bias, eps)[0].movedim(-1, 1)
+    x = input.movedim(1, -1)
+    if input.dtype in (torch.float16, torch.bfloat16):
+        x, weight, bias = x.float(), weight.float(), bias.float()
+    return _Normalise.apply(x, weight, bias, eps)[0].to(input.dtype).movedim(-1, 1)
 
 
 def _im2col_views(x: Tensor, kernel: _Ints, stride: _Ints, padding: _Ints) -> Tensor:

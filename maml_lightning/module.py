@@ -342,7 +342,10 @@ class MAML(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam, the paper's choice."""
-        return torch.optim.Adam(self.parameters(), lr=self.outer_lr)
+        parameters = list(self.parameters())
+        # Its usual eps of 1e-8 is 0 in float16, and 0 / 0 no number.
+        eps = max(1e-8, *(torch.finfo(value.dtype).tiny for value in parameters))
+        return torch.optim.Adam(parameters, lr=self.outer_lr, eps=eps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the measured chunk size, so that a resumed run sums in the same order, and what was trained on."""
@@ -489,7 +492,7 @@ def _use_batch_statistics(net: nn.Module) -> None:
 
 
 def check_strategy(strategy: str) -> None:
-    """Refuse a strategy that spreads parameters over processes, or pickles the model.
+    """Refuse a strategy that spreads parameters over processes.
 
     Args:
         strategy: its name or its class's.
@@ -500,11 +503,7 @@ def check_strategy(strategy: str) -> None:
     name = strategy.lower().replace("_", "")
     if any(word in name for word in ("fsdp", "deepspeed", "modelparallel")):
         why = "spreads parameters over processes, but each task's inner loop needs all of them"
-    elif "spawn" in name:
-        why = "hands the model to its processes by pickling, and the traced inner loop cannot be pickled"
-    else:
-        return
-    raise SettingError(f"trainer.strategy {strategy} {why}; use ddp.")
+        raise SettingError(f"trainer.strategy {strategy} {why}; use ddp.")
 
 
 def _finite(outputs: Tensor) -> Tensor:
