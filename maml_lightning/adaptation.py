@@ -29,6 +29,8 @@ def adapted_names(net: nn.Module, which: str | Sequence[str] = "all") -> list[st
         ['2.weight', '2.bias']
     """
     names = [name for name, value in net.named_parameters() if value.requires_grad]
+    if which == "all" and names:
+        return names
     layers = [name for name, layer in net.named_modules() if any(True for _ in layer.parameters(recurse=False))]
     prefix = f"{layers[-1]}." if layers and layers[-1] else ""
     head = [name for name in names if name.startswith(prefix)]
@@ -61,6 +63,9 @@ class Adaptation(nn.Module):
             learnt and not adapted (Antoniou et al. 2019, section 4). The statistics are always those of the batch
             at hand, so there are none to keep for each step.
 
+    What is frozen or unfrozen later counts from then on: a frozen parameter is not adapted. A network that is frozen
+    as a whole, as ``LightningModule.freeze`` and averaged copies are, adapts what it adapted when this was made.
+
     Raises:
         SettingError: nothing to adapt, or no normalisation layer with weights.
     """
@@ -75,7 +80,7 @@ class Adaptation(nn.Module):
         per_step_normalization: bool = False,
     ) -> None:
         super().__init__()
-        self.inner_lr, self.learn = inner_lr, learn
+        self.learn, self.adapted = learn, adapted
         self.by_step = nn.ParameterDict()
         if per_step_normalization:
             values = {
@@ -105,13 +110,32 @@ class Adaptation(nn.Module):
     def params(self, net: nn.Module) -> Parameters:
         """The network's parameters by name, those per step with a leading dimension ``[S+1, ...]``."""
         own = dict(net.named_parameters())
+        for key, value in self.by_step.items():
+            name = key.replace("/", ".")
+            if name not in own or own[name].shape != value.shape[1:]:
+                raise SettingError(
+                    f"model.per_step_normalization learns {name} {list(value.shape[1:])}, which model.net lacks: it is "
+                    "not the network that MAML was made of; make another MAML of it."
+                )
         return {n: self.by_step.get(_key(n), value) for n, value in own.items()}
 
-    def rates(self, net: nn.Module) -> Parameters:
-        """The inner learning rates of what adapts, ``[1 or S, ...]`` by name."""
-        if self.learn:
-            return {n: self.learnt["all" if self.learn == "network" else _key(n)] for n in self.names}
-        return dict.fromkeys(self.names, next(net.parameters()).new_tensor([self.inner_lr]))
+    def rates(self, net: nn.Module, inner_lr: float) -> Parameters:
+        """The inner learning rates of what adapts, ``[1 or S, ...]`` by name: ``inner_lr`` where none is learnt."""
+        own = dict(net.named_parameters())
+        if any(value.requires_grad for value in own.values()):
+            names = [name for name in adapted_names(net, self.adapted) if _key(name) not in self.by_step]
+        else:
+            names = [name for name in self.names if name in own]
+        if not self.learn:
+            return dict.fromkeys(names, next(iter(own.values())).new_tensor([inner_lr]))
+        rates = {n: self.learnt.get("all" if self.learn == "network" else _key(n)) for n in names}
+        for name, rate in rates.items():
+            if rate is None or (self.learn == "weight" and rate.shape[1:] != own[name].shape):
+                raise SettingError(
+                    f"model.learn_inner_lr {self.learn} has no rate for {name}: it was frozen, or of another network, "
+                    "when MAML was made; unfreeze it before, or make another MAML of this network."
+                )
+        return rates
 
 
 def _key(name: str) -> str:

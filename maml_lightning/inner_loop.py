@@ -38,7 +38,7 @@ from maml_lightning.errors import SettingError
 from maml_lightning.kernels import TaskKernels, kernel_layout, sum_over_tasks
 from maml_lightning.memory import free_bytes, keep_freed_memory, out_of_memory
 from maml_lightning.optimizers import InnerOptimizer, Parameters, sgd
-from maml_lightning.tracing import Tracer
+from maml_lightning.tracing import State, Tracer
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -57,6 +57,72 @@ class MetaGradient(NamedTuple):
     gradient: Parameters
     rates: Parameters
     predictions: Tensor
+
+
+class _Model(NamedTuple):
+    """What a task's functions depend on beside tensors; their first argument."""
+
+    net: nn.Module
+    loss: Loss
+    optimizer: InnerOptimizer
+    proximal: float
+
+
+def _outputs(model: _Model, fast: Parameters, held: Parameters, buffers: Parameters, x: Tensor) -> Tensor:
+    with TaskKernels():
+        return functional_call(model.net, {**fast, **held, **buffers}, (x,))
+
+
+def _support_gradient(
+    model: _Model, params: tuple[Parameters, Parameters], buffers: Parameters, x: Tensor, y: Tensor
+) -> Parameters:
+    fast, held = params
+    return grad(lambda fast: model.loss(_outputs(model, fast, held, buffers, x), y))(fast)
+
+
+def _step(
+    model: _Model, differentiable: tuple, fixed: Parameters, buffers: Parameters, x: Tensor, y: Tensor
+) -> tuple[Parameters, Any]:
+    """``theta_{k+1}`` and the optimiser's state, of those at ``k``."""
+    return _update(model, differentiable, fixed, buffers, x, y, lambda params: params)
+
+
+def _first_order_step(
+    model: _Model, differentiable: tuple, fixed: Parameters, buffers: Parameters, x: Tensor, y: Tensor
+) -> tuple[Parameters, Any]:
+    """The same step, whose derivative lacks the Hessian."""
+    return _update(model, differentiable, fixed, buffers, x, y, lambda params: pytree.tree_map(torch.detach, params))
+
+
+def _update(
+    model: _Model,
+    differentiable: tuple,
+    fixed: Parameters,
+    buffers: Parameters,
+    x: Tensor,
+    y: Tensor,
+    at: Callable[[Any], Any],
+) -> tuple[Parameters, Any]:
+    (fast, state), more = differentiable
+    arguments: Any = {**fixed, **more}
+    gradient = _support_gradient(model, at((fast, arguments["held"])), buffers, x, y)
+    if model.proximal:
+        anchor = arguments["anchor"]
+        gradient = {name: g + model.proximal * (fast[name] - anchor[name]) for name, g in gradient.items()}
+    return model.optimizer.update(gradient, state, fast, arguments["rates"])
+
+
+def _evaluate(
+    model: _Model, fast: Parameters, held: Parameters, buffers: Parameters, x: Tensor, y: Tensor
+) -> tuple[tuple[Parameters, Parameters], Tensor, Tensor]:
+    """The gradients of the query loss with respect to adapted and shared parameters, the loss and the outputs."""
+
+    def objective(params: tuple[Parameters, Parameters]) -> tuple[Tensor, Tensor]:
+        outputs = _outputs(model, *params, buffers, x)
+        return model.loss(outputs, y), outputs
+
+    gradient, (value, outputs) = grad_and_value(objective, has_aux=True)((fast, held))
+    return gradient, value, outputs
 
 
 class InnerLoop:
@@ -99,44 +165,14 @@ class InnerLoop:
     ) -> None:
         if isinstance(tasks_per_chunk, int) and tasks_per_chunk < 1:
             raise SettingError(f"model.tasks_per_chunk must be at least 1, null or auto (got {tasks_per_chunk}).")
+        self.net, self.loss = net, loss
         self.tasks_per_chunk = tasks_per_chunk
         self.chosen: dict[str, int] = {}
         self.flat_memory = flat_memory
         self.flat = flat_memory is True
         self.optimizer = optimizer or sgd()
-        self._trace = Tracer(compile, lambda: tuple(layer.training for layer in net.modules()))
         self.proximal = proximal
-        keep_freed_memory()
-
-        def call(fast: Parameters, held: Parameters, buffers: Parameters, x: Tensor) -> Tensor:
-            with TaskKernels():
-                return functional_call(net, {**fast, **held, **buffers}, (x,))
-
-        def slope(params: tuple[Parameters, Parameters], buffers: Parameters, x: Tensor, y: Tensor) -> Parameters:
-            fast, held = params
-            return grad(lambda fast: loss(call(fast, held, buffers, x), y))(fast)
-
-        def step(primal: tuple, fixed: Parameters, buffers: Parameters, x: Tensor, y: Tensor, order: int = 2) -> tuple:
-            (fast, state), wanted = primal
-            given: Any = {**fixed, **wanted}
-            at = (fast, given["held"])
-            gradient = slope(pytree.tree_map(torch.detach, at) if order == 1 else at, buffers, x, y)
-            if proximal:
-                gradient = {name: g + proximal * (fast[name] - given["anchor"][name]) for name, g in gradient.items()}
-            return self.optimizer.update(gradient, state, fast, given["rates"])
-
-        def judge(fast: Parameters, held: Parameters, buffers: Parameters, x: Tensor, y: Tensor) -> tuple:
-            def objective(params: tuple[Parameters, Parameters]) -> tuple[Tensor, Tensor]:
-                outputs = call(*params, buffers, x)
-                return loss(outputs, y), outputs
-
-            gradient, (value, outputs) = grad_and_value(objective, has_aux=True)((fast, held))
-            return gradient, value, outputs
-
-        self._call, self._slope, self._judge, self._loss = call, slope, judge, loss
-        self._step: dict[int, Callable[..., tuple]] = {2: step, 1: partial(step, order=1)}
-        self._buffers = lambda: {name: buffer.detach() for name, buffer in net.named_buffers()}
-        self._dims = {name: value.dim() for name, value in net.named_parameters()}
+        self._trace = Tracer(compile)
 
     @torch.no_grad()
     def meta_gradient(
@@ -185,11 +221,12 @@ class InnerLoop:
             support, held = (chunk.support_inputs, chunk.support_targets), start.held[-1]
             fast = deque(self._descend(start, support), maxlen=1).pop()
             query = (chunk.query_inputs, chunk.query_targets)
+            evaluate, support_gradient = (start.model.bind(f) for f in (_evaluate, _support_gradient))
             (slope, direct), loss, outputs = self._trace(
-                self._judge, (0, None, None, 0, 0), fast, held, self._buffers(), *query
+                evaluate, (0, None, None, 0, 0), fast, held, start.buffers, *query
             )
             in_dims = ((0, None), None, 0, 0)
-            _, product = self._trace.vjp(self._slope, in_dims, (fast, held), self._buffers(), *support)
+            _, product = self._trace.vjp(support_gradient, in_dims, (fast, held), start.buffers, *support)
 
             def regularised(v: Parameters) -> Parameters:
                 return {name: torch.add(v[name], hv, alpha=1 / mu) for name, hv in product(v)[0].items()}
@@ -217,10 +254,9 @@ class InnerLoop:
             x, y = (torch.cat(parts, 1) for parts in (chunk[::2], chunk[1::2]))
             fast = deque(self._descend(start, (x, y)), maxlen=1).pop()
             _add(total.gradient, {name: value - fast[name] for name, value in start.fast.items()}, steps)
-            in_dims = (0, None, None, 0)
-            outputs = self._trace(self._call, in_dims, fast, start.held[-1], self._buffers(), chunk.query_inputs)
-            targets = chunk.query_targets
-            return torch.stack([self._loss(o, t) for o, t in zip(outputs, targets, strict=True)]), outputs
+            parameters, (inputs, targets) = (fast, start.held[-1], start.buffers), chunk[2:]
+            outputs = self._trace(start.model.bind(_outputs), (0, None, None, 0), *parameters, inputs)
+            return torch.stack([self.loss(o, t) for o, t in zip(outputs, targets, strict=True)]), outputs
 
         return self._collect(params, rates, episode, move, "reptile", 1)
 
@@ -235,12 +271,12 @@ class InnerLoop:
         # grad under inference mode silently returns zeros (pytorch #177318); clones are no inference tensors.
         with torch.inference_mode(False), torch.no_grad():
             start = self._start(params, rates, steps)
-            chunks = []
+            call, chunks = start.model.bind(_outputs), []
             for chunk in self._evaluated(episode):
                 path = self._descend(start, (chunk.support_inputs, chunk.support_targets))
                 chunks.append(
                     [
-                        self._trace(self._call, (_over(k), None, None, 0), fast, held, self._buffers(), chunk[2])
+                        self._trace(call, (_over(k), None, None, 0), fast, held, start.buffers, chunk[2])
                         for k, (fast, held) in enumerate(zip(path, start.held, strict=True))
                     ]
                 )
@@ -269,21 +305,23 @@ class InnerLoop:
         with torch.inference_mode(False), torch.no_grad():
             start = self._start(params, rates, steps)
             inputs, targets = _usable(inputs), _usable(targets)
-            state = (start.fast, self.optimizer.init(start.fast))
+            state, step = (start.fast, self.optimizer.init(start.fast)), start.model.bind(_step)
             for fixed in start.fixed(self.proximal):
-                state = self._step[2]((state, {}), fixed, self._buffers(), inputs, targets)
+                state = step((state, {}), fixed, start.buffers, inputs, targets)
             return {**state[0], **start.held[-1]}
 
     def _start(self, params: Parameters, rates: float | Parameters, steps: int) -> "_Start":
+        keep_freed_memory()
         values = {name: _usable(value) for name, value in params.items()}
+        dims = {name: value.dim() for name, value in self.net.named_parameters()}
+        by_step = {name: value for name, value in values.items() if value.dim() > dims[name]}
         if not isinstance(rates, dict):
             rate = next(iter(values.values())).new_tensor([rates])
-            rates = {name: rate for name, value in values.items() if value.dim() == self._dims[name]}
-        held = {
-            name: kernel_layout(v) for name, v in values.items() if name not in rates and v.dim() == self._dims[name]
-        }
-        by_step = {name: value for name, value in values.items() if value.dim() > self._dims[name]}
+            rates = {name: rate for name in values if name not in by_step}
+        held = {name: kernel_layout(v) for name, v in values.items() if name not in rates and name not in by_step}
         return _Start(
+            self._trace.state(_Model(self.net, self.loss, self.optimizer, self.proximal)),
+            {name: buffer.detach() for name, buffer in self.net.named_buffers()},
             {name: kernel_layout(value) for name, value in values.items() if name in rates},
             [{**held, **_at(by_step, k)} for k in range(steps + 1)],
             [_at({name: _usable(rate) for name, rate in rates.items()}, k) for k in range(steps)],
@@ -292,19 +330,20 @@ class InnerLoop:
 
     def _descend(self, start: "_Start", support: tuple[Tensor, Tensor]) -> Iterator[Parameters]:
         """``theta_0 … theta_S`` one by one, without what a gradient needs."""
-        state = (start.fast, self.optimizer.init(start.fast))
+        state, step = (start.fast, self.optimizer.init(start.fast)), start.model.bind(_step)
         yield start.fast
         for k, fixed in enumerate(start.fixed(self.proximal)):
             in_dims = ((_over(k), None), None, None, 0, 0)
-            state = self._trace(self._step[2], in_dims, (state, {}), fixed, self._buffers(), *support)
+            state = self._trace(step, in_dims, (state, {}), fixed, start.buffers, *support)
             yield state[0]
 
     def _sweep(
         self, start: "_Start", chunk: Episode, total: MetaGradient, first_order: bool, weights: Sequence[float]
     ) -> tuple[Tensor, Tensor]:
         """Add one chunk's gradients to ``total``; its losses ``[T]`` and predictions."""
-        support, buffers = (chunk.support_inputs, chunk.support_targets), self._buffers()
-        step, steps = self._step[1 if first_order else 2], len(start.rates)
+        support, buffers = (chunk.support_inputs, chunk.support_targets), start.buffers
+        step, evaluate = (start.model.bind(f) for f in (_first_order_step if first_order else _step, _evaluate))
+        steps = len(start.rates)
         choice = {
             "held": not first_order and bool(start.held[0]),
             "rates": start.learnt,
@@ -334,7 +373,7 @@ class InnerLoop:
             fast = trail.pop()
             if weights[k] or k == steps:
                 (slope, held), value, outputs = self._trace(
-                    self._judge, (_over(k), None, None, 0, 0), fast, start.held[k], buffers, *chunk[2:]
+                    evaluate, (_over(k), None, None, 0, 0), fast, start.held[k], buffers, *chunk[2:]
                 )
                 if weights[k] != 1:
                     slope, held = pytree.tree_map(lambda g, w=weights[k]: g * w, (slope, held))
@@ -416,8 +455,10 @@ class InnerLoop:
 
 
 class _Start(NamedTuple):
-    """Where the inner loop begins: adapted parameters, and the held ones and rates of each step."""
+    """Where the inner loop begins: the model, adapted parameters, and the shared ones and rates of each step."""
 
+    model: State
+    buffers: Parameters
     fast: Parameters
     held: list[Parameters]  # at theta_0 … theta_S
     rates: list[Parameters]

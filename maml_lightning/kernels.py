@@ -9,7 +9,7 @@ memory each. Data stays channels-last between layers.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, List  # noqa: UP035
 
 import torch
 import torch.nn.functional as F
@@ -20,19 +20,21 @@ from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 from torch.overrides import TorchFunctionMode
 
+_Ints = List[int]  # noqa: UP006  # torch 2.6 reads no list[int] in an operator's signature
+
 # Above this many bytes one task's patches or activations leave a core's cache: torch's own kernels, task by task, are
 # then faster than batched products of patches and than passes over all tasks (benchmarks).
 _CACHE_BYTES = 2**20
 
 
-def _spans(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> list[int]:
+def _spans(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> _Ints:
     return [(n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, kernel, stride, padding, strict=True)]
 
 
 # Opaque operators: one node each in a traced graph, and free to loop and to work in place inside. All is channels-last:
 # images [B, H, W, C] or, task by task, [T, B, H, W, C]; weights [T, kh, kw, C, O].
 @custom_op("maml_lightning::im2col", mutates_args=())
-def _im2col(x: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
+def _im2col(x: Tensor, kernel: _Ints, stride: _Ints, padding: _Ints) -> Tensor:
     x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0])).contiguous()
     rows, cols = _spans(x.shape[1:3], kernel, stride, [0, 0])
     batch, height, width, channels = x.shape
@@ -45,12 +47,12 @@ def _im2col(x: Tensor, kernel: list[int], stride: list[int], padding: list[int])
 
 
 @_im2col.register_fake
-def _(x: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
+def _(x: Tensor, kernel: _Ints, stride: _Ints, padding: _Ints) -> Tensor:
     return x.new_empty(x.shape[0], *_spans(x.shape[1:3], kernel, stride, padding), kernel[0] * kernel[1] * x.shape[3])
 
 
 @custom_op("maml_lightning::col2im", mutates_args=())
-def _col2im(columns: Tensor, size: list[int], kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
+def _col2im(columns: Tensor, size: _Ints, kernel: _Ints, stride: _Ints, padding: _Ints) -> Tensor:
     batch, rows, cols, _ = columns.shape
     windows = columns.reshape(batch, rows, cols, *kernel, -1)
     x = columns.new_zeros(batch, *size, windows.shape[-1])
@@ -72,7 +74,7 @@ def _inside(offset: int, stride: int, count: int, size: int) -> tuple[slice, sli
 
 
 @_col2im.register_fake
-def _(columns: Tensor, size: list[int], kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
+def _(columns: Tensor, size: _Ints, kernel: _Ints, stride: _Ints, padding: _Ints) -> Tensor:
     return columns.new_empty(columns.shape[0], *size, columns.shape[3] // (kernel[0] * kernel[1]))
 
 
@@ -89,7 +91,7 @@ def _stacked(parts: list[Tensor]) -> Tensor:
 
 
 @custom_op("maml_lightning::convolution", mutates_args=())
-def _direct(x: Tensor, w: Tensor, stride: list[int], padding: list[int]) -> Tensor:
+def _direct(x: Tensor, w: Tensor, stride: _Ints, padding: _Ints) -> Tensor:
     return _stacked(
         [
             F.conv2d(_channels_first(x), _filters(w), None, stride, padding).permute(0, 2, 3, 1)
@@ -99,12 +101,12 @@ def _direct(x: Tensor, w: Tensor, stride: list[int], padding: list[int]) -> Tens
 
 
 @_direct.register_fake
-def _(x: Tensor, w: Tensor, stride: list[int], padding: list[int]) -> Tensor:
+def _(x: Tensor, w: Tensor, stride: _Ints, padding: _Ints) -> Tensor:
     return x.new_empty(*x.shape[:2], *_spans(x.shape[2:4], w.shape[1:3], stride, padding), w.shape[4])
 
 
 def _direct_gradients(
-    g: Tensor, x: Tensor, w: Tensor, stride: list[int], padding: list[int], which: list[bool]
+    g: Tensor, x: Tensor, w: Tensor, stride: _Ints, padding: _Ints, which: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.aten.convolution_backward(
         _channels_first(g), _channels_first(x), w, None, stride, padding, [1, 1], False, [0, 0], 1, which
@@ -112,7 +114,7 @@ def _direct_gradients(
 
 
 @custom_op("maml_lightning::convolution_input", mutates_args=())
-def _direct_input(g: Tensor, w: Tensor, size: list[int], stride: list[int], padding: list[int]) -> Tensor:
+def _direct_input(g: Tensor, w: Tensor, size: _Ints, stride: _Ints, padding: _Ints) -> Tensor:
     x = g.new_empty(g.shape[1], *size, w.shape[3])  # only its shape counts
     return _stacked(
         [
@@ -123,12 +125,12 @@ def _direct_input(g: Tensor, w: Tensor, size: list[int], stride: list[int], padd
 
 
 @_direct_input.register_fake
-def _(g: Tensor, w: Tensor, size: list[int], stride: list[int], padding: list[int]) -> Tensor:
+def _(g: Tensor, w: Tensor, size: _Ints, stride: _Ints, padding: _Ints) -> Tensor:
     return g.new_empty(*g.shape[:2], *size, w.shape[3])
 
 
 @custom_op("maml_lightning::convolution_weight", mutates_args=())
-def _direct_weight(x: Tensor, g: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
+def _direct_weight(x: Tensor, g: Tensor, kernel: _Ints, stride: _Ints, padding: _Ints) -> Tensor:
     w = _filters(x.new_empty(*kernel, x.shape[4], g.shape[4]))  # only its shape counts
     return _stacked(
         [
@@ -139,7 +141,7 @@ def _direct_weight(x: Tensor, g: Tensor, kernel: list[int], stride: list[int], p
 
 
 @_direct_weight.register_fake
-def _(x: Tensor, g: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
+def _(x: Tensor, g: Tensor, kernel: _Ints, stride: _Ints, padding: _Ints) -> Tensor:
     return x.new_empty(x.shape[0], *kernel, x.shape[4], g.shape[4])
 
 
@@ -157,7 +159,7 @@ def _by_task(info: Any, in_dims: tuple, *tensors: Tensor) -> list[Tensor]:
     return [_tasks(t, dim, info.batch_size).contiguous() for t, dim in zip(tensors, in_dims, strict=False)]
 
 
-def _patches(x: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
+def _patches(x: Tensor, kernel: _Ints, stride: _Ints, padding: _Ints) -> Tensor:
     """``[T, B, H, W, C] -> [T, B*H'*W', kh*kw*C]``."""
     return _im2col(x.flatten(0, 1), kernel, stride, padding).unflatten(0, x.shape[:2]).flatten(1, 3)
 
@@ -172,7 +174,7 @@ class _Convolution(Function):
     """``y = x * w``: images ``[B, C, H, W]``, weight ``[O, C, kh, kw]``."""
 
     @staticmethod
-    def forward(x: Tensor, w: Tensor, stride: list[int], padding: list[int]) -> Tensor:
+    def forward(x: Tensor, w: Tensor, stride: _Ints, padding: _Ints) -> Tensor:
         return F.conv2d(x, w, None, stride, padding)
 
     @staticmethod
@@ -188,7 +190,7 @@ class _Convolution(Function):
         return to_x, to_w, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, x: Tensor, w: Tensor, *window: list[int]) -> tuple:
+    def vmap(info: Any, in_dims: tuple, x: Tensor, w: Tensor, *window: _Ints) -> tuple:
         tasks, shared = info.batch_size, in_dims[1] is None
         x, w = _tasks(x, in_dims[0], tasks, _LAST), _tasks(w, in_dims[1], tasks, _HWIO)
         kernel = list(w.shape[1:3])
@@ -206,7 +208,7 @@ class _InputGradient(Function):
     """The transpose of :class:`_Convolution` in its input: ``[B, O, H', W'] -> [B, C, H, W]``."""
 
     @staticmethod
-    def forward(g: Tensor, w: Tensor, size: list[int], stride: list[int], padding: list[int]) -> Tensor:
+    def forward(g: Tensor, w: Tensor, size: _Ints, stride: _Ints, padding: _Ints) -> Tensor:
         g, w = g.permute(0, 2, 3, 1)[None], w.permute(2, 3, 1, 0)[None]
         return _direct_input(g, w, size, stride, padding)[0].permute(0, 3, 1, 2)
 
@@ -222,7 +224,7 @@ class _InputGradient(Function):
         return to_g, _WeightGradient.apply(u, g, list(w.shape[2:]), *ctx.window), None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, g: Tensor, w: Tensor, size: list[int], *window: list[int]) -> tuple:
+    def vmap(info: Any, in_dims: tuple, g: Tensor, w: Tensor, size: _Ints, *window: _Ints) -> tuple:
         tasks, shared = info.batch_size, in_dims[1] is None
         g, w = _tasks(g, in_dims[0], tasks, _LAST), _tasks(w, in_dims[1], tasks, _HWIO)
         kernel = list(w.shape[1:3])
@@ -240,7 +242,7 @@ class _WeightGradient(Function):
     """The transpose of :class:`_Convolution` in its weight: ``[B, C, H, W], [B, O, H', W'] -> [O, C, kh, kw]``."""
 
     @staticmethod
-    def forward(x: Tensor, g: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
+    def forward(x: Tensor, g: Tensor, kernel: _Ints, stride: _Ints, padding: _Ints) -> Tensor:
         x, g = x.permute(0, 2, 3, 1)[None], g.permute(0, 2, 3, 1)[None]
         return _direct_weight(x, g, kernel, stride, padding)[0].permute(3, 2, 0, 1)
 
@@ -256,7 +258,7 @@ class _WeightGradient(Function):
         return to_x, _Convolution.apply(x, v, *ctx.window), None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, x: Tensor, g: Tensor, kernel: list[int], *window: list[int]) -> tuple:
+    def vmap(info: Any, in_dims: tuple, x: Tensor, g: Tensor, kernel: _Ints, *window: _Ints) -> tuple:
         x, g = (_tasks(t, dim, info.batch_size, _LAST) for t, dim in zip((x, g), in_dims, strict=False))
         if _prefers_patches(x, g.shape[2:4], kernel, x.shape[4]):
             w = _patches(x, kernel, *window).mT.bmm(g.flatten(1, 3))
@@ -281,7 +283,7 @@ def kernel_layout(weight: Tensor) -> Tensor:
     return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1) if weight.dim() == 4 else weight
 
 
-def _pair(value: Any) -> list[int]:
+def _pair(value: Any) -> _Ints:
     return [value, value] if isinstance(value, int) else [int(v) for v in (*value, *value)[:2]]
 
 
@@ -452,21 +454,23 @@ def batch_norm(
 
     Args:
         input: ``[B, C, ...]``. The others as in torch; calls with running statistics or without an affine part are
-            left to torch. Half precision is normalised in float32.
+            left to torch. Half precision is normalised in float32, and comes back in half precision.
     """
     if running_mean is not None or weight is None or bias is None or not training:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
-    return _Normalise.apply(x.movedim(1, -1), weight, bias, eps)[0].movedim(-1, 1)
+    x = input.movedim(1, -1)
+    if input.dtype in (torch.float16, torch.bfloat16):
+        x, weight, bias = x.float(), weight.float(), bias.float()
+    return _Normalise.apply(x, weight, bias, eps)[0].to(input.dtype).movedim(-1, 1)
 
 
-def _im2col_views(x: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
+def _im2col_views(x: Tensor, kernel: _Ints, stride: _Ints, padding: _Ints) -> Tensor:
     x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]))
     windows = x.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])
     return windows.permute(0, 1, 2, 4, 5, 3).flatten(3)
 
 
-def _col2im_sum(columns: Tensor, size: list[int], kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
+def _col2im_sum(columns: Tensor, size: _Ints, kernel: _Ints, stride: _Ints, padding: _Ints) -> Tensor:
     batch, rows, cols, _ = columns.shape
     windows = columns.view(batch, rows, 1, cols, 1, *kernel, -1)
     # Zeros between the points, then each tap moved to its place.
@@ -484,7 +488,7 @@ def _col2im_sum(columns: Tensor, size: list[int], kernel: list[int], stride: lis
 # Inductor turns max-pooling into scalar loops, half as fast as torch's own kernels; behind these it stays a call.
 @custom_op("maml_lightning::max_pool", mutates_args=())
 def _max_pool(
-    x: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool
+    x: Tensor, kernel: _Ints, stride: _Ints, padding: _Ints, dilation: _Ints, ceil_mode: bool
 ) -> tuple[Tensor, Tensor]:
     return _aten.max_pool2d_with_indices(x, kernel, stride, padding, dilation, ceil_mode)
 
@@ -493,10 +497,10 @@ def _max_pool(
 def _max_pool_backward(
     g: Tensor,
     x: Tensor,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    kernel: _Ints,
+    stride: _Ints,
+    padding: _Ints,
+    dilation: _Ints,
     ceil_mode: bool,
     indices: Tensor,
 ) -> Tensor:
@@ -510,7 +514,7 @@ _max_pool_backward.register_fake(_aten.max_pool2d_with_indices_backward)
 
 def _max_pool_call(
     x: Tensor,
-    kernel: list[int],
+    kernel: _Ints,
     stride: Sequence[int] = (),
     padding: Sequence[int] = (0, 0),
     dilation: Sequence[int] = (1, 1),
@@ -529,7 +533,23 @@ COMPILED: dict[OpOverload, Callable[..., Any]] = {
     torch.ops.maml_lightning.col2im.default: _col2im_sum,
 }
 
-_REPLACEMENTS = {torch.conv2d: conv2d, F.conv2d: conv2d, F.batch_norm: batch_norm}
+_REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.conv2d: conv2d,
+    F.conv2d: conv2d,
+    F.batch_norm: batch_norm,
+}
+
+
+def _of_contiguous(pool: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda input, *args, **kwargs: pool(input.contiguous(), *args, **kwargs)
+
+
+if torch.torch_version.TorchVersion(torch.__version__) < "2.15":
+    # vmap has no second derivative of max-pooling of channels-last images there ("querying is_contiguous").
+    for _name in ("max_pool1d", "max_pool2d", "adaptive_max_pool1d", "adaptive_max_pool2d"):
+        for _pool in (getattr(torch, _name, None), getattr(F, _name), getattr(F, f"{_name}_with_indices")):
+            if _pool is not None:
+                _REPLACEMENTS[_pool] = _of_contiguous(_pool)
 
 
 class TaskKernels(TorchFunctionMode):

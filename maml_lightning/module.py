@@ -157,12 +157,7 @@ class MAML(LightningModule):
         if first_order:
             _refuse({"first_order_epochs": first_order_epochs}, "model.first_order is true in every epoch")
         self.save_hyperparameters(ignore=["net", "loss"])
-        tracking = [layer for layer in net.modules() if getattr(layer, "running_mean", None) is not None]
-        if tracking:
-            rank_zero_info("Running statistics of normalisation layers are off: MAML uses those of the batch at hand.")
-        for layer in tracking:  # torch.func.replace_all_batch_norm_modules_ would leave instance normalisation as it is
-            for name, off in {**dict.fromkeys(_RUNNING), "track_running_stats": False}.items():
-                setattr(layer, name, off)
+        _use_batch_statistics(net)
         self.net = net
         self.inner_lr, self.inner_steps, self.first_order, self.outer_lr = inner_lr, inner_steps, first_order, outer_lr
         self.eval_inner_steps = inner_steps if eval_inner_steps is None else eval_inner_steps
@@ -171,7 +166,7 @@ class MAML(LightningModule):
         self.adaptation = Adaptation(
             net, inner_lr, inner_steps, adapted_parameters, learn_inner_lr, per_step_normalization
         )
-        self._inner_loop = InnerLoop(
+        self._loop = InnerLoop(
             net,
             loss,
             tasks_per_chunk,
@@ -188,6 +183,15 @@ class MAML(LightningModule):
         self.signal, self.agreed_signal = 0, 0  # that LastCheckpoint was sent here, and the largest sent to any process
         self.test_scores: Tensor | None = None
         self.skipped_episodes = 0  # of the last validation or test
+
+    @property
+    def _inner_loop(self) -> InnerLoop:
+        """The inner loop of what ``net`` and ``loss`` are now."""
+        if self._loop.net is not self.net:
+            _use_batch_statistics(self.net)
+            self._loop.net = self.net
+        self._loop.loss = self.loss
+        return self._loop
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The network before adaptation."""
@@ -367,7 +371,10 @@ class MAML(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam, the paper's choice."""
-        return torch.optim.Adam(self.parameters(), lr=self.outer_lr)
+        parameters = list(self.parameters())
+        # Its usual eps of 1e-8 is 0 in float16, and 0 / 0 no number.
+        eps = max(1e-8, *(torch.finfo(value.dtype).tiny for value in parameters))
+        return torch.optim.Adam(parameters, lr=self.outer_lr, eps=eps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the measured chunk size, so that a resumed run sums in the same order, and what was trained on."""
@@ -406,11 +413,11 @@ class MAML(LightningModule):
         return self.adaptation.params(self.net)
 
     def _rates(self) -> Parameters:
-        return self.adaptation.rates(self.net)
+        return self.adaptation.rates(self.net, self.inner_lr)
 
     def _check(self, batch: Episode) -> Episode:
         episode = Episode(*batch).check()
-        if not self._checked:
+        if self._loop.net is not self.net or not self._checked:
             self._check_fit(episode)
             self._checked = True
         if self.inputs is None and self.training and episode.support_targets.dtype == torch.int64:
@@ -536,8 +543,18 @@ def check_trainer(trainer: Trainer) -> None:
         )
 
 
+def _use_batch_statistics(net: nn.Module) -> None:
+    """Switch running statistics off, which tasks cannot share."""
+    tracking = [layer for layer in net.modules() if getattr(layer, "running_mean", None) is not None]
+    if tracking:
+        rank_zero_info("Running statistics of normalisation layers are off: MAML uses those of the batch at hand.")
+    for layer in tracking:  # torch.func.replace_all_batch_norm_modules_ would leave instance normalisation as it is
+        for name, off in {**dict.fromkeys(_RUNNING), "track_running_stats": False}.items():
+            setattr(layer, name, off)
+
+
 def check_strategy(strategy: str) -> None:
-    """Refuse a strategy that spreads parameters over processes, or pickles the model.
+    """Refuse a strategy that spreads parameters over processes.
 
     Args:
         strategy: its name or its class's.
@@ -548,11 +565,7 @@ def check_strategy(strategy: str) -> None:
     name = strategy.lower().replace("_", "")
     if any(word in name for word in ("fsdp", "deepspeed", "modelparallel")):
         why = "spreads parameters over processes, but each task's inner loop needs all of them"
-    elif "spawn" in name:
-        why = "hands the model to its processes by pickling, and the traced inner loop cannot be pickled"
-    else:
-        return
-    raise SettingError(f"trainer.strategy {strategy} {why}; use ddp.")
+        raise SettingError(f"trainer.strategy {strategy} {why}; use ddp.")
 
 
 def _score_name(episode: Episode) -> str:

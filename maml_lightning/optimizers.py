@@ -5,6 +5,7 @@ the next parameters and state. Its rates come by parameter name, each broadcasta
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ BETA_2, EPS = 0.999, 1e-4
 
 
 class InnerOptimizer(NamedTuple):
-    """A rule of inner updates.
+    """A rule of inner updates: functions of a module and partials of them, so that it can be pickled.
 
     Args:
         init: ``init(params) -> state``.
@@ -35,21 +36,51 @@ def _zeros(params: Parameters) -> Parameters:
     return {name: torch.zeros_like(value) for name, value in params.items()}
 
 
+def _nothing(params: Parameters) -> Any:
+    return {}
+
+
+def _sgd(gradient: Parameters, state: Any, params: Parameters, rates: Parameters) -> tuple[Parameters, Any]:
+    return _descend(params, gradient, rates), state
+
+
 def sgd() -> InnerOptimizer:
     """Gradient descent, ``theta - rate * g``, the rule of the MAML paper."""
-    return InnerOptimizer(
-        lambda params: {}, lambda gradient, state, params, rates: (_descend(params, gradient, rates), state)
-    )
+    return InnerOptimizer(_nothing, _sgd)
+
+
+def _momentum(
+    gradient: Parameters, state: Any, params: Parameters, rates: Parameters, decay: float
+) -> tuple[Parameters, Any]:
+    state = {name: torch.add(g, state[name], alpha=decay) for name, g in gradient.items()}
+    return _descend(params, state, rates), state
 
 
 def momentum(decay: float = MOMENTUM) -> InnerOptimizer:
     """Heavy-ball momentum as in :class:`torch.optim.SGD`: ``b = decay * b + g``, ``theta - rate * b``."""
+    return InnerOptimizer(_zeros, partial(_momentum, decay=decay))
 
-    def update(gradient: Parameters, state: Any, params: Parameters, rates: Parameters) -> tuple[Parameters, Any]:
-        state = {name: torch.add(g, state[name], alpha=decay) for name, g in gradient.items()}
-        return _descend(params, state, rates), state
 
-    return InnerOptimizer(_zeros, update)
+def _adam_state(params: Parameters) -> Any:
+    like = next(iter(params.values()))
+    return {"mean": _zeros(params), "square": _zeros(params), "count": like.new_zeros(())}
+
+
+def _adam(
+    gradient: Parameters,
+    state: Any,
+    params: Parameters,
+    rates: Parameters,
+    beta_1: float,
+    beta_2: float,
+    eps: float,
+) -> tuple[Parameters, Any]:
+    count = state["count"] + 1
+    mean = {name: torch.lerp(g, state["mean"][name], beta_1) for name, g in gradient.items()}
+    square = {name: torch.lerp(g * g, state["square"][name], beta_2) for name, g in gradient.items()}
+    first, second = 1 - beta_1**count, 1 - beta_2**count
+    direction = {name: m / first * (square[name] / second + eps**2).rsqrt() for name, m in mean.items()}
+    return _descend(params, direction, rates), {"mean": mean, "square": square, "count": count}
 
 
 def adam(beta_1: float = MOMENTUM, beta_2: float = BETA_2, eps: float = EPS) -> InnerOptimizer:
@@ -58,20 +89,25 @@ def adam(beta_1: float = MOMENTUM, beta_2: float = BETA_2, eps: float = EPS) -> 
     The square root alone has no derivative where a gradient is zero. Where gradients are much larger than ``eps``
     the first step is ``rate * sign(g)``, whose derivative is zero.
     """
+    return InnerOptimizer(_adam_state, partial(_adam, beta_1=beta_1, beta_2=beta_2, eps=eps))
 
-    def init(params: Parameters) -> Any:
-        like = next(iter(params.values()))
-        return {"mean": _zeros(params), "square": _zeros(params), "count": like.new_zeros(())}
 
-    def update(gradient: Parameters, state: Any, params: Parameters, rates: Parameters) -> tuple[Parameters, Any]:
-        count = state["count"] + 1
-        mean = {name: torch.lerp(g, state["mean"][name], beta_1) for name, g in gradient.items()}
-        square = {name: torch.lerp(g * g, state["square"][name], beta_2) for name, g in gradient.items()}
-        first, second = 1 - beta_1**count, 1 - beta_2**count
-        direction = {name: m / first * (square[name] / second + eps**2).rsqrt() for name, m in mean.items()}
-        return _descend(params, direction, rates), {"mean": mean, "square": square, "count": count}
-
-    return InnerOptimizer(init, update)
+def _regularized(
+    gradient: Parameters,
+    state: Any,
+    params: Parameters,
+    rates: Parameters,
+    base: Callable[..., tuple[Parameters, Any]],
+    weight_decay: float,
+    clip_norm: float | None,
+) -> tuple[Parameters, Any]:
+    if clip_norm is not None:
+        square = torch.stack([g.square().sum() for g in gradient.values()]).sum()
+        scale = clip_norm * square.clamp_min(clip_norm**2).rsqrt()
+        gradient = {name: g * scale for name, g in gradient.items()}
+    if weight_decay:
+        gradient = {name: torch.add(g, params[name], alpha=weight_decay) for name, g in gradient.items()}
+    return base(gradient, state, params, rates)
 
 
 def inner_optimizer(
@@ -85,14 +121,5 @@ def inner_optimizer(
         clip_norm: a longer gradient is scaled down to this norm, above 0; None leaves it.
     """
     base = {"sgd": sgd, "momentum": momentum, "adam": adam}[rule]()
-
-    def update(gradient: Parameters, state: Any, params: Parameters, rates: Parameters) -> tuple[Parameters, Any]:
-        if clip_norm is not None:
-            square = torch.stack([g.square().sum() for g in gradient.values()]).sum()
-            scale = clip_norm * square.clamp_min(clip_norm**2).rsqrt()
-            gradient = {name: g * scale for name, g in gradient.items()}
-        if weight_decay:
-            gradient = {name: torch.add(g, params[name], alpha=weight_decay) for name, g in gradient.items()}
-        return base.update(gradient, state, params, rates)
-
+    update = partial(_regularized, base=base.update, weight_decay=weight_decay, clip_norm=clip_norm)
     return InnerOptimizer(base.init, update)

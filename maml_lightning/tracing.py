@@ -6,19 +6,37 @@ the forward half computed.
 """
 
 import logging
+import random
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.func import functionalize, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from maml_lightning.fingerprints import fingerprint, has_hooks
 from maml_lightning.kernels import COMPILED
 
 log = logging.getLogger(__name__)
+_STATES = 8  # so many states of a network are traced; one that changes at each step runs untraced
+
+
+def _hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+# A key for the structure of arguments; torch 2.7 has no hash of one with a dictionary in it.
+_structure: Callable[[pytree.TreeSpec], Hashable] = (
+    (lambda spec: spec) if _hashable(pytree.tree_structure({"": 0})) else str
+)
 
 
 def _signature(leaves: Iterable[Tensor]) -> tuple:
@@ -61,7 +79,7 @@ def _share(graph: fx.Graph) -> None:
         if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             continue
         arguments, spec = pytree.tree_flatten((node.args, node.kwargs))
-        first = seen.setdefault((node.target, spec, *((type(a), a) for a in arguments)), node)
+        first = seen.setdefault((node.target, _structure(spec), *((type(a), a) for a in arguments)), node)
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
@@ -190,31 +208,93 @@ class _RandomState:
             yield
 
 
+class State:
+    """The Python objects that functions depend on beside their tensors, as they are when this is made.
+
+    Args:
+        objects: the first argument of those functions, a tuple.
+        key: their fingerprint.
+        number: equal for equal states of one :class:`Tracer`; None where nothing is to be traced.
+    """
+
+    def __init__(self, objects: tuple, key: Hashable, number: int | None) -> None:
+        self.objects, self.key, self.number = objects, key, number
+
+    def bind(self, function: Callable) -> "Bound":
+        """``function`` with its first argument given."""
+        return Bound(function, self)
+
+
+class Bound:
+    """A function of tensors that depends on a :class:`State`."""
+
+    def __init__(self, function: Callable, state: State) -> None:
+        self.function, self.state = function, state
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(self.state.objects, *args)
+
+
+def _random_draws() -> Hashable:
+    drawn: Any = np.random.get_state()
+    return random.getstate(), drawn[1].tobytes(), drawn[2]
+
+
 class Tracer:
     """Runs functions of pytrees of tensors, vectorised over tasks, by replaying their graphs.
 
-    A network that can be vectorised but not traced runs untraced: slower, with the same result. Nothing here
-    records autograd graphs.
+    A network that can be vectorised but not traced runs untraced: slower, with the same result. So do networks with
+    forward hooks, those that change their own attributes or draw from Python's random numbers as they run, and those
+    that are given another state again and again. Nothing here records autograd graphs. Copies and pickles begin
+    without graphs.
 
     Args:
         compile: hand the graphs to ``torch.compile`` (inductor).
-        mode: what else than its arguments a function depends on, such as whether its network trains (dropout).
     """
 
-    def __init__(self, compile: bool = False, mode: Callable[[], Hashable] = tuple) -> None:
-        self.compile, self.mode = compile, mode
+    def __init__(self, compile: bool = False) -> None:
+        self.compile = compile
         self.kept_bytes = 0  # what the last vjp holds for its pullback
         self._programs: dict[tuple, Any] = {}
+        self._states: dict[Hashable, int] = {}
+        self._said: set[str] = set()
 
-    def _program(self, key: tuple, build: Callable[[], Any]) -> Any:
-        key = (self.mode(), *key)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_programs": {}, "_states": {}, "_said": set()}
+
+    def state(self, objects: tuple) -> State:
+        """The state that ``objects`` are in now: their graphs are replayed while they are in it."""
+        key = fingerprint(objects)
+        if key not in self._states:
+            if len(self._states) == _STATES:
+                self._untraced(f"its attributes have changed {_STATES} times")
+                return State(objects, key, None)
+            self._states[key] = len(self._states)
+        return State(objects, key, self._states[key])
+
+    def _untraced(self, why: str) -> None:
+        if why not in self._said:
+            log.warning("The network cannot be traced and runs untraced, which is slower: %s", why)
+            self._said.add(why)
+
+    def _program(self, function: Callable, key: tuple, build: Callable[[], Any]) -> Any:
+        state = function.state if isinstance(function, Bound) else State((), fingerprint(()), 0)
+        if state.number is None:
+            return None
+        key = (function.function if isinstance(function, Bound) else function, state.number, *key)
         if key not in self._programs:
+            before = _random_draws()
             try:
-                self._programs[key] = build()
+                if has_hooks(state.objects):
+                    raise ValueError("its forward hooks have to run at each call")
+                program = build()
+                if _random_draws() != before:
+                    raise ValueError("it draws from Python's or NumPy's random numbers")
+                if fingerprint(state.objects) != state.key:
+                    raise ValueError("it changes its own attributes as it runs")
+                self._programs[key] = program
             except Exception as error:  # whatever a user's network raises under tracing
-                log.warning(
-                    "The network cannot be traced and runs untraced, which is slower: %s", str(error).split("\n")[0]
-                )
+                self._untraced(str(error).split("\n")[0])
                 self._programs[key] = None
         return self._programs[key]
 
@@ -238,7 +318,7 @@ class Tracer:
             graph = _trace(flat, leaves, self.compile)
             return self._ready(graph), out_spec
 
-        program = self._program((function, in_dims, spec, *_signature(leaves)), build)
+        program = self._program(function, (in_dims, _structure(spec), *_signature(leaves)), build)
         if program is None:
             return vectorised(*args)
         graph, out_spec = program
@@ -285,7 +365,7 @@ class Tracer:
             forward, backward = cut(_trace(flat, [*leaves, *shaped], self.compile), count, count)
             return self._ready(forward), self._ready(backward), shaped, out_spec
 
-        program: Any = self._program((function, "vjp", in_dims, spec, *_signature(leaves)), build)
+        program: Any = self._program(function, ("vjp", in_dims, _structure(spec), *_signature(leaves)), build)
 
         def backward(residuals: list[Tensor], cotangents: Any) -> Any:
             _, half, shaped, _ = program

@@ -130,9 +130,20 @@ def test_processes_agree_to_leave_where_one_is_told(folder):
     assert "Traceback" not in printed
 
 
+def test_spawned_processes_give_what_launched_ones_give(folder):
+    found = []
+    for strategy in ("ddp", "ddp_spawn"):
+        settings = {**TINY, **ddp(2), "trainer.strategy": strategy, "seed_everything": 0}
+        ended = run(*words("fit", **settings, **{"trainer.default_root_dir": strategy}))
+        assert ended.returncode == 0, ended.stderr
+        found.append(torch.load(checkpoint(strategy), weights_only=True))
+    assert found[0]["global_step"] == found[1]["global_step"] == 2
+    assert all(torch.equal(found[1]["state_dict"][name], value) for name, value in found[0]["state_dict"].items())
+
+
 @pytest.mark.parametrize(
     ("strategy", "why"),
-    [("fsdp", "spreads parameters"), ("deepspeed_stage_2", "spreads parameters"), ("ddp_spawn", "hands the model")],
+    [("fsdp", "spreads parameters"), ("deepspeed_stage_2", "spreads parameters")],
 )
 def test_strategies_that_cannot_work_are_refused(folder, strategy, why):
     with pytest.raises(SettingError, match=rf"trainer.strategy {strategy} {why} .*; use ddp"):

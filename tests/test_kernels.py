@@ -158,3 +158,17 @@ def test_what_is_left_to_torch_is_torchs():
     grouped = torch.rand(4, 2, 3, 3)
     assert torch.equal(kernels.conv2d(x, grouped, groups=2), F.conv2d(x, grouped, groups=2))
     assert torch.equal(kernels.conv2d(x[0], grouped, groups=2), F.conv2d(x[0], grouped, groups=2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("parameters", [torch.float32, None], ids=["float32 parameters", "parameters alike"])
+def test_batch_norm_returns_what_torch_does(dtype, parameters):
+    x, weight, bias = torch.randn(4, 3, 5, 5).to(dtype), torch.rand(3) + 0.5, torch.rand(3)
+    weight, bias = (
+        value.to(dtype if parameters is None or dtype == torch.float64 else parameters) for value in (weight, bias)
+    )
+    ours, theirs = (f(x, None, None, weight, bias, True) for f in (kernels.batch_norm, F.batch_norm))
+    assert ours.dtype == theirs.dtype == dtype
+    assert torch.allclose(
+        ours.double(), theirs.double(), rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps
+    )

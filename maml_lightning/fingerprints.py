@@ -1,0 +1,102 @@
+"""What a function depends on beside its tensors, as one hashable value: a trace holds only while this stays the same.
+
+A trace remembers the Python that ran: modes, attributes, layers. Two networks with equal fingerprints compute the same
+function of parameters, buffers and inputs; parameters and buffers are therefore left out, but for their names.
+"""
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping
+from dataclasses import is_dataclass
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_PLAIN = {int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
+_CONTAINERS = {dict, OrderedDict, list, tuple, set}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+class _Identity:
+    """An object that equals itself alone, and is not kept alive."""
+
+    def __init__(self, value: Any) -> None:
+        self.of, self.hash = weakref.ref(value), id(value)
+
+    def __hash__(self) -> int:
+        return self.hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self.of() is not None and self.of() is other.of()
+
+
+def fingerprint(value: Any) -> Hashable:
+    """Equal for what computes the same, different after a change of modes, plain attributes, layers or hooks.
+
+    Args:
+        value: modules, functions, partials, containers and dataclasses are looked into; of other objects count the
+            identity and the plain values among their attributes; of tensors the identity and the version.
+    """
+    return _of(value, {})
+
+
+def has_hooks(value: Any) -> bool:
+    """Whether a module among ``value``'s parts has forward hooks, which run at each call and not in a replay."""
+    modules = (layer for part in value if isinstance(part, nn.Module) for layer in part.modules())
+    if any(getattr(nn.modules.module, f"_global{name}") for name in _HOOKS):
+        return True
+    return any(getattr(layer, name) for layer in modules for name in _HOOKS)
+
+
+def _of(value: Any, seen: dict[int, int]) -> Hashable:
+    kind: Any = type(value)
+    if kind in _PLAIN:
+        return value if kind is str else (kind, value)  # 1 == 1.0 == True
+    if isinstance(value, tuple):
+        return (kind, *[_of(v, seen) for v in value])
+    if (first := seen.setdefault(id(value), len(seen))) != len(seen) - 1:
+        return ("seen", first)
+    if isinstance(value, nn.Module):
+        return _module(value, seen)
+    if isinstance(value, Mapping):
+        return (kind, *[(_of(k, seen), _of(v, seen)) for k, v in value.items()])
+    if isinstance(value, list):
+        return (kind, *[_of(v, seen) for v in value])
+    if isinstance(value, set | frozenset):
+        return (kind, frozenset(_of(v, seen) for v in value))
+    if kind is partial:
+        return (kind, _of(value.func, seen), _of(value.args, seen), _of(value.keywords, seen))
+    if isinstance(value, Tensor):
+        return (_identity(value), None if value.is_inference() else value._version)
+    if isinstance(value, FunctionType) and value.__closure__:
+        return (_identity(value), *[_of(cell.cell_contents, seen) for cell in value.__closure__])
+    attributes = getattr(value, "__dict__", {}) if not isinstance(value, type) else {}
+    if is_dataclass(value) and not isinstance(value, type):
+        return (kind, *[(n, _of(v, seen)) for n, v in attributes.items()])
+    return (_identity(value), *[(n, type(v), v) for n, v in attributes.items() if type(v) in _PLAIN])
+
+
+def _module(net: nn.Module, seen: dict[int, int]) -> Hashable:
+    attributes = vars(net)
+    parts: list[Any] = [type(net), *attributes]
+    for name, value in attributes.items():
+        kind = type(value)
+        if kind in _PLAIN:
+            parts += (kind, value)
+        elif kind in _CONTAINERS and not value:  # most are: no hooks, no buffers
+            parts.append(kind)
+        elif name in ("_parameters", "_buffers"):
+            parts.append(tuple([(n, v is None) for n, v in value.items()]))
+        else:
+            parts.append(_of(value, seen))
+    return tuple(parts)
+
+
+def _identity(value: Any) -> Hashable:
+    try:
+        return _Identity(value)
+    except TypeError:  # no weak reference to it: a number of numpy's, an enumeration's member, a slice
+        return (type(value), value if isinstance(value, Hashable) else id(value))

@@ -1,0 +1,108 @@
+import copy
+import gc
+import pickle
+import weakref
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from maml_lightning import ConvNet
+from maml_lightning.fingerprints import fingerprint, has_hooks
+
+
+@dataclass
+class Options:
+    temperature: float = 1.0
+
+
+def network():
+    net = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.5), nn.ReLU())
+    net.options, net.scales, net.own, net.act = Options(), [1.0, 2.0], SimpleNamespace(bias=1), torch.tanh
+    net.table = torch.zeros(2)
+    return net
+
+
+CHANGES = {
+    "mode": lambda net: net[1].eval(),
+    "plain attribute": lambda net: setattr(net[1], "p", 0.1),
+    "attribute's type": lambda net: setattr(net[1], "p", True),
+    "new attribute": lambda net: setattr(net, "counter", 0),
+    "layer": lambda net: net.__setitem__(2, nn.Tanh()),
+    "order of layers": lambda net: net.insert(0, net.pop(2)),
+    "hook": lambda net: net[0].register_forward_hook(print),
+    "inside a list": lambda net: net.scales.append(3.0),
+    "inside a dataclass": lambda net: setattr(net.options, "temperature", 5.0),
+    "inside an object": lambda net: setattr(net.own, "bias", 2),
+    "function": lambda net: setattr(net, "act", torch.relu),
+    "method": lambda net: setattr(net, "forward", lambda x: x),
+    "tensor replaced": lambda net: setattr(net, "table", torch.zeros(2)),
+    "tensor written": lambda net: net.table.add_(1),
+    "bias removed": lambda net: setattr(net[0], "bias", None),
+    "parametrized": lambda net: torch.nn.utils.parametrizations.orthogonal(net[0]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_what_forward_may_read_is_another_fingerprint(change):
+    net = network()
+    before = fingerprint(net)
+    assert fingerprint(net) == before
+    CHANGES[change](net)
+    assert fingerprint(net) != before
+    assert fingerprint(net) == fingerprint(net)
+
+
+def test_values_of_parameters_and_copies_do_not_matter():
+    net = ConvNet(hidden_channels=2)
+    before = fingerprint(net)
+    with torch.no_grad():
+        net.head.weight += 1
+    copies = [copy.deepcopy(net), pickle.loads(pickle.dumps(net)), ConvNet(hidden_channels=2)]
+    assert all(fingerprint(each) == before and hash(fingerprint(each)) == hash(before) for each in (net, *copies))
+
+
+def test_partials_and_closures_are_looked_into():
+    assert fingerprint(partial(F.cross_entropy, label_smoothing=0.1)) == fingerprint(
+        partial(F.cross_entropy, label_smoothing=0.1)
+    )
+    assert fingerprint(partial(F.cross_entropy, label_smoothing=0.1)) != fingerprint(
+        partial(F.cross_entropy, label_smoothing=0.2)
+    )
+    scale = 1.0
+
+    def loss(outputs, targets):
+        return scale * F.mse_loss(outputs, targets)
+
+    before = fingerprint(loss)
+    scale = 2.0
+    assert fingerprint(loss) != before
+
+
+def test_networks_that_contain_themselves_end():
+    net = network()
+    net.options.owner, net.scales = net, [net]
+    assert fingerprint(net) == fingerprint(net)
+
+
+def test_nothing_is_kept_alive_and_an_address_that_is_used_again_is_another_object():
+    net = network()
+    net.act = lambda x: x
+    kept, gone = fingerprint(net), weakref.ref(net)
+    del net
+    gc.collect()
+    assert gone() is None
+    assert kept != fingerprint(network())
+
+
+def test_hooks_are_found():
+    net = ConvNet(hidden_channels=2)
+    assert not has_hooks((net, F.cross_entropy))
+    handle = net.body[0].register_forward_pre_hook(lambda module, args: None)
+    assert has_hooks((net, F.cross_entropy))
+    handle.remove()
+    assert not has_hooks((net, F.cross_entropy))
