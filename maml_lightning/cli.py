@@ -1,13 +1,17 @@
 """The command line: ``maml-lightning {fit,validate,test,predict} --config NAME [flags]``."""
 
 import errno
+import os
 import sys
 import warnings
 from argparse import ArgumentParser
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from pydoc import locate
 from typing import Any, NoReturn
 
+import lightning
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -15,15 +19,30 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
+from maml_lightning import __version__, class_paths, help, shipped
 from maml_lightning.callbacks import Cost, Inspection, PredictionReport, TestReport
 from maml_lightning.checkpoints import LastCheckpoint, last_checkpoint, read_checkpoint
 from maml_lightning.errors import NonFiniteError, SettingError
 from maml_lightning.module import MAML, check_strategy
 from maml_lightning.trained import settings_of, trained
 
+# Of a training that nothing else ends: what the shipped configs with the best results take (18 to 24). Lightning's own
+# default is 1,000, which is weeks on pictures.
+DEFAULT_EPOCHS = 20
+
 
 class Parser(LightningArgumentParser):
-    """LightningCLI's parser, with short messages and without settings of one network in another."""
+    """LightningCLI's parser, with short messages and screens, and without settings of one network in another."""
+
+    first_screen: Callable[[], str] | None = None  # what --help shows
+
+    def full_help(self) -> str:
+        """A description of every setting."""
+        return super().format_help()
+
+    def format_help(self, *args: Any) -> str:
+        """The first screen, where there is one."""
+        return self.first_screen() if self.first_screen else super().format_help(*args)
 
     def get_defaults(self, *args: Any, **kwargs: Any) -> Namespace:
         """The defaults, the network's own left out: another network would inherit those that it has a name for."""
@@ -35,7 +54,8 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message alone, without jsonargparse's screens of usage, and end."""
-        self.exit(2, f"error: {message}\nEvery setting is described by --help.\n")
+        message = class_paths.refusal(message) or message
+        self.exit(2, f"error: {message}\nEvery setting is described by --help_all.\n")
 
 
 class MAMLCommandLine(LightningCLI):
@@ -43,6 +63,22 @@ class MAMLCommandLine(LightningCLI):
 
     checkpoint: dict[str, Any] | None = None
     run_folder: Path | None = None  # of the run that ckpt_path last goes on with
+
+    def init_parser(self, **kwargs: Any) -> Parser:
+        """LightningCLI's, whose ``--config`` finds the configs of the package by name."""
+        header = [f"maml_lightning=={__version__}", f"lightning=={lightning.__version__}"]
+        parser = Parser(dump_header=header, version=__version__, **kwargs)
+        parser.add_argument(
+            "-c", "--config", action=shipped.ConfigFile, help="A file, or the name of a config of the package."
+        )
+        parser.first_screen = help.overview
+        return parser
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        help.add_pages(parser, DEFAULT_EPOCHS)
+        parser.first_screen = partial(help.first_screen, parser, subcommand, DEFAULT_EPOCHS)  # type: ignore[attr-defined]
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link ``ways`` and ``channels`` and give the callbacks that every run has their flags."""
@@ -133,6 +169,9 @@ class MAMLCommandLine(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Instantiate, and let a refused setting speak for itself instead of jsonargparse's list of types tried."""
+        trainer = self.config[self.subcommand].trainer
+        if self.subcommand == "fit" and (trainer.max_epochs, trainer.max_steps, trainer.max_time) == (None, -1, None):
+            trainer.max_epochs = DEFAULT_EPOCHS
         try:
             super().instantiate_classes()
         except ValueError as error:
@@ -186,7 +225,11 @@ def main(args: ArgsType = None) -> MAMLCommandLine:
 
 def console() -> None:
     """Run the command line as a process: errors that users can mend are one line, without a traceback."""
+    if not sys.flags.safe_path:
+        sys.path.insert(0, os.getcwd())  # as python -m does: networks and data by class path from the current folder
     try:
+        if sys.argv[1:2] == ["configs"]:
+            return print(shipped.text(*sys.argv[2:]))
         main()
     except (SettingError, NonFiniteError) as error:
         sys.exit(f"error: {error}")
