@@ -73,7 +73,9 @@ def refusal(message: str) -> str | None:
         None where the message is about something else.
     """
     setting = re.search(rf'Parser key "(?:\w+\.)?({"|".join(map(re.escape, BASES))})"', message)
-    if setting and "add_function_arguments" in message:  # jsonargparse fails on a function that says what it returns
+    if setting and re.search(
+        "add_function_arguments|no signature found", message
+    ):  # what jsonargparse takes for a class
         return f"{setting[1]}: {_function('it', BASES[setting[1]][1])}"
     value = re.search(
         r"""Given\ value:\ \{'class_path':\ '([^']+)'|Given\ value:\ ([\w.]+)$|class_path\ '([^']+)'

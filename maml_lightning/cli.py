@@ -54,8 +54,8 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message alone, without jsonargparse's screens of usage, and end."""
-        message = class_paths.refusal(message) or message
-        self.exit(2, f"error: {message}\nEvery setting is described by --help_all.\n")
+        message = class_paths.refusal(message) or " ".join(message.split())
+        self.exit(2, f"error: {message} (--help_all describes every setting)\n")
 
 
 class MAMLCommandLine(LightningCLI):

@@ -198,7 +198,7 @@ def add_pages(parser: Any, epochs: int) -> None:
             action.help = INSTEAD[action.dest].format(epochs=epochs)
         if action.dest in ("model.net", "model.loss"):  # the list of every class that torch knows
             action.extra_help = str
-    groups = sorted({key.split(".")[0] for key in _settings(parser) if "." in key} - {*BASES})
+    groups = sorted({action.dest.split(".")[0] for action in parser._actions if "." in action.dest} - {*BASES})
     for group in groups:
         page = _page_of(parser, group)
         _add_page(parser, f"--{group}.help", page, f"Describe every setting of {group} and exit.")

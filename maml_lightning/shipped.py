@@ -36,7 +36,9 @@ def find(config: str) -> str:
     name = config.removesuffix(".yaml")
     if name in known:
         return str(FOLDER / f"{name}.yaml")
-    near = get_close_matches(name.removeprefix("configs/"), known, 3, 0.5)
+    near = get_close_matches(name.removeprefix("configs/"), known, 3, 0.5) or [
+        each for each in known if get_close_matches(name, [each.rpartition("/")[2]], 1, 0.7)
+    ]
     remedy = f"did you mean {' or '.join(near)}? " if near else ""
     raise SettingError(
         f"--config {config}: there is no such file, and no config of that name in the package; "
@@ -56,7 +58,7 @@ def listing() -> str:
     lines = []
     for name in names():
         first = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0].removeprefix("#")
-        lines.append(f"{name:{width}}  {textwrap.shorten(first, 90, placeholder=' …')}")
+        lines.append(f"{name:{width}}  {textwrap.shorten(first, 85, placeholder=' …')}")
     return "\n".join(lines)
 
 
