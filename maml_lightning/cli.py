@@ -35,6 +35,7 @@ class Parser(LightningArgumentParser):
     """LightningCLI's parser, with short messages and screens, and without settings of one network in another."""
 
     first_screen: Callable[[], str] | None = None  # what --help shows
+    color: bool  # of Python 3.14's help, which the pages of one group take apart
 
     def full_help(self) -> str:
         """A description of every setting."""
@@ -71,7 +72,7 @@ class MAMLCommandLine(LightningCLI):
         parser.add_argument(
             "-c", "--config", action=shipped.ConfigFile, help="A file, or the name of a config of the package."
         )
-        parser.first_screen = help.overview
+        parser.first_screen, parser.color = help.overview, False
         return parser
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
