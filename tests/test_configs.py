@@ -39,9 +39,9 @@ def fit(*configs, **flags):
 
 @pytest.fixture
 def pictures(folder):
-    """Folders of noise, enough for five ways in training and validation."""
+    """Folders of noise, enough for five ways in each split."""
     noise = np.random.default_rng(0)
-    for split in ("train", "val"):
+    for split in ("train", "val", "test"):
         for label in range(5):
             of_class = folder / "pictures" / split / str(label)
             of_class.mkdir(parents=True)
