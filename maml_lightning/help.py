@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from maml_lightning import shipped
+from maml_lightning import shipped, trained
 from maml_lightning.class_paths import BASES, known, listing, problem
 from maml_lightning.data import GlyphsDataModule
 
@@ -90,9 +90,15 @@ def overview() -> str:
         "",
         "Configs of the package, for --config:",
     ]
-    lines += textwrap.wrap(", ".join(shipped.names()), WIDTH - 2, initial_indent="  ", subsequent_indent="  ")
+    lines += _names(shipped.names())
+    lines += ["", "Pretrained networks of the package, for --ckpt_path and --initial_checkpoint:"]
+    lines += _names(sorted(file.stem for file in trained.FOLDER.glob("*.ckpt")))
     lines += ["", "For example:", f"  {called} fit --config glyphs_5way_1shot", ""]
     return "\n".join(lines)
+
+
+def _names(names: list[str]) -> list[str]:
+    return textwrap.wrap(", ".join(names), WIDTH, initial_indent="  ", subsequent_indent="  ")
 
 
 def first_screen(parser: Any, name: str, epochs: int) -> str:
