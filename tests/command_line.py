@@ -52,17 +52,12 @@ def words(*command, **flags):
     return [*map(str, command), *(f"--{key}={value}" for key, value in flags.items() if value is not None)]
 
 
-def environment(**variables):
-    """That of a process which imports this checkout."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
-
-
-def process(*arguments, **variables):
+def process(*arguments, **environment):
     """The command line as a process of its own, under way."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, str(ROOT / "cli.py"), *arguments]
-    pipe = subprocess.PIPE
     return subprocess.Popen(
-        command, stdout=pipe, stderr=pipe, text=True, env=environment(**variables), start_new_session=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )
 
 

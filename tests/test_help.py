@@ -32,17 +32,10 @@ def refused(capsys, *arguments):
 def test_the_overview_fits_a_screen(capsys):
     text = printed(capsys, "--help")
     assert len(text.splitlines()) <= 40
-    for word in (
-        "fit ",
-        "validate ",
-        "test ",
-        "predict ",
-        "configs ",
-        "--help_all",
-        "glyphs_5way_1shot",
-        "variants/anil",
-    ):
-        assert word in text
+    for word in ("fit ", "validate ", "test ", "predict ", "configs "):
+        assert f"  {word}" in text
+    for name in ("--help_all", "glyphs_5way_1shot", "variants/anil", "omniglot_20way_1shot, omniglot_5way_1shot\n"):
+        assert name in text
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])

@@ -1,5 +1,6 @@
 """What pip installs is the whole product."""
 
+import os
 import subprocess
 import sys
 import tarfile
@@ -15,7 +16,7 @@ import maml_lightning
 from cli import main
 from maml_lightning import SettingError, shipped
 from maml_lightning.cli import console
-from tests.command_line import ROOT, TINY, environment, words
+from tests.command_line import ROOT, TINY, words
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CONFIGS = sorted(file.relative_to(ROOT).as_posix() for file in (ROOT / "configs").rglob("*.yaml"))
@@ -176,29 +177,9 @@ def commands(tmp_path_factory):
 
 
 def call(command, *arguments):
-    return subprocess.run(
-        [sys.executable, *command, *arguments],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=300,
-        check=False,
-    )
-
-
-def test_the_configs_are_listed_and_printed(folder, monkeypatch, capsys):
-    def configs(*names):
-        monkeypatch.setattr(sys, "path", [*sys.path])
-        monkeypatch.setattr(sys, "argv", ["maml-lightning", "configs", *names])
-        console()
-        return capsys.readouterr().out
-
-    lines = configs().splitlines()
-    assert [line.split()[0] for line in lines] == shipped.names()
-    assert max(map(len, lines)) <= 120
-    assert yaml.safe_load(configs("variants/anil")) == {"model": {"adapted_parameters": "head"}}
-    with pytest.raises(SystemExit, match=r"^error: --config anill: .* did you mean variants/anil\? "):
-        configs("anill")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *command, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
 
 
 @pytest.mark.long
