@@ -182,6 +182,21 @@ def call(command, *arguments):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
 
 
+def test_the_configs_are_listed_and_printed(folder, monkeypatch, capsys):
+    def configs(*names):
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        monkeypatch.setattr(sys, "argv", ["maml-lightning", "configs", *names])
+        console()
+        return capsys.readouterr().out
+
+    lines = configs().splitlines()
+    assert [line.split()[0] for line in lines] == shipped.names()
+    assert max(map(len, lines)) <= 120
+    assert yaml.safe_load(configs("variants/anil")) == {"model": {"adapted_parameters": "head"}}
+    with pytest.raises(SystemExit, match=r"^error: --config anill: .* did you mean variants/anil\? "):
+        configs("anill")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("way", "devices"), [("console", 1), ("console", 2), ("module", 1), ("cli.py", 1), ("cli.py", 2)]
