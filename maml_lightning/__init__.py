@@ -17,6 +17,8 @@ from maml_lightning.module import MAML
 from maml_lightning.networks import MLP, ConvNet
 from maml_lightning.trained import load
 
+__version__ = "0.1.0"
+
 __all__ = [
     "MAML",
     "MLP",
@@ -37,6 +39,7 @@ __all__ = [
     "SinusoidsDataModule",
     "SupportQueryDataModule",
     "TestReport",
+    "__version__",
     "load",
     "support_set",
 ]

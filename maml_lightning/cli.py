@@ -11,11 +11,14 @@ import time
 import traceback
 import warnings
 from argparse import ArgumentParser
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from pydoc import locate
 from typing import Any, NoReturn
 
+import lightning
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
@@ -25,6 +28,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from maml_lightning import __version__, class_paths, help, shipped
 from maml_lightning.callbacks import Cost, Inspection, PredictionReport, TestReport
 from maml_lightning.checkpoints import LastCheckpoint, last_checkpoint, read_checkpoint
 from maml_lightning.errors import NonFiniteError, SettingError
@@ -33,10 +37,24 @@ from maml_lightning.trained import settings_of, trained
 
 SECONDS_FOR_THE_FIRST_PROCESS = 3  # to end the others after an error
 SECONDS_TO_LEAVE = 20  # for the others, after a signal that all have agreed on
+# Of a training that nothing else ends: what the shipped configs with the best results take (18 to 24). Lightning's own
+# default is 1,000, which is weeks on pictures.
+DEFAULT_EPOCHS = 20
 
 
 class Parser(LightningArgumentParser):
-    """LightningCLI's parser, with short messages and without settings of one network in another."""
+    """LightningCLI's parser, with short messages and screens, and without settings of one network in another."""
+
+    first_screen: Callable[[], str] | None = None  # what --help shows
+    color: bool  # of Python 3.14's help, which the pages of one group take apart
+
+    def full_help(self) -> str:
+        """A description of every setting."""
+        return super().format_help()
+
+    def format_help(self, *args: Any) -> str:
+        """The first screen, where there is one."""
+        return self.first_screen() if self.first_screen else super().format_help(*args)
 
     def get_defaults(self, *args: Any, **kwargs: Any) -> Namespace:
         """The defaults, the network's own left out: another network would inherit those that it has a name for."""
@@ -48,7 +66,8 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message alone, without jsonargparse's screens of usage, and end."""
-        self.exit(2, f"error: {' '.join(message.split())} (--help describes every setting)\n")
+        message = class_paths.refusal(message) or " ".join(message.split())
+        self.exit(2, f"error: {message} (--help_all describes every setting)\n")
 
 
 class MAMLCommandLine(LightningCLI):
@@ -56,6 +75,22 @@ class MAMLCommandLine(LightningCLI):
 
     checkpoint: dict[str, Any] | None = None
     run_folder: Path | None = None  # of the run that ckpt_path last goes on with
+
+    def init_parser(self, **kwargs: Any) -> Parser:
+        """LightningCLI's, whose ``--config`` finds the configs of the package by name."""
+        header = [f"maml_lightning=={__version__}", f"lightning=={lightning.__version__}"]
+        parser = Parser(dump_header=header, version=__version__, **kwargs)
+        parser.add_argument(
+            "-c", "--config", action=shipped.ConfigFile, help="A file, or the name of a config of the package."
+        )
+        parser.first_screen, parser.color = help.overview, False
+        return parser
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        help.add_pages(parser, DEFAULT_EPOCHS)
+        parser.first_screen = partial(help.first_screen, parser, subcommand, DEFAULT_EPOCHS)  # type: ignore[attr-defined]
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link ``ways`` and ``channels`` and give the callbacks that every run has their flags."""
@@ -155,6 +190,9 @@ class MAMLCommandLine(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Instantiate, and let a refused setting speak for itself instead of jsonargparse's list of types tried."""
+        trainer = self.config[self.subcommand].trainer
+        if self.subcommand == "fit" and (trainer.max_epochs, trainer.max_steps, trainer.max_time) == (None, -1, None):
+            trainer.max_epochs = DEFAULT_EPOCHS
         try:
             super().instantiate_classes()
         except ValueError as error:
@@ -304,7 +342,11 @@ def _check_words(words: list[str]) -> None:
 
 def console() -> None:
     """Run the command line as a process: an error is one line, its traceback one flag away."""
+    if not sys.flags.safe_path:
+        sys.path.insert(0, os.getcwd())  # as python -m does: networks and data by class path from the current folder
     try:
+        if sys.argv[1:2] == ["configs"]:
+            return print(shipped.text(*sys.argv[2:]))
         main()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

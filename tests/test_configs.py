@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from cli import main
 from tests.command_line import ROOT, words
@@ -34,12 +36,27 @@ def fit(*configs, **flags):
     return cli
 
 
+@pytest.fixture
+def pictures(folder):
+    """Folders of noise, enough for five ways in each split."""
+    noise = np.random.default_rng(0)
+    for split in ("train", "val", "test"):
+        for label in range(5):
+            of_class = folder / "pictures" / split / str(label)
+            of_class.mkdir(parents=True)
+            for number in range(3):
+                Image.fromarray(noise.integers(0, 256, (28, 28, 3), np.uint8)).save(of_class / f"{number}.png")
+    return folder / "pictures"
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_configs_run(config, request):
     sinusoids = config.stem.startswith("sinusoids")
     flags = {} if sinusoids or "initial_checkpoint" in yaml.safe_load(config.read_text()) else SMALL
     if config.stem.startswith("omniglot"):
         flags = {**flags, "data.root": request.getfixturevalue("omniglot_root")}
+    elif config.stem.startswith("images"):
+        flags = {**flags, "data.root": request.getfixturevalue("pictures"), "data.size": 28, "data.query_shots": 2}
     elif not sinusoids:
         flags = {**flags, **GLYPHS}
     fit(config, **SHORT, **flags)
