@@ -254,7 +254,7 @@ class MAMLCommandLine(LightningCLI):
         data = f"--config {os.path.relpath(config)}" if config.is_file() else "with the same --data"
         rank_zero_info(
             f"Best {best.monitor}: {best.best_model_score:.4f} ({path}). "
-            f"Test it: {_program()} test {data} --ckpt_path {path}"
+            f"Test it: {help.command()} test {data} --ckpt_path {path}"
         )
 
     def after_instantiate_classes(self) -> None:
@@ -274,14 +274,6 @@ class MAMLCommandLine(LightningCLI):
             self.checkpoint = None
         elif self.subcommand != "fit" and not self.config[self.subcommand].ckpt_path:
             rank_zero_info("No checkpoint was given (--ckpt_path): the weights are untrained.")
-
-
-def _program() -> str:
-    """How this program was called."""
-    script = Path(sys.argv[0])
-    if script.name == "__main__.py":
-        return "python -m maml_lightning"
-    return f"python {sys.argv[0]}" if script.suffix == ".py" else script.name
 
 
 class _Quiet(logging.Filter):
