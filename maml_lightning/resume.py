@@ -140,9 +140,9 @@ def keep_callback_settings(checkpoint: dict[str, Any], callbacks: Iterable[Callb
     states = checkpoint.get("callbacks", {})
     for callback in callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.state_key not in states:
-            alike = [state for key, state in states.items() if _watches(key) == _watches(callback.state_key)]
+            alike = [key for key in states if _watches(key) == _watches(callback.state_key)]
             if len(alike) == 1:
-                states[callback.state_key] = alike[0]
+                states[callback.state_key] = states.pop(alike[0])
         state = states.get(callback.state_key)
         if isinstance(state, dict) and not isinstance(callback, Checkpoint):
             settings = inspect.signature(type(callback)).parameters
