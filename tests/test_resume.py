@@ -129,6 +129,20 @@ def test_the_best_score_is_known_where_the_period_of_checkpoints_differs():
     assert cli.trainer.checkpoint_callback.best_model_score <= best[0]
 
 
+def test_a_precision_that_keeps_the_type_of_weights_is_applied():
+    cli = resumed({}, {"trainer.precision": "bf16-mixed"})
+    assert (cli.trainer.precision, cli.trainer.global_step) == ("bf16-mixed", 12)
+
+
+def test_a_network_of_the_same_shapes_is_another_network():
+    shapes = {"data": "GlyphsDataModule", "data.train_classes": 8, "data.val_classes": 8, "data.ways": 3}
+    flags = {**shapes, "model.loss": None, "model.net": "maml_lightning.ConvNet", "model.net.blocks": 1}
+    with pytest.raises(
+        SettingError, match=r"model.net.pooling is True, but the checkpoint's is False: another network"
+    ):
+        resumed(flags, {"model.net.pooling": "true"})
+
+
 @pytest.mark.parametrize(
     ("setting", "value", "attribute"),
     [
