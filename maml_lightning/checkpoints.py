@@ -1,10 +1,12 @@
 """Checkpoints from which a run goes on as if nothing had happened: written whole, found again, read with suspicion."""
 
+import inspect
 import io
 import pickle
 import signal
 import threading
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,15 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from maml_lightning.errors import SettingError
 from maml_lightning.files import write_whole
-from maml_lightning.module import MAML
 from maml_lightning.processes import every_process
 
 LAST = "last.ckpt"
+_DAMAGED = (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -50,6 +53,10 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 f"The checkpoint {path} was not written ({error.strerror}), {before}; make room, or give another "
                 "place with --trainer.default_root_dir."
             ) from error
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
+        """Load a checkpoint's weights and plain values, unless code in it was asked for."""
+        return super().load_checkpoint(path, map_location or (lambda storage, _: storage), weights_only is not False)
 
 
 class LastCheckpoint(Checkpoint):
@@ -110,11 +117,11 @@ class LastCheckpoint(Checkpoint):
             rank_zero_info("Ctrl-C: the run is saved and ends after this meta-step; again, it ends at once.")
         self._told.append(number)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: MAML, *_: Any) -> None:  # type: ignore[override]
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         """Have the module ask all processes for signals together with its loss."""
         pl_module.signal = max(self._told, default=0)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: MAML, *_: Any) -> None:  # type: ignore[override]
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         """Save where it is due, where the run ends within an epoch, or where a signal asks for it."""
         if trainer.global_step == self._step:  # gradients are being accumulated
             return
@@ -179,7 +186,7 @@ def read_checkpoint(path: Path, setting: str = "ckpt_path") -> dict[str, Any]:
         if not _is_whole(path):  # torch.load checks no checksums
             raise EOFError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
+    except (*_DAMAGED, pickle.UnpicklingError, KeyError, TypeError, AttributeError) as error:
         if "GLOBAL" in str(error):
             reason = "it holds more than weights and plain values"
         else:
@@ -187,16 +194,56 @@ def read_checkpoint(path: Path, setting: str = "ckpt_path") -> dict[str, Any]:
         others = [file for file in _newest_first(path.parent) if file != path and _is_whole(file)]
         remedy = f"give {others[0]}, which is whole" if others else "give a checkpoint that fit wrote"
         raise SettingError(f"{setting} {path} was not loaded: {reason}; {remedy}.") from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise SettingError(f"{setting} {path} holds no state_dict; give a checkpoint that fit wrote.")
+    weights = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise SettingError(f"{setting} {path} holds no state_dict of tensors; give a checkpoint that fit wrote.")
     return checkpoint
 
 
-def last_checkpoint(folder: Path) -> Path | None:
+def settings_of(checkpoint: dict[str, Any], module: type[LightningModule]) -> dict[str, Any]:
+    """Those of a checkpoint's settings that a module takes."""
+    settings = checkpoint.get("hyper_parameters", {})
+    known = inspect.signature(module).parameters
+    return {key: value for key, value in settings.items() if key in known} if isinstance(settings, dict) else {}
+
+
+def place_of_checkpoints(trainer: Any, dirpath: str | None) -> tuple[Path, str]:
+    """Where a run of the command line will write its checkpoints.
+
+    Args:
+        trainer: the settings of the Trainer.
+        dirpath: of the checkpoints, where it was given.
+
+    Returns:
+        a folder, and the pattern of all runs' checkpoint folders in it, such as ``version_*/checkpoints/``; ``""``
+        where that is fixed and every run writes into the folder itself.
+    """
+    root = Path(trainer.default_root_dir or ".")
+    logger = trainer.logger[0] if isinstance(trainer.logger, list) and trainer.logger else trainer.logger
+    if dirpath:
+        return Path(dirpath), ""
+    if logger is None or logger is True:
+        job = SLURMEnvironment.job_id()
+        runs = root / "lightning_logs"
+        return (runs, "version_*/checkpoints/") if job is None else (runs / f"version_{job}" / "checkpoints", "")
+    if not logger:
+        return root / "checkpoints", ""
+    settings = logger.get("init_args") or {}
+    save_dir = Path(settings.get("save_dir") or root)
+    if logger.class_path.rpartition(".")[2] not in ("TensorBoardLogger", "CSVLogger"):
+        return save_dir, "*/*/checkpoints/"
+    runs, version = save_dir / (settings.get("name") or ""), settings.get("version")
+    if version is None:
+        return runs, "version_*/checkpoints/"
+    return runs / (version if isinstance(version, str) else f"version_{version}") / "checkpoints", ""
+
+
+def last_checkpoint(folder: Path, runs: str = "version_*/checkpoints/") -> Path | None:
     """The newest whole checkpoint of the newest run, ``last.ckpt`` if there is one; damaged ones are named.
 
     Args:
-        folder: holds the runs, ``version_*/checkpoints``, or is such a folder of checkpoints itself.
+        folder: holds the runs, or is such a folder of checkpoints itself.
+        runs: pattern of the runs' folders of checkpoints; ``""`` where it is one itself.
 
     Returns:
         its path; None where there is none at all.
@@ -204,7 +251,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     Raises:
         SettingError: there are some, and all are damaged.
     """
-    folders = {file.parent for file in [*folder.glob("version_*/checkpoints/*.ckpt"), *folder.glob("*.ckpt")]}
+    folders = {file.parent for file in folder.glob(f"{runs}*.ckpt") if file.is_file()}
     damaged: list[Path] = []
     for run in sorted(folders, key=lambda run: _newest_first(run)[0].stat().st_mtime_ns, reverse=True):
         for file in sorted(_newest_first(run), key=lambda file: file.name != LAST):
@@ -222,13 +269,15 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
+    files = [file for file in folder.glob("*.ckpt") if file.is_file()]
+    return sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True)
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether all of the archive is there and its checksums agree; much faster than to load it."""
+    """Whether all of the archive is there as it was written and its checksums agree; much faster than to load it."""
     try:
         with zipfile.ZipFile(file) as archive:
-            return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile):
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())  # no bombs
+            return stored and archive.testzip() is None
+    except _DAMAGED:
         return False

@@ -24,16 +24,28 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from maml_lightning import __version__, class_paths, help, shipped
+from maml_lightning import __version__, class_paths, help, resume, shipped
 from maml_lightning.callbacks import Cost, Inspection, PredictionReport, TestReport
-from maml_lightning.checkpoints import LastCheckpoint, last_checkpoint, read_checkpoint
+from maml_lightning.checkpoints import (
+    LAST,
+    LastCheckpoint,
+    last_checkpoint,
+    place_of_checkpoints,
+    read_checkpoint,
+    settings_of,
+)
 from maml_lightning.errors import NonFiniteError, SettingError
 from maml_lightning.module import MAML, check_strategy
-from maml_lightning.trained import settings_of, trained
+from maml_lightning.monitoring import check_loss, direction
+from maml_lightning.trained import trained
+from maml_lightning.trust import check_settings, named, without
+
+NETWORK = "maml_lightning.ConvNet"
 
 SECONDS_FOR_THE_FIRST_PROCESS = 3  # to end the others after an error
 SECONDS_TO_LEAVE = 20  # for the others, after a signal that all have agreed on
@@ -56,9 +68,13 @@ class Parser(LightningArgumentParser):
         """The first screen, where there is one."""
         return self.first_screen() if self.first_screen else super().format_help(*args)
 
+    by_hand = False  # leave the defaults out
+
     def get_defaults(self, *args: Any, **kwargs: Any) -> Namespace:
         """The defaults, the network's own left out: another network would inherit those that it has a name for."""
         defaults = super().get_defaults(*args, **kwargs)
+        if Parser.by_hand:  # a parser has to know the class of a network's settings
+            return Namespace({"model.net": defaults["model.net"]}) if "model.net" in defaults else Namespace()
         given = ArgumentParser.get_default(self, "model.net")
         if given and "init_args" not in given:
             defaults.pop("model.net.init_args", None)
@@ -75,6 +91,8 @@ class MAMLCommandLine(LightningCLI):
 
     checkpoint: dict[str, Any] | None = None
     run_folder: Path | None = None  # of the run that ckpt_path last goes on with
+    given: Namespace = Namespace()  # by hand
+    optimizer_follows = False  # from model.outer_lr
 
     def init_parser(self, **kwargs: Any) -> Parser:
         """LightningCLI's, whose ``--config`` finds the configs of the package by name."""
@@ -111,6 +129,13 @@ class MAMLCommandLine(LightningCLI):
             default=False,
             help="Show where an error came from; MAML_LIGHTNING_TRACEBACK=1 does so as well.",
         )
+        parser.add_argument(
+            "--trust_checkpoint",
+            type=bool,
+            default=False,
+            help="Import and call whatever network, loss, optimizer or scheduler the checkpoint names, such as your "
+            "own; a stranger's checkpoint could so run any code.",
+        )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.add_lightning_class_args(Cost, "cost")
@@ -124,30 +149,58 @@ class MAMLCommandLine(LightningCLI):
                 "checkpoint.filename": "best",
                 "checkpoint.save_on_train_epoch_end": False,  # it is best by validation, when that is there
                 "checkpoint.enable_version_counter": False,
-                "model.net": {"class_path": "maml_lightning.ConvNet"},
+                "model.net": {"class_path": NETWORK},
             }
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse with the checkpoint's settings as defaults, so that flags and config given by hand win."""
+        """Parse with the checkpoint's settings as defaults, so that flags and config given by hand win.
+
+        A run that is resumed takes its optimizer, scheduler and seed from the checkpoint likewise.
+        """
         super().parse_arguments(parser, args)
         subcommand = self.config.get("subcommand")
         if not subcommand:
             return
-        path, initial = self.config[subcommand].get("ckpt_path"), self.config[subcommand].initial_checkpoint
+        config = self.config[subcommand]
+        self.given = _given(parser, args)[subcommand]
+        path, initial = config.get("ckpt_path"), config.initial_checkpoint
         if path in ("best", "hpc", "registry"):
             return
         if path == "last":
-            path = self._last(self.config[subcommand])
+            path = self._last(config)
         elif path:
             path = trained(path) or path
         if path or initial:
-            setting, file = ("ckpt_path", path) if path else ("initial_checkpoint", trained(initial) or initial)
-            self.checkpoint = read_checkpoint(Path(file), setting)
-            known = settings_of(self.checkpoint)
-            self._subcommand_parsers[subcommand].set_defaults({f"model.{key}": value for key, value in known.items()})
+            setting, name = ("ckpt_path", path) if path else ("initial_checkpoint", initial)
+            self.checkpoint = read_checkpoint(Path(trained(str(name)) or name), setting)
+            resumes = subcommand == "fit" and setting == "ckpt_path"
+            if resumes:
+                resume.check_training_state(self.checkpoint, str(config.ckpt_path if path != "last" else path))
+            known = self._defaults_of(self.checkpoint, f"{setting} {name}", resumes, config.trust_checkpoint)
+            self._subcommand_parsers[subcommand].set_defaults(known)
             super().parse_arguments(parser, args)
         self.config[subcommand].ckpt_path = path and str(path)
+
+    def _defaults_of(self, checkpoint: dict[str, Any], source: str, resumes: bool, trust: bool) -> dict[str, Any]:
+        """The settings that are a checkpoint's where none were given by hand; it may name no code of others."""
+        given, known = self.given, settings_of(checkpoint, MAML)
+        settings = checkpoint.get("settings") or {}
+        seed = settings.get("seed_everything") if resumes else None
+        kinds = {key: settings[key] for key in ("optimizer", "lr_scheduler") if resumes and settings.get(key)}
+        known = {key: value for key, value in known.items() if key == "net" or f"model.{key}" not in given}
+        net = given.model.net
+        if net.class_path == NETWORK:  # not by hand, perhaps
+            net = Namespace(init_args=net.get("init_args"))
+        if isinstance(known.get("net"), dict):
+            known["net"] = without(known["net"], net)
+        kinds = {key: without(value, given.get(key) or Namespace()) for key, value in kinds.items()}
+        known, kinds = ({key: value for key, value in some.items() if value != {}} for some in (known, kinds))
+        if not trust:
+            remedy = "give it by hand (--model.net, --model.loss, …) or, if you trust the file, --trust_checkpoint true"
+            check_settings({**known, **kinds}, source, named(given), remedy)
+        defaults = {**{f"model.{key}": value for key, value in known.items()}, **kinds}
+        return {**defaults, "seed_everything": seed} if isinstance(seed, int) else defaults
 
     def _last(self, config: Namespace) -> Path | None:
         """The checkpoint that ``ckpt_path last`` stands for; None starts anew.
@@ -155,14 +208,14 @@ class MAMLCommandLine(LightningCLI):
         Raises:
             SettingError: there is none, and the command is not fit.
         """
-        root = Path(config.trainer.default_root_dir or ".")
-        folder = Path(config.checkpoint.dirpath or root / "lightning_logs")
-        path = last_checkpoint(folder)
+        folder, runs = place_of_checkpoints(config.trainer, config.checkpoint.dirpath)
+        path = last_checkpoint(folder, runs)
         if path is None and self.config.subcommand != "fit":
             raise SettingError(f"ckpt_path last: there is no checkpoint in {folder}; run fit first, or give a path.")
         rank_zero_info(f"ckpt_path last: {path or f'no checkpoint in {folder}, starting anew'}")
         if path and path.parent.name == "checkpoints":
             self.run_folder = path.parent.parent
+        if path:
             warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty.*")  # it is this run's
         return path
 
@@ -178,15 +231,49 @@ class MAMLCommandLine(LightningCLI):
         """
         config = self.config[self.subcommand]
         check_strategy(str(getattr(config.trainer.strategy, "class_path", config.trainer.strategy)))
+        check_loss(config.model.loss)
+        if self.subcommand == "fit" and not config.trainer.fast_dev_run:
+            self._refuse_to_overwrite(config)
         if config.checkpoint.every_n_train_steps:
             config.last_checkpoint.every_n_train_steps = config.checkpoint.every_n_train_steps
             config.checkpoint.every_n_train_steps = None
         if config.get("lr_scheduler") and not config.get("optimizer"):
+            self.optimizer_follows = True
             config.optimizer = Namespace(class_path="torch.optim.Adam", init_args=Namespace(lr=config.model.outer_lr))
         if config.checkpoint.monitor is None:
             score = getattr(locate(config.data.class_path), "score", "accuracy")
             config.checkpoint.monitor = f"val/{score}"
-            config.checkpoint.mode = "min" if score == "mse" else "max"
+        if "checkpoint.mode" not in self.given:
+            config.checkpoint.mode = direction(config.checkpoint.monitor, "checkpoint.mode")
+        callbacks = config.trainer.callbacks or []
+        pairs = [(config.get("lr_scheduler"), self.given.get("lr_scheduler"), "lr_scheduler.mode")]
+        if isinstance(callbacks, list):
+            by_hand = self.given.get("trainer.callbacks") or []
+            pairs += [(*pair, "trainer.callbacks.mode") for pair in zip(callbacks, by_hand, strict=False)]
+        for made, by_hand, setting in pairs:
+            settings = getattr(made, "init_args", None)
+            if (
+                by_hand
+                and settings
+                and settings.get("monitor")
+                and "mode" in settings
+                and "init_args.mode" not in by_hand
+            ):
+                settings.mode = direction(settings.monitor, setting)
+
+    def _refuse_to_overwrite(self, config: Namespace) -> None:
+        """Refuse to start a run where another's checkpoints would be replaced."""
+        folder, runs = place_of_checkpoints(config.trainer, config.checkpoint.dirpath)
+        resumed = Path(config.ckpt_path).parent.resolve() == folder.resolve() if config.ckpt_path else False
+        requeued = SLURMEnvironment.detect() and list(Path(config.trainer.default_root_dir or ".").glob("hpc_ckpt_*"))
+        if runs or resumed or requeued:
+            return
+        for file in (folder / LAST, folder / f"{config.checkpoint.filename}.ckpt"):
+            if file.exists():
+                raise SettingError(
+                    f"fit would replace {file}, which another run left; resume that run with --ckpt_path last, or give "
+                    "another --trainer.default_root_dir or --checkpoint.dirpath."
+                )
 
     def instantiate_classes(self) -> None:
         """Instantiate, and let a refused setting speak for itself instead of jsonargparse's list of types tried."""
@@ -259,21 +346,51 @@ class MAMLCommandLine(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Save the network's settings in the checkpoint; refuse another's checkpoint before a run begins."""
-        self.model.hparams.update(self.config_dump["model"])
-        if self.checkpoint and not self.config[self.subcommand].ckpt_path:
+        config = {**self.config_dump, **({"optimizer": None} if self.optimizer_follows else {})}
+        self.model.hparams.update(config["model"])
+        self.model.run_settings = resume.run_settings(config)
+        # Weights are loaded in the type that they are trained in: Lightning would load them first and convert then.
+        self.trainer.precision_plugin.convert_module(self.model)
+        if self.checkpoint and not config["ckpt_path"]:
             self.model.begin_with(self.checkpoint)
         elif self.checkpoint:
             self.model.on_load_checkpoint(self.checkpoint)
-            if self.run_folder and self.subcommand == "fit" and isinstance(self.trainer.logger, TensorBoardLogger):
-                self.trainer.logger = TensorBoardLogger(
-                    self.run_folder.parent.parent,
-                    self.run_folder.parent.name,
-                    self.run_folder.name,
-                    purge_step=self.checkpoint["global_step"],  # what was logged after the checkpoint comes again
-                )
-            self.checkpoint = None
-        elif self.subcommand != "fit" and not self.config[self.subcommand].ckpt_path:
+            if self.subcommand == "fit":
+                self._resume(self.checkpoint, config)
+        elif self.subcommand != "fit":
             rank_zero_info("No checkpoint was given (--ckpt_path): the weights are untrained.")
+        self.checkpoint = None
+
+    def _resume(self, checkpoint: dict[str, Any], config: dict[str, Any]) -> None:
+        """Refuse what cannot be applied to the run, say what is, and log into its folder."""
+        resume.check_precision(self.model, checkpoint)
+        configured = self.model.configure_optimizers()
+        optimizers, schedulers = [configured], []
+        if isinstance(configured, dict):
+            optimizers, schedulers = [configured["optimizer"]], [configured["lr_scheduler"]["scheduler"]]
+        elif isinstance(configured, tuple):
+            optimizers, schedulers = configured
+        resume.check_optimizers(checkpoint, optimizers, schedulers)
+        if changes := resume.check_settings_of_run(checkpoint, config):
+            rank_zero_info(f"Resumed with {'; '.join(changes)}.")
+        if self.run_folder is None:
+            return
+        loggers = self.trainer.loggers
+        given = self.config[self.subcommand].trainer.logger
+        for index, logger in enumerate(loggers):
+            if isinstance(logger, TensorBoardLogger) and Path(logger.root_dir) == self.run_folder.parent:
+                by_hand = given[index] if isinstance(given, list) else given
+                settings = by_hand.init_args.as_dict() if isinstance(by_hand, Namespace) else {}
+                loggers[index] = TensorBoardLogger(
+                    **{
+                        "save_dir": logger.save_dir,
+                        "name": logger.name,
+                        **settings,
+                        "version": self.run_folder.name,
+                        "purge_step": checkpoint["global_step"],  # what was logged after the checkpoint comes again
+                    }
+                )
+        self.trainer.loggers = loggers
 
 
 class _Quiet(logging.Filter):
@@ -281,6 +398,15 @@ class _Quiet(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         return "litlogger" not in record.getMessage()
+
+
+def _given(parser: LightningArgumentParser, args: ArgsType) -> Namespace:
+    """What was given by hand, in flags and configs, and the network's class in any case."""
+    Parser.by_hand = True
+    try:
+        return parser.parse_object(args) if isinstance(args, dict | Namespace) else parser.parse_args(args)
+    finally:
+        Parser.by_hand = False
 
 
 def main(args: ArgsType = None) -> MAMLCommandLine:

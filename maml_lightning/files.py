@@ -20,7 +20,8 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], temporary: str)
     """
     growing = path.with_name(temporary)
     try:
-        with growing.open("wb") as file:
+        growing.unlink(missing_ok=True)  # what was left there may be a link to another file
+        with growing.open("xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())

@@ -5,17 +5,22 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from pathlib import Path
+from pydoc import locate
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from maml_lightning import resume
 from maml_lightning.adaptation import Adaptation
+from maml_lightning.checkpoints import read_checkpoint, settings_of
 from maml_lightning.episodes import Episode, Inputs
 from maml_lightning.errors import NonFiniteError, SettingError
 from maml_lightning.inner_loop import InnerLoop, MetaGradient, multi_step_weights
@@ -23,6 +28,7 @@ from maml_lightning.memory import out_of_memory
 from maml_lightning.optimizers import Parameters
 from maml_lightning.optimizers import inner_optimizer as rule
 from maml_lightning.processes import every_process, rows_of_every_process
+from maml_lightning.trust import build, check_settings
 
 # MAML's metrics are reduced before they are logged, see MAML.training_step: Lightning's advice would reduce them twice.
 warnings.filterwarnings("ignore", r"It is recommended to use `self.log\('(train|val|test)/")
@@ -183,6 +189,9 @@ class MAML(LightningModule):
         self.signal, self.agreed_signal = 0, 0  # that LastCheckpoint was sent here, and the largest sent to any process
         self.test_scores: Tensor | None = None
         self.skipped_episodes = 0  # of the last validation or test
+        self.run_settings: dict[str, Any] = {}  # of the command line, for its checkpoints
+        self._fresh: dict[str, Any] = {}  # optimizers and schedulers as configured
+        self._resumed: dict[str, Any] | None = None  # a checkpoint that is being loaded
 
     @property
     def _inner_loop(self) -> InnerLoop:
@@ -376,8 +385,51 @@ class MAML(LightningModule):
         eps = max(1e-8, *(torch.finfo(value.dtype).tiny for value in parameters))
         return torch.optim.Adam(parameters, lr=self.outer_lr, eps=eps)
 
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | Path,
+        map_location: torch.device | str | None = None,
+        strict: bool = True,
+        trust: bool = False,
+        **settings: Any,
+    ) -> Self:
+        """The module of a checkpoint. Lightning's own would import and call whatever network the checkpoint names.
+
+        Args:
+            checkpoint_path: a file that fit wrote.
+            map_location: device of the module; None leaves it on the CPU.
+            strict: whether all tensors must be there.
+            trust: also import and call what it names outside this package and PyTorch.
+            settings: instead of the checkpoint's, such as ``net``.
+
+        Raises:
+            SettingError: it cannot be read, or names no network, or code that is not trusted.
+        """
+        source = f"The checkpoint {checkpoint_path}"
+        content = read_checkpoint(Path(checkpoint_path), "checkpoint_path")
+        saved = {key: value for key, value in settings_of(content, cls).items() if key not in settings}
+        if "net" not in settings and not isinstance(saved.get("net"), dict):
+            raise SettingError(f"{source} does not name its network; use MAML.load_from_checkpoint(path, net=...).")
+        if not trust:
+            check_settings(saved, source, remedy="give net=..., loss=... by hand, or trust=True if you trust the file")
+        if "net" in saved:
+            saved["net"] = build(saved["net"], source)
+        if "loss" in saved:
+            saved["loss"] = locate(saved["loss"]) if saved["loss"] else F.cross_entropy
+        try:
+            maml = cls(**saved, **settings)
+        except TypeError as error:
+            raise SettingError(f"{source} holds unusable settings ({error}); give them by hand.") from error
+        if strict:
+            maml.on_load_checkpoint(content)
+        maml.load_state_dict(content["state_dict"], strict=strict)
+        return maml if map_location is None else maml.to(map_location)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the measured chunk size, so that a resumed run sums in the same order, and what was trained on."""
+        checkpoint["settings"] = self.run_settings
+        checkpoint["fresh"] = self._fresh
         checkpoint["tasks_per_chunk"] = dict(self._inner_loop.chosen)
         checkpoint["inputs"] = None if self.inputs is None else self.inputs._asdict()
 
@@ -386,8 +438,23 @@ class MAML(LightningModule):
         chosen = checkpoint.get("tasks_per_chunk")
         self._inner_loop.chosen = dict(chosen) if isinstance(chosen, dict) else {}
         inputs = checkpoint.get("inputs")
-        self.inputs = Inputs(**inputs) if isinstance(inputs, dict) else None
+        self.inputs = Inputs(**inputs) if isinstance(inputs, dict) and set(inputs) == set(Inputs._fields) else None
         self._refuse_another(checkpoint)
+        if self._trainer is not None:
+            # Lightning (2.6) converts the module after it has loaded the weights: to float64 from rounded ones.
+            self.trainer.precision_plugin.convert_module(self)
+            if self.trainer.state.fn == TrainerFn.FITTING:
+                resume.check_precision(self, checkpoint)
+                resume.keep_callback_settings(checkpoint, self.trainer.callbacks)  # type: ignore[attr-defined]
+                self._resumed = checkpoint
+
+    def on_fit_start(self) -> None:
+        """Have the settings of this run's optimizer and scheduler hold, not those in the checkpoint."""
+        checkpoint, self._resumed = self._resumed, None
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        self._fresh = resume.fresh(self.trainer.optimizers, schedulers)
+        if checkpoint is not None:
+            resume.keep_optimizer_settings(checkpoint, self.trainer.optimizers, schedulers)
 
     def begin_with(self, checkpoint: dict[str, Any]) -> None:
         """Take a checkpoint's weights and learnt rates, and nothing else of its run.

@@ -1,12 +1,8 @@
 """Trained networks that come with the package, and the way from any checkpoint to its network."""
 
-import inspect
 from pathlib import Path
-from pydoc import locate
-from typing import Any
 
 from maml_lightning.checkpoints import WholeCheckpointIO, read_checkpoint
-from maml_lightning.errors import SettingError
 from maml_lightning.module import MAML
 
 FOLDER = Path(__file__).parent
@@ -18,20 +14,16 @@ def trained(name: str) -> Path | None:
     return path if path.parent == FOLDER and path.is_file() else None
 
 
-def settings_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Those of a checkpoint's settings that `MAML` takes."""
-    settings = checkpoint.get("hyper_parameters", {})
-    return {key: value for key, value in settings.items() if key in inspect.signature(MAML).parameters}
-
-
-def load(checkpoint: str | Path) -> MAML:
+def load(checkpoint: str | Path, trust: bool = False) -> MAML:
     """The module of a checkpoint that the command line wrote, its network built as it was trained.
 
     Args:
         checkpoint: its path, or the name of one in the package.
+        trust: also import and call what it names outside this package and PyTorch, such as your own network; a
+            stranger's checkpoint could so run any code.
 
     Raises:
-        SettingError: it cannot be read, or does not name its network.
+        SettingError: it cannot be read, or does not name its network, or names code that is not trusted.
 
     Example:
         >>> import torch
@@ -40,23 +32,7 @@ def load(checkpoint: str | Path) -> MAML:
         >>> classifier(torch.rand(9, 1, 28, 28)).shape
         torch.Size([9, 5])
     """
-    content = read_checkpoint(trained(str(checkpoint)) or Path(checkpoint))
-    settings = settings_of(content)
-    net, loss = settings.get("net"), settings.get("loss")
-    made = locate(net["class_path"]) if isinstance(net, dict) and "class_path" in net else None
-    if not callable(made) or not isinstance(net, dict):
-        raise SettingError(
-            f"The checkpoint {checkpoint} does not name its network; use MAML.load_from_checkpoint(path, net=...)."
-        )
-    settings["net"] = made(**net.get("init_args", {}))
-    if loss is None:
-        settings.pop("loss", None)
-    elif isinstance(loss, str):
-        settings["loss"] = locate(loss)
-    maml = MAML(**settings)
-    maml.on_load_checkpoint(content)
-    maml.load_state_dict(content["state_dict"])
-    return maml.eval()
+    return MAML.load_from_checkpoint(trained(str(checkpoint)) or checkpoint, trust=trust).eval()
 
 
 def strip(source: Path, target: Path) -> None:

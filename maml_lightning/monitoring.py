@@ -1,0 +1,47 @@
+"""What is better: how the command line reads a score's name, and whether a function can be a loss."""
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+from maml_lightning.errors import SettingError
+
+_MORE = {"accuracy", "acc", "auc", "auroc", "f1", "precision", "recall", "score"}
+_LESS = {"loss", "mse", "rmse", "mae", "error", "err", "perplexity", "nll"}
+
+
+def direction(monitor: str, setting: str) -> str:
+    """``max`` or ``min``: the mode in which a monitored score improves.
+
+    Args:
+        monitor: the score's name, such as ``val/accuracy`` or ``val/mse_step_1``.
+        setting: that gives the mode by hand, for errors.
+
+    Raises:
+        SettingError: its name does not tell.
+    """
+    words = set(re.split(r"[^a-z0-9]+", monitor.lower()))
+    more, less = bool(words & _MORE), bool(words & _LESS)
+    if more == less:
+        raise SettingError(f"The monitored {monitor} may be better high or low; give --{setting} max or min.")
+    return "max" if more else "min"
+
+
+def check_loss(loss: Any) -> None:
+    """Refuse what cannot be called with outputs and targets.
+
+    Raises:
+        SettingError: it cannot.
+    """
+    try:
+        parameters: Callable[..., Any] = inspect.signature(loss).bind
+        parameters("outputs", "targets")
+    except TypeError as error:
+        name = getattr(loss, "__qualname__", loss)
+        raise SettingError(
+            f"model.loss {name} does not take (outputs, targets) alone ({error}); give a loss such as "
+            "torch.nn.functional.cross_entropy."
+        ) from error
+    except ValueError:  # a function of C that does not tell
+        return
