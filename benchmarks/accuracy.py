@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cli import main
-from maml_lightning.comparison import UNKNOWN, metric_of, read_run, tested
+from maml_lightning.analysis.comparison import UNKNOWN, metric_of, read_run, tested
 
 RECORDS = Path(__file__).parents[1] / "docs" / "results"
 

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from benchmarks.peers import PEERS, Run
 from maml_lightning import MAML, ConvNet, Episode, GlyphsDataModule
-from maml_lightning.comparison import read_scalars
+from maml_lightning.algorithms.inner_loop import InnerLoop, _seconds
+from maml_lightning.analysis.comparison import read_scalars
 from maml_lightning.data.episodic import EpisodeDataset
-from maml_lightning.inner_loop import InnerLoop, _seconds
 
 LR = 0.4
 OURS = "maml_lightning"

@@ -29,9 +29,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from maml_lightning import __version__, class_paths, help, resume, shipped
-from maml_lightning.callbacks import Cost, Inspection, PredictionReport, TestReport
-from maml_lightning.checkpoints import (
+from maml_lightning import __version__
+from maml_lightning.command_line import class_paths, help, shipped
+from maml_lightning.errors import NonFiniteError, SettingError
+from maml_lightning.trained import trained
+from maml_lightning.training import resume
+from maml_lightning.training.callbacks import Cost, Inspection, PredictionReport, TestReport
+from maml_lightning.training.checkpoints import (
     LAST,
     LastCheckpoint,
     last_checkpoint,
@@ -39,11 +43,9 @@ from maml_lightning.checkpoints import (
     read_checkpoint,
     settings_of,
 )
-from maml_lightning.errors import NonFiniteError, SettingError
-from maml_lightning.module import MAML, check_strategy
-from maml_lightning.monitoring import check_loss, direction
-from maml_lightning.trained import trained
-from maml_lightning.trust import check_settings, named, without
+from maml_lightning.training.module import MAML, check_strategy
+from maml_lightning.training.monitoring import check_loss, direction
+from maml_lightning.training.trust import check_settings, named, without
 
 NETWORK = "maml_lightning.ConvNet"
 

@@ -14,9 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 from cli import main
-from maml_lightning import Cost, Inspection, SettingError, callbacks
-from maml_lightning.callbacks import test_results as summarise
-from maml_lightning.comparison import read_scalars
+from maml_lightning import Cost, Inspection, SettingError
+from maml_lightning.analysis.comparison import read_scalars
+from maml_lightning.training import callbacks
+from maml_lightning.training.callbacks import test_results as summarise
 from tests.command_line import DATA, SINUSOIDS, TINY, words
 
 
@@ -61,7 +62,7 @@ class Clocked(BoringModel):
 @pytest.fixture
 def clocked(monkeypatch):
     model = Clocked()
-    monkeypatch.setattr("maml_lightning.callbacks.time", SimpleNamespace(perf_counter=lambda: model.now))
+    monkeypatch.setattr("maml_lightning.training.callbacks.time", SimpleNamespace(perf_counter=lambda: model.now))
     return model
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from cli import main
 from maml_lightning import LastCheckpoint, SettingError
-from maml_lightning.checkpoints import last_checkpoint, read_checkpoint
+from maml_lightning.training.checkpoints import last_checkpoint, read_checkpoint
 from tests.command_line import DATA, ROOT, TINY, process, run, words
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -223,7 +223,7 @@ def test_slurm_requeues_and_the_job_goes_on(folder):
 # Runs the command line with a process that dies by kill -9 when half of its second checkpoint is written.
 DIES_WRITING = """
 import io, os, signal, sys
-import maml_lightning.checkpoints as checkpoints
+import maml_lightning.training.checkpoints as checkpoints
 from cli import main
 writes = 0
 def half(path, write, temporary):

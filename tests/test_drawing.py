@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from maml_lightning.drawing import CAPTION, EDGE, GAP, TITLE, Tile, contact_sheet
+from maml_lightning.analysis.drawing import CAPTION, EDGE, GAP, TITLE, Tile, contact_sheet
 
 
 def test_tiles_lie_in_rows_under_their_titles():

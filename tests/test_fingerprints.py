@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from maml_lightning import ConvNet
-from maml_lightning.fingerprints import fingerprint, has_hooks
+from maml_lightning.engine.fingerprints import fingerprint, has_hooks
 
 
 @dataclass

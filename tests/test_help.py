@@ -5,8 +5,8 @@ import re
 import pytest
 
 from cli import main
-from maml_lightning.class_paths import known, problem, refusal
-from maml_lightning.module import MAML
+from maml_lightning.command_line.class_paths import known, problem, refusal
+from maml_lightning.training.module import MAML
 from tests.command_line import TINY, words
 
 pytestmark = pytest.mark.usefixtures("folder")

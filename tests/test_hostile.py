@@ -12,9 +12,9 @@ from torch import nn
 
 from cli import main
 from maml_lightning import MAML, SettingError, load
-from maml_lightning.checkpoints import last_checkpoint, read_checkpoint
 from maml_lightning.files import write_whole
 from maml_lightning.trained import strip
+from maml_lightning.training.checkpoints import last_checkpoint, read_checkpoint
 from tests.command_line import TINY, words
 from tests.own_network import FixedNet
 

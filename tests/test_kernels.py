@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch.func import grad, vmap
 from torch.utils import _pytree as pytree
 
-from maml_lightning import kernels
+from maml_lightning.engine import kernels
 
 
 def second_derivative(function, x, *parameters):

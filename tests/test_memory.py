@@ -4,13 +4,13 @@ import sys
 
 import torch
 
-from maml_lightning import memory
+from maml_lightning.engine import memory
 from tests.command_line import ROOT
 
 # Prints the peak before and after holding 400 MB that are given back.
 PEAKS = """
 import psutil, torch
-from maml_lightning.memory import peak_bytes
+from maml_lightning.engine.memory import peak_bytes
 resident = psutil.Process().memory_info().rss
 print(resident, peak_bytes(torch.device("cpu")))
 held = b"1" * 400_000_000

@@ -14,8 +14,9 @@ import yaml
 
 import maml_lightning
 from cli import main
-from maml_lightning import SettingError, shipped
+from maml_lightning import SettingError
 from maml_lightning.cli import console
+from maml_lightning.command_line import shipped
 from tests.command_line import ROOT, TINY, words
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

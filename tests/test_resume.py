@@ -10,9 +10,9 @@ from torch import nn
 
 from cli import main
 from maml_lightning import SettingError
-from maml_lightning.checkpoints import last_checkpoint, read_checkpoint
-from maml_lightning.monitoring import direction
 from maml_lightning.trained import FOLDER
+from maml_lightning.training.checkpoints import last_checkpoint, read_checkpoint
+from maml_lightning.training.monitoring import direction
 from tests.command_line import SINUSOIDS, TINY, words
 
 pytestmark = pytest.mark.usefixtures("folder")

@@ -3,7 +3,7 @@ import torch.nn.functional as F
 from torch.func import grad
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from maml_lightning.tracing import Tracer, _trace
+from maml_lightning.engine.tracing import Tracer, _trace
 
 aten = torch.ops.aten
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from maml_lightning import SettingError, load
-from maml_lightning.checkpoints import read_checkpoint
 from maml_lightning.trained import FOLDER, strip, trained
+from maml_lightning.training.checkpoints import read_checkpoint
 from tests.command_line import ROOT
 
 

@@ -18,12 +18,12 @@ from rich.text import Text
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+from maml_lightning.analysis.drawing import Tile, contact_sheet
+from maml_lightning.analysis.tables import csv_bytes, text_cell, write_file
 from maml_lightning.data.pictures import Pixels, class_folders, pictures_in, read_picture
-from maml_lightning.drawing import Tile, contact_sheet
 from maml_lightning.episodes import Episode, Inputs
 from maml_lightning.errors import SettingError
 from maml_lightning.files import shown
-from maml_lightning.tables import csv_bytes, text_cell, write_file
 
 FAINT = 0.5  # of full ink; below it a picture's contrast is raised
 ROWS = 40  # of the printed table; the file has them all

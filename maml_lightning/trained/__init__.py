@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from maml_lightning.checkpoints import WholeCheckpointIO, read_checkpoint
-from maml_lightning.module import MAML
+from maml_lightning.training.checkpoints import WholeCheckpointIO, read_checkpoint
+from maml_lightning.training.module import MAML
 
 FOLDER = Path(__file__).parent
 

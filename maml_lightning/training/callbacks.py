@@ -17,13 +17,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from maml_lightning.drawing import Tile, contact_sheet
+from maml_lightning.analysis.drawing import Tile, contact_sheet
+from maml_lightning.analysis.tables import csv_bytes, write_file
+from maml_lightning.engine.memory import peak_bytes
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
-from maml_lightning.memory import peak_bytes
-from maml_lightning.module import MAML, episode_scores, ignored_target
 from maml_lightning.processes import every_process
-from maml_lightning.tables import csv_bytes, write_file
+from maml_lightning.training.module import MAML, episode_scores, ignored_target
 
 warnings.filterwarnings("ignore", "Couldn't infer the batch indices")  # of loaders without a sampler: they are counted
 

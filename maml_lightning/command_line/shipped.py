@@ -10,9 +10,9 @@ from jsonargparse import ActionConfigFile
 
 from maml_lightning.errors import SettingError
 
-FOLDER = Path(__file__).parent / "configs"  # installed from a wheel
+FOLDER = Path(__file__).parents[1] / "configs"  # installed from a wheel
 if not FOLDER.is_dir():
-    FOLDER = Path(__file__).parents[1] / "configs"  # in a checkout, and installed with -e
+    FOLDER = Path(__file__).parents[2] / "configs"  # in a checkout, and installed with -e
 
 
 def names() -> list[str]:

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from maml_lightning.algorithms.optimizers import Parameters
 from maml_lightning.errors import SettingError
-from maml_lightning.optimizers import Parameters
 
 _NORMALISATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 

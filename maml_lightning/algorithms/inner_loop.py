@@ -33,12 +33,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value
 from torch.utils import _pytree as pytree
 
+from maml_lightning.algorithms.optimizers import InnerOptimizer, Parameters, sgd
+from maml_lightning.engine.kernels import TaskKernels, kernel_layout, sum_over_tasks
+from maml_lightning.engine.memory import free_bytes, keep_freed_memory, out_of_memory
+from maml_lightning.engine.tracing import State, Tracer
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
-from maml_lightning.kernels import TaskKernels, kernel_layout, sum_over_tasks
-from maml_lightning.memory import free_bytes, keep_freed_memory, out_of_memory
-from maml_lightning.optimizers import InnerOptimizer, Parameters, sgd
-from maml_lightning.tracing import State, Tracer
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -18,17 +18,17 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from maml_lightning import resume
-from maml_lightning.adaptation import Adaptation
-from maml_lightning.checkpoints import read_checkpoint, settings_of
+from maml_lightning.algorithms.adaptation import Adaptation
+from maml_lightning.algorithms.inner_loop import InnerLoop, MetaGradient, multi_step_weights
+from maml_lightning.algorithms.optimizers import Parameters
+from maml_lightning.algorithms.optimizers import inner_optimizer as rule
+from maml_lightning.engine.memory import out_of_memory
 from maml_lightning.episodes import Episode, Inputs
 from maml_lightning.errors import NonFiniteError, SettingError
-from maml_lightning.inner_loop import InnerLoop, MetaGradient, multi_step_weights
-from maml_lightning.memory import out_of_memory
-from maml_lightning.optimizers import Parameters
-from maml_lightning.optimizers import inner_optimizer as rule
 from maml_lightning.processes import every_process, rows_of_every_process
-from maml_lightning.trust import build, check_settings
+from maml_lightning.training import resume
+from maml_lightning.training.checkpoints import read_checkpoint, settings_of
+from maml_lightning.training.trust import build, check_settings
 
 # MAML's metrics are reduced before they are logged, see MAML.training_step: Lightning's advice would reduce them twice.
 warnings.filterwarnings("ignore", r"It is recommended to use `self.log\('(train|val|test)/")

@@ -18,8 +18,8 @@ from torch.func import functionalize, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from maml_lightning.fingerprints import fingerprint, has_hooks
-from maml_lightning.kernels import COMPILED
+from maml_lightning.engine.fingerprints import fingerprint, has_hooks
+from maml_lightning.engine.kernels import COMPILED
 
 log = logging.getLogger(__name__)
 _STATES = 8  # so many states of a network are traced; one that changes at each step runs untraced

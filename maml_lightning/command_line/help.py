@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from maml_lightning import shipped, trained
-from maml_lightning.class_paths import BASES, known, listing, problem
+from maml_lightning import trained
+from maml_lightning.command_line import shipped
+from maml_lightning.command_line.class_paths import BASES, known, listing, problem
 from maml_lightning.data import GlyphsDataModule
 
 WIDTH = 100

@@ -1,0 +1,1 @@
+"""What people look at: contact sheets, tables of predictions, comparisons of runs."""

@@ -1,0 +1,1 @@
+"""The LightningModule, its settings and their checks, checkpoints and callbacks."""
