@@ -219,7 +219,7 @@ def test_real_runs_through_the_command(folder):
     command_line(words("fit", **{**flags, "model.inner_steps": 0}))
     command_line(words("test", **DATA, ckpt_path="lightning_logs/version_0/checkpoints/last.ckpt"))
     results = json.loads((folder / "lightning_logs" / "version_2" / "test_results.json").read_text())
-    command = [sys.executable, "-m", "maml_lightning.analysis.comparison"]
+    command = [sys.executable, "-m", "maml_lightning.comparison"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     runs = ["lightning_logs/version_0", "plain=lightning_logs/version_1"]
     ended = subprocess.run([*command, *runs], capture_output=True, text=True, env=environment, timeout=300, check=True)

@@ -6,7 +6,6 @@ Draws validation accuracy (regression: mean squared error) against meta-steps an
 import inspect
 import json
 import statistics
-import sys
 from argparse import ArgumentParser
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -310,9 +309,7 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: the words after ``python -m maml_lightning.comparison``; None takes them from ``sys.argv``.
     """
-    parser = ArgumentParser(
-        "python -m maml_lightning.comparison", description="Draw runs into a PNG, print a table."
-    )
+    parser = ArgumentParser("python -m maml_lightning.comparison", description="Draw runs into a PNG, print a table.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="such as lightning_logs/version_0, or NAME=folder")
     parser.add_argument("--output", type=Path, default=Path("comparison.png"), help="the PNG to write (%(default)s)")
     parser.add_argument(
@@ -361,10 +358,3 @@ def _score(metric: str, value: float) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return UNKNOWN if value is None else format(value, form)
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except (SettingError, OSError) as error:
-        sys.exit(f"error: {error}")
