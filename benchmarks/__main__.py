@@ -1,8 +1,8 @@
-"""``python -m benchmarks {speed,memory,batch,family,fit,scale}``; without a name each runs in turn.
+"""``python -m benchmarks {speed,memory,batch,family,fit,scale}``; without a name, all of them run in turn.
 
-``python -m benchmarks {accuracy,again,results}`` trains to the end, records what that reached, compares, and tells.
+``python -m benchmarks {accuracy,again,results}`` trains and records an accuracy, repeats a record, prints all records.
 
-Peers from the package index: ``pip install higher torchopt jax``; learn2learn where it builds.
+Peers from the package index: ``pip install higher torchopt jax``; learn2learn if it builds.
 """
 
 import platform

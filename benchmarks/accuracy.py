@@ -1,4 +1,4 @@
-"""Accuracies that reproduce: an experiment run as a user would, recorded with all it takes to run it again."""
+"""Reproducible accuracies: run an experiment as a user would, and record it with everything needed to repeat it."""
 
 import json
 import platform
@@ -22,16 +22,16 @@ def accuracy(
     flags: list[str] | None = None,
     tests: list[str] | None = None,
 ) -> None:
-    """Train with a config, test the checkpoint that validated best, and record both in docs/results.
+    """Train with a config, test the checkpoint with the best validation score, and record both in docs/results.
 
-    A run that was interrupted goes on where its last checkpoint was; one that has ended is only tested and recorded.
+    An interrupted run resumes from its last checkpoint; a finished one is only tested and recorded.
 
     Args:
         experiment: a config, such as configs/omniglot_5way_1shot_best.yaml.
-        root: where the data are, for data on disk.
-        seed: of the network and of the episodes.
-        flags: flags over the config, such as ``["--trainer.max_epochs=4"]``.
-        tests: flags of one more test each, such as ``["--data.query_shots=1 --data.within_alphabet=true"]``.
+        root: the folder of the data, for data on disk.
+        seed: the seed of the network and of the episodes.
+        flags: flags that override the config, such as ``["--trainer.max_epochs=4"]``.
+        tests: flags of each additional test, such as ``["--data.query_shots=1 --data.within_alphabet=true"]``.
     """
     record = run(experiment, root, seed, flags or [], tests or [], Path("lightning_logs"))
     file = RECORDS / f"{named(experiment, seed, flags or [])}.json"
@@ -41,13 +41,13 @@ def accuracy(
 
 
 def again(record: Path, root: str | None = None) -> None:
-    """Run a record of docs/results again and compare; the exit status is 1 where intervals do not overlap.
+    """Repeat the run of a record in docs/results and compare; the exit status is 1 if intervals do not overlap.
 
-    It trains in a folder of its own, lightning_logs/again, not where the record's run may still lie.
+    It trains in lightning_logs/again, so that it does not resume the record's own run.
 
     Args:
-        record: such as docs/results/omniglot_5way_1shot_0.json.
-        root: where the data are, for data on disk.
+        record: a record, such as docs/results/omniglot_5way_1shot_0.json.
+        root: the folder of the data, for data on disk.
     """
     old = json.loads(record.read_text())
     flags = [test["flags"] for test in old["tests"] if test["flags"]]
@@ -63,18 +63,18 @@ def again(record: Path, root: str | None = None) -> None:
 
 
 def results() -> None:
-    """Print what docs/results holds as the Markdown tables of docs/results.md."""
+    """Print the records in docs/results as the Markdown table of docs/results.md."""
     print(*table([json.loads(file.read_text()) for file in sorted(RECORDS.glob("*.json"))]), sep="\n")
 
 
 def table(records: list[dict[str, Any]], reach: tuple[float, ...] = (0.9, 0.95, 0.98, 0.99)) -> list[str]:
-    """Lines of Markdown, a row for each test of each record.
+    """Return the lines of a Markdown table with one row for each test of each record.
 
     Args:
-        records: what `run` returned.
-        reach: validation accuracies, each a column of the minutes until the run reached it.
+        records: the records that `run` returned.
+        reach: validation accuracies; each adds a column with the minutes until the run reached it.
     """
-    head = ["config", "seed", "over it", "test, % or mse", "episodes", "meta-steps", "minutes"]
+    head = ["config", "seed", "extra flags", "test, % or mse", "episodes", "meta-steps", "minutes"]
     head += [*(f"minutes to {100 * score:.0f} %" for score in reach), "commit"]
     cells = [head, ["---"] * len(head)]
     for record in records:
@@ -92,18 +92,18 @@ def table(records: list[dict[str, Any]], reach: tuple[float, ...] = (0.9, 0.95, 
 
 
 def score_of(test: dict[str, Any]) -> float:
-    """The accuracy of a record's test, or its mean squared error."""
+    """Return the accuracy of a record's test, or its mean squared error."""
     score: float = test["results"][metric_of(test["results"])]
     return score
 
 
 def named(config: Path, seed: int, flags: list[str]) -> str:
-    """What a record and its run's folder are called."""
+    """Return the name of a record and of its run's folder."""
     return "_".join([config.stem, str(seed), *(flag.removeprefix("--").replace("/", "-") for flag in flags)])
 
 
 def run(config: Path, root: str | None, seed: int, flags: list[str], tests: list[str], logs: Path) -> dict[str, Any]:
-    """Train, or go on training, and test; what `accuracy` records."""
+    """Train, or resume training, and test; return what `accuracy` records."""
     folder = logs / named(config, seed, flags)
     settings = [f"--config={config}", f"--seed_everything={seed}", f"--data.seed={seed}", *flags]
     settings += [f"--trainer.default_root_dir={folder}"] + ([] if root is None else [f"--data.root={root}"])
@@ -131,7 +131,7 @@ def run(config: Path, root: str | None, seed: int, flags: list[str], tests: list
 
 
 def described(record: dict[str, Any]) -> list[str]:
-    """A record's figures, a line each."""
+    """Return a record's figures, one per line."""
     steps, minutes, _ = record["validation"][-1]
     lines = [f"  {steps:,} meta-steps in {minutes:.0f} minutes ({record['machine']}, {record['commit']})"]
     for test in record["tests"]:

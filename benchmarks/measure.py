@@ -1,4 +1,4 @@
-"""Time and memory of the meta-gradient beside its peers."""
+"""Time and memory of the meta-gradient, compared with other packages."""
 
 import copy
 import multiprocessing
@@ -71,13 +71,13 @@ def ours(net: nn.Module, episode: Episode, lr: float, steps: int, **settings: An
     return lambda: loop.meta_gradient(parameters, episode, lr, steps).gradient
 
 
-# Of one meta-batch in chunks of 4, so that the measured choice of a chunk does not blur the growth with steps.
+# A fixed chunk size of 4, so that the growth with inner steps does not depend on the measured choice of the chunk size.
 FOUR = partial(ours, tasks_per_chunk=4)
 CONTENDERS = {OURS: ours, "chunks of 4": FOUR, "chunks of 4, flat": partial(FOUR, flat_memory=True), **PEERS}
 
 
 def disagreement(case: Case, device: str, contenders: dict) -> float:
-    """Largest error against the plain loop over two tasks in float64, relative to the whole gradient's norm."""
+    """Return the largest error against the plain loop on two tasks in float64, relative to the gradient's norm."""
     net = network(case).double().to(device)
     few = [tensor[:2].double() if tensor.is_floating_point() else tensor[:2] for tensor in episodes(case, device)]
     gradients = {name: make(copy.deepcopy(net), Episode(*few), LR, case.steps)() for name, make in contenders.items()}
@@ -96,10 +96,10 @@ def speed(
     """Milliseconds of one meta-batch, medians over interleaved rounds, and the ratio to the fastest peer.
 
     Args:
-        cases: which of 1, 2, 3 and 4.
-        compile: time the compiled meta-gradient as well; compiling takes minutes.
-        rounds: at most so many, at least 3.
-        budget: seconds after which no further round begins.
+        cases: the cases to run, from 1, 2, 3 and 4.
+        compile: also time the compiled meta-gradient; compilation takes minutes.
+        rounds: the maximum number of rounds; at least 3 always run.
+        budget: seconds after which no further round starts.
         device: cpu or cuda.
     """
     compared = {**PEERS, OURS: ours}
@@ -141,18 +141,18 @@ def _peak_bytes(name: str, case: Case) -> int:
         return int(line.split()[1]) * 1024
 
     before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # begins the peak anew (Linux)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak (Linux)
     run()
     run()
     return status("VmHWM") - before
 
 
 def memory(steps: tuple[int, ...] = (1, 2, 5, 10), names: tuple[str, ...] = tuple(CONTENDERS)) -> None:
-    """Peak memory of one meta-batch against inner steps: 16 tasks, max-pooled network, a process each.
+    """Peak memory of one meta-batch against inner steps: 16 tasks, max-pooled network, a separate process for each.
 
     Args:
-        steps: inner steps.
-        names: whose.
+        steps: the numbers of inner steps.
+        names: the implementations to measure.
     """
     print(f"| MB at inner steps | {' | '.join(map(str, steps))} | growth |")
     print("|---" * (len(steps) + 2) + "|")
@@ -168,7 +168,7 @@ def batch(sizes: tuple[int, ...] = (8, 32, 128), device: str = "cpu") -> None:
     """Milliseconds per task against the meta-batch: 5-way 1-shot, 1 step.
 
     Args:
-        sizes: tasks in a meta-batch.
+        sizes: the numbers of tasks in a meta-batch.
         device: cpu or cuda.
     """
     runs = {}
@@ -188,10 +188,10 @@ def batch(sizes: tuple[int, ...] = (8, 32, 128), device: str = "cpu") -> None:
 
 
 def family(names: tuple[str, ...] = (), device: str = "cpu") -> None:
-    """Milliseconds of one training step of each variant beside MAML: 5-way 1-shot, 16 filters, medians over rounds.
+    """Milliseconds of one training step of each variant and of MAML: 5-way 1-shot, 16 filters, medians over rounds.
 
     Args:
-        names: which of configs/variants; none given takes all.
+        names: names of files in configs/variants; without any, all are measured.
         device: cpu or cuda.
     """
     files = {file.stem: file for file in sorted(Path("configs/variants").glob("*.yaml"))}
@@ -223,7 +223,7 @@ def family(names: tuple[str, ...] = (), device: str = "cpu") -> None:
 
 
 class _Clock(Callback):
-    """Wall time of a fit from its step ``first`` on, and the part of it inside the functions given to ``timed``."""
+    """Wall time of a fit from step ``first`` on, and the time spent in each function wrapped with ``timed``."""
 
     def __init__(self, first: int) -> None:
         self.first = first
@@ -248,10 +248,10 @@ class _Clock(Callback):
 
 
 def fit(steps: int = 200) -> None:
-    """Where the wall time of ``Trainer.fit`` goes: 5-way 1-shot on glyphs with the logger and checkpoints of a run.
+    """Where the wall time of ``Trainer.fit`` goes: 5-way 1-shot on glyphs, with logger and checkpoints.
 
     Args:
-        steps: meta-steps, after 20 that are not counted.
+        steps: the number of meta-steps, after 20 that are not counted.
     """
     clock = _Clock(first=20)
     maml = MAML(ConvNet(out_features=5), inner_lr=LR)
@@ -266,7 +266,7 @@ def fit(steps: int = 200) -> None:
             Trainer(max_epochs=1, default_root_dir=folder, callbacks=[clock]).fit(maml, datamodule=data)
     finally:
         EpisodeDataset.__getitems__ = draw
-    print("| ms per meta-step | in the meta-gradient | sampling | all else |")
+    print("| ms per meta-step | meta-gradient | sampling | everything else |")
     print("|---|---|---|---|")
     parts = [clock.spent[name] / clock.wall for name in ("meta-gradient", "sampling")]
     print(
@@ -290,7 +290,7 @@ def _all_reduce(rank: int, world: int, port: int, count: int, results: Any) -> N
 
 
 def _seconds_per_step(processes: int, tasks: int, steps: int) -> float:
-    """As the run itself logs it: 5-way 1-shot on glyphs, 64 filters, one thread each, through the command line."""
+    """Return the seconds per meta-step that a run logs: 5-way 1-shot glyphs, 64 filters, one thread per process."""
     with tempfile.TemporaryDirectory() as folder:
         flags = {
             "config": "configs/glyphs_5way_1shot.yaml",
@@ -313,16 +313,16 @@ def _seconds_per_step(processes: int, tasks: int, steps: int) -> float:
 
 
 def scale(processes: tuple[int, ...] = (1, 2, 4), steps: int = 60) -> None:
-    """Milliseconds of one outer update over processes of one thread each, strong and weak, and of its communication.
+    """Milliseconds of one outer update and of its communication, with one thread per process, strong and weak scaling.
 
     Args:
-        processes: how many.
-        steps: meta-steps of each run.
+        processes: the numbers of processes.
+        steps: the number of meta-steps of each run.
     """
     count = sum(value.numel() for value in network(CASES["1"]).parameters())
     spawn = multiprocessing.get_context("spawn")
-    print(f"The gradient: {4 * count:,} bytes.")
-    print("| processes | 32 tasks in all | 16 tasks each | all-reduce of the gradient | of one number |")
+    print(f"Size of the gradient: {4 * count:,} bytes.")
+    print("| processes | 32 tasks in total | 16 tasks per process | all-reduce of the gradient | of one number |")
     print("|---|---|---|---|---|")
     for world in processes:
         strong, weak = (_seconds_per_step(world, tasks, steps) * 1e3 for tasks in (32, 16 * world))

@@ -1,7 +1,7 @@
-"""The same meta-gradient by others: each peer maps (net, episode, lr, steps) to a function without arguments.
+"""The same meta-gradient with other packages: each peer maps (net, episode, lr, steps) to a function without arguments.
 
-The function returns the gradient of the mean query loss by parameter name. A peer that is not installed is absent
-from ``PEERS``.
+The function returns the gradient of the mean query loss as a dict by parameter name. ``PEERS`` contains only the
+packages that are installed.
 """
 
 import copy
@@ -110,7 +110,7 @@ def learn2learn(net: nn.Module, episode: Episode, lr: float, steps: int) -> Run:
 
 
 def jax(net: nn.Module, episode: Episode, lr: float, steps: int) -> Run:
-    """``jax.jit`` of the gradient vectorised over tasks; convolutions as patches, which is its faster way on a CPU."""
+    """``jax.jit`` of the gradient vectorized over tasks; convolutions as patches, which is faster in JAX on a CPU."""
     import jax
     import jax.numpy as jnp
 
