@@ -19,6 +19,7 @@ from pydoc import locate
 from typing import Any, NoReturn
 
 import lightning
+import torch.distributed as dist
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
@@ -310,6 +311,8 @@ class MAMLCommandLine(LightningCLI):
             self._check(TrainerFn(subcommand))
         try:
             super()._run_subcommand(subcommand)
+            if dist.is_available() and dist.is_initialized():
+                dist.destroy_process_group()  # its threads abort a process that ends with them
         except BaseException as error:
             self._end_children(patience=SECONDS_TO_LEAVE if isinstance(error, SystemExit) else 0)
             raise

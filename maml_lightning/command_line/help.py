@@ -5,6 +5,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -207,13 +208,12 @@ def add_pages(parser: Any, epochs: int) -> None:
             action.extra_help = str
     groups = sorted({action.dest.split(".")[0] for action in parser._actions if "." in action.dest} - {*BASES})
     for group in groups:
-        page = _page_of(parser, group)
-        _add_page(parser, f"--{group}.help", page, f"Describe every setting of {group} and exit.")
-    _add_page(parser, "--help_all", _page_of(parser, ""), "Describe every setting and exit.")
+        _add_page(parser, f"--{group}.help", partial(_page, parser, group), f"Describe every setting of {group}.")
+    _add_page(parser, "--help_all", partial(_page, parser, ""), "Describe every setting.")
 
 
-def _page_of(parser: Any, group: str) -> Callable[[], str]:
-    return lambda: "\n\n".join(_sections(parser.full_help(), group))
+def _page(parser: Any, group: str) -> str:
+    return "\n\n".join(_sections(parser.full_help(), group))
 
 
 def _sections(text: str, group: str) -> Iterator[str]:

@@ -56,7 +56,10 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
         """Load a checkpoint's weights and plain values, unless code in it was asked for."""
-        return super().load_checkpoint(path, map_location or (lambda storage, _: storage), weights_only is not False)
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location or (lambda storage, _: storage))
+        # Not Lightning's: before 2.6 it runs the code of whatever it loads.
+        return torch.load(path, map_location or "cpu", weights_only=weights_only is not False)
 
 
 class LastCheckpoint(Checkpoint):
