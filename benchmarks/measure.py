@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from benchmarks.peers import PEERS, Run
 from maml_lightning import MAML, ConvNet, Episode, GlyphsDataModule
-from maml_lightning.algorithms.inner_loop import InnerLoop, _seconds
+from maml_lightning.algorithms.inner_loop import InnerLoop
 from maml_lightning.analysis.comparison import read_scalars
 from maml_lightning.data.episodic import EpisodeDataset
+from maml_lightning.engine.chunks import seconds
 
 LR = 0.4
 OURS = "maml_lightning"
@@ -121,7 +122,7 @@ def speed(
             if number >= 3 and time.perf_counter() - start > budget:
                 break
             for name, run in runs.items():
-                taken[name].append(_seconds(run, torch.device(device)))
+                taken[name].append(seconds(run, torch.device(device)))
         peer = min(PEERS, key=lambda name: statistics.median(taken[name]))
         ratios = [
             f"{statistics.median(p / o for p, o in zip(taken[peer], taken[name], strict=True)):.2f}"
@@ -179,7 +180,7 @@ def batch(sizes: tuple[int, ...] = (8, 32, 128), device: str = "cpu") -> None:
     taken: dict[int, list[float]] = {size: [] for size in sizes}
     for _ in range(9):
         for size, run in runs.items():
-            taken[size].append(_seconds(run, torch.device(device)) / size)
+            taken[size].append(seconds(run, torch.device(device)) / size)
     print(f"| meta-batch | {' | '.join(map(str, sizes))} |")
     print("|---" * (len(sizes) + 1) + "|")
     print(
@@ -214,7 +215,7 @@ def family(names: tuple[str, ...] = (), device: str = "cpu") -> None:
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(9):
         for name, step in steps.items():
-            taken[name].append(_seconds(step, torch.device(device)))
+            taken[name].append(seconds(step, torch.device(device)))
     print("| variant | ms | times MAML |")
     print("|---|---|---|")
     for name, times in taken.items():
@@ -255,7 +256,7 @@ def fit(steps: int = 200) -> None:
     """
     clock = _Clock(first=20)
     maml = MAML(ConvNet(out_features=5), inner_lr=LR)
-    maml._inner_loop.meta_gradient = clock.timed("meta-gradient", maml._inner_loop.meta_gradient)
+    maml._inner_loop.gradient = clock.timed("meta-gradient", maml._inner_loop.gradient)
     data = GlyphsDataModule(ways=5, train_episodes=32 * (steps + clock.first), val_episodes=32)
     data.prepare_data()
     data.setup("fit")

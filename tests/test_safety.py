@@ -128,6 +128,6 @@ def test_a_device_that_is_full_names_the_chunk_size(monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(maml._inner_loop, "meta_gradient", full)
+    monkeypatch.setattr(maml._inner_loop, "gradient", full)
     with pytest.raises(SettingError, match=r"Memory ran out with model.tasks_per_chunk 2: give a smaller number"):
         maml.training_step(images(), 0)

@@ -1,4 +1,4 @@
-"""What of a network adapts, at which rates: the settings in which the members of the MAML family differ."""
+"""Which parameters adapt at which learning rate: the settings in which the members of the MAML family differ."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from maml_lightning.algorithms.optimizers import Parameters
 from maml_lightning.errors import SettingError
 
-_NORMALISATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NORMALIZATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def adapted_names(net: nn.Module, which: str | Sequence[str] = "all") -> list[str]:
@@ -50,24 +50,25 @@ def adapted_names(net: nn.Module, which: str | Sequence[str] = "all") -> list[st
 
 
 class Adaptation(nn.Module):
-    """Parameters and inner learning rates as the inner loop takes them, with those that are learnt.
+    """The parameters and inner learning rates that the inner loop takes, learned ones included.
 
     Args:
-        net: the network; not kept. With ``per_step_normalization`` its normalisation weights are frozen.
-        inner_lr: the inner learning rate, or where it begins if it is learnt.
+        net: the network; not kept. With ``per_step_normalization`` its normalization weights are frozen.
+        inner_lr: the inner learning rate, or its initial value if it is learned.
         steps: inner steps ``S`` of training.
         adapted: see :func:`adapted_names`.
         learn: learn one rate for the ``network``, for each ``tensor``, for each tensor and ``step`` (LSLR, Antoniou
             et al. 2019, section 4) or for each ``weight`` (Meta-SGD, Li et al. 2017, equation 2); None learns none.
-        per_step_normalization: give weights and biases of normalisation layers a value for each ``theta_0 … theta_S``,
-            learnt and not adapted (Antoniou et al. 2019, section 4). The statistics are always those of the batch
-            at hand, so there are none to keep for each step.
+        per_step_normalization: give weights and biases of normalization layers a value for each ``theta_0 … theta_S``,
+            learned and not adapted (Antoniou et al. 2019, section 4). The statistics are always those of the current
+            batch, so there are none to keep for each step.
 
-    What is frozen or unfrozen later counts from then on: a frozen parameter is not adapted. A network that is frozen
-    as a whole, as ``LightningModule.freeze`` and averaged copies are, adapts what it adapted when this was made.
+    Freezing or unfreezing parameters later takes effect at once: a frozen parameter is not adapted. A network that is
+    frozen as a whole, as ``LightningModule.freeze`` and averaged copies are, adapts what it adapted when this was
+    created.
 
     Raises:
-        SettingError: nothing to adapt, or no normalisation layer with weights.
+        SettingError: nothing to adapt, or no normalization layer with weights.
     """
 
     def __init__(
@@ -86,12 +87,12 @@ class Adaptation(nn.Module):
             values = {
                 f"{layer}.{name}".lstrip("."): value
                 for layer, module in net.named_modules()
-                if isinstance(module, _NORMALISATIONS)
+                if isinstance(module, _NORMALIZATIONS)
                 for name, value in module.named_parameters(recurse=False)
             }
             if not values:
                 raise SettingError(
-                    "model.per_step_normalization is true, but model.net has no normalisation layer with weights; "
+                    "model.per_step_normalization is true, but model.net has no normalization layer with weights; "
                     "set it to false."
                 )
             for name, value in values.items():
@@ -105,6 +106,7 @@ class Adaptation(nn.Module):
             "step": dict.fromkeys(self.names, (steps,)),
             "weight": {name: (1, *net.get_parameter(name).shape) for name in self.names},
         }[learn]
+        # `learnt`, like `by_step`, is part of the names in checkpoints.
         self.learnt = nn.ParameterDict({_key(n): nn.Parameter(torch.full(s, inner_lr)) for n, s in shapes.items()})
 
     def params(self, net: nn.Module) -> Parameters:
@@ -115,12 +117,12 @@ class Adaptation(nn.Module):
             if name not in own or own[name].shape != value.shape[1:]:
                 raise SettingError(
                     f"model.per_step_normalization learns {name} {list(value.shape[1:])}, which model.net lacks: it is "
-                    "not the network that MAML was made of; make another MAML of it."
+                    "not the network that MAML was created with; create another MAML with it."
                 )
         return {n: self.by_step.get(_key(n), value) for n, value in own.items()}
 
     def rates(self, net: nn.Module, inner_lr: float) -> Parameters:
-        """The inner learning rates of what adapts, ``[1 or S, ...]`` by name: ``inner_lr`` where none is learnt."""
+        """The inner learning rates of what adapts, ``[1 or S, ...]`` by name: ``inner_lr`` where none is learned."""
         own = dict(net.named_parameters())
         if any(value.requires_grad for value in own.values()):
             names = [name for name in adapted_names(net, self.adapted) if _key(name) not in self.by_step]
@@ -133,7 +135,7 @@ class Adaptation(nn.Module):
             if rate is None or (self.learn == "weight" and rate.shape[1:] != own[name].shape):
                 raise SettingError(
                     f"model.learn_inner_lr {self.learn} has no rate for {name}: it was frozen, or of another network, "
-                    "when MAML was made; unfreeze it before, or make another MAML of this network."
+                    "when MAML was created; unfreeze it before, or create another MAML with this network."
                 )
         return rates
 

@@ -1,7 +1,7 @@
-"""What the inner loop does with a gradient: pure functions of one task, differentiable throughout.
+"""Optimizers of the inner loop: pure functions of one task, differentiable throughout.
 
-An inner optimiser is a pair like those of optax: ``init`` gives the state that goes with the parameters, ``update``
-the next parameters and state. Its rates come by parameter name, each broadcastable to its parameter.
+An inner optimizer is a pair like those of optax: ``init`` gives the state that goes with the parameters, ``update``
+the next parameters and state. Its learning rates come by parameter name, each broadcastable to its parameter.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ BETA_2, EPS = 0.999, 1e-4
 
 
 class InnerOptimizer(NamedTuple):
-    """A rule of inner updates: functions of a module and partials of them, so that it can be pickled.
+    """An optimizer of the inner loop: functions of a module and partials of them, so that it can be pickled.
 
     Args:
         init: ``init(params) -> state``.
@@ -45,7 +45,7 @@ def _sgd(gradient: Parameters, state: Any, params: Parameters, rates: Parameters
 
 
 def sgd() -> InnerOptimizer:
-    """Gradient descent, ``theta - rate * g``, the rule of the MAML paper."""
+    """Gradient descent, ``theta - rate * g``, as in the MAML paper."""
     return InnerOptimizer(_nothing, _sgd)
 
 
@@ -111,15 +111,15 @@ def _regularized(
 
 
 def inner_optimizer(
-    rule: Literal["sgd", "momentum", "adam"] = "sgd", weight_decay: float = 0.0, clip_norm: float | None = None
+    name: Literal["sgd", "momentum", "adam"] = "sgd", weight_decay: float = 0.0, clip_norm: float | None = None
 ) -> InnerOptimizer:
-    """The rule of that name, after clipping a task's whole gradient to a norm and adding the decay's pull to zero.
+    """The optimizer of that name, after clipping the norm of a task's gradient and adding weight decay.
 
     Args:
-        rule: sgd, momentum or adam.
+        name: sgd, momentum or adam.
         weight_decay: factor of the parameters added to their gradient, 0 or more, as in :class:`torch.optim.SGD`.
-        clip_norm: a longer gradient is scaled down to this norm, above 0; None leaves it.
+        clip_norm: largest norm of the gradient of all parameters together, above 0; None does not clip.
     """
-    base = {"sgd": sgd, "momentum": momentum, "adam": adam}[rule]()
+    base = {"sgd": sgd, "momentum": momentum, "adam": adam}[name]()
     update = partial(_regularized, base=base.update, weight_decay=weight_decay, clip_norm=clip_norm)
     return InnerOptimizer(base.init, update)

@@ -1,4 +1,4 @@
-"""What a function depends on beside its tensors, as one hashable value: a trace holds only while this stays the same.
+"""What a function depends on beside its tensors, as one hashable value: a trace is valid only while it stays the same.
 
 A trace remembers the Python that ran: modes, attributes, layers. Two networks with equal fingerprints compute the same
 function of parameters, buffers and inputs; parameters and buffers are therefore left out, but for their names.
@@ -21,7 +21,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class _Identity:
-    """An object that equals itself alone, and is not kept alive."""
+    """The identity of an object, which this does not keep alive."""
 
     def __init__(self, value: Any) -> None:
         self.of, self.hash = weakref.ref(value), id(value)
@@ -37,8 +37,8 @@ def fingerprint(value: Any) -> Hashable:
     """Equal for what computes the same, different after a change of modes, plain attributes, layers or hooks.
 
     Args:
-        value: modules, functions, partials, containers and dataclasses are looked into; of other objects count the
-            identity and the plain values among their attributes; of tensors the identity and the version.
+        value: modules, functions, partials, containers and dataclasses count by what is in them; other objects by
+            their identity and the plain values among their attributes; tensors by identity and version.
     """
     return _of(value, {})
 

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import re
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import torch
@@ -36,6 +37,23 @@ def peak_bytes(device: torch.device) -> int:
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether an error says that memory ran out, on any device."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+class FlatMemory:
+    """Whether inner steps are recomputed in the backward pass, so that memory does not grow with their number.
+
+    Args:
+        setting: true or false; "auto" recomputes from the first time that a meta-batch would keep more than a quarter
+            of the free memory.
+    """
+
+    def __init__(self, setting: bool | Literal["auto"]) -> None:
+        self.setting, self.active = setting, setting is True
+
+    def decide(self, bytes_per_step: int, steps: int, device: torch.device) -> None:
+        """Decide, after the first of ``steps`` inner steps, for it and those after it."""
+        if self.setting == "auto" and not self.active:
+            self.active = steps > 1 and bytes_per_step * steps > free_bytes(device) / 4
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import logging
 import random
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,24 +19,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from maml_lightning.engine.fingerprints import fingerprint, has_hooks
-from maml_lightning.engine.kernels import COMPILED
+from maml_lightning.engine.graphs import cut, is_mutable, simplify, structure
+from maml_lightning.engine.kernels.mode import COMPILED
 
 log = logging.getLogger(__name__)
-_STATES = 8  # so many states of a network are traced; one that changes at each step runs untraced
-
-
-def _hashable(value: Any) -> bool:
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
-
-
-# A key for the structure of arguments; torch 2.7 has no hash of one with a dictionary in it.
-_structure: Callable[[pytree.TreeSpec], Hashable] = (
-    (lambda spec: spec) if _hashable(pytree.tree_structure({"": 0})) else str
-)
+MAX_STATES = 8  # so many states of a network are traced; one that changes at each step runs untraced
 
 
 def _signature(leaves: Iterable[Tensor]) -> tuple:
@@ -52,7 +39,15 @@ def _restride(tensor: Tensor, like: Tensor) -> Tensor:
     return torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
-def _trace(function: Callable[..., list], leaves: list[Tensor], compiled: bool) -> fx.GraphModule:
+def trace(function: Callable[..., list], leaves: list[Tensor], compiled: bool) -> fx.GraphModule:
+    """The graph of a function of tensors, simplified.
+
+    Args:
+        function: returns a list of tensors.
+        leaves: example arguments.
+        compiled: whether the graph is handed to a compiler.
+    """
+
     # detach() makes every input an object of its own: make_fx would take two uses of one tensor for one input.
     def traced(function: Callable[..., list]) -> fx.GraphModule:
         with torch.no_grad():
@@ -63,137 +58,14 @@ def _trace(function: Callable[..., list], leaves: list[Tensor], compiled: bool) 
         return graph
 
     graph = traced(function)
-    if any(_is_mutable(node) for node in graph.graph.nodes):  # such as the second derivative of mse_loss
+    if any(is_mutable(node) for node in graph.graph.nodes):  # such as the second derivative of mse_loss
         graph = traced(functionalize(function, remove="mutations"))
-    if not any(_is_mutable(node) for node in graph.graph.nodes):
-        _share(graph.graph)
-        _gather_sums(graph.graph)
-    graph.recompile()
+    simplify(graph)
     return graph
 
 
-def _share(graph: fx.Graph) -> None:
-    """Compute equal subexpressions once: each derivative of a convolution gathers its patches anew."""
-    seen: dict[Any, fx.Node] = {}
-    for node in list(graph.nodes):
-        if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            continue
-        arguments, spec = pytree.tree_flatten((node.args, node.kwargs))
-        first = seen.setdefault((node.target, _structure(spec), *((type(a), a) for a in arguments)), node)
-        if first is not node:
-            node.replace_all_uses_with(first)
-            graph.erase_node(node)
-
-
-_aten = torch.ops.aten
-_LINEAR = {
-    _aten.view.default,
-    _aten._unsafe_view.default,
-    _aten.permute.default,
-    _aten.transpose.int,
-    torch.ops.maml_lightning.col2im.default,
-}
-
-
-def _gather_sums(graph: fx.Graph) -> None:
-    """``f(a) + f(b) -> f(a + b)`` for linear ``f``, ``a @ b + c @ d`` in one pass over memory, ``0 + a -> a``.
-
-    The two terms of a convolution's second derivative become one matrix product and one scatter; the zeros are what
-    torch takes for the second derivative of an activation.
-    """
-    sums = [node for node in graph.nodes if node.target is _aten.add.Tensor and len(node.args) == 2]
-    sums = [node for node in sums if not node.kwargs and all(isinstance(a, fx.Node) for a in node.args)]
-    for node in sums:
-        for zero, other in (node.args, node.args[::-1]):
-            if zero.target is _aten.zeros_like.default and _same(other, node):
-                node.replace_all_uses_with(other)
-                break
-    graph.eliminate_dead_code()
-    sums = [node for node in sums if node.users]
-    while sums:
-        node = sums.pop()
-        a, b = node.args
-        if a is b or a.target is not b.target or len(a.users) > 1 or len(b.users) > 1:
-            continue
-        with graph.inserting_before(node):
-            if a.target is _aten.bmm.default:
-                merged = graph.call_function(_aten.baddbmm.default, (a, *b.args))
-            elif a.target in _LINEAR and a.args[1:] == b.args[1:] and _same(a.args[0], b.args[0]):
-                inner = graph.call_function(_aten.add.Tensor, (a.args[0], b.args[0]))
-                inner.meta = dict(a.args[0].meta)
-                merged = graph.call_function(a.target, (inner, *a.args[1:]))
-                sums.append(inner)
-            else:
-                continue
-        merged.meta = dict(node.meta)
-        node.replace_all_uses_with(merged)
-        for dead in (node, b, a):
-            if not dead.users:
-                graph.erase_node(dead)
-
-
-def _same(a: fx.Node, b: fx.Node) -> bool:
-    return all(getattr(a.meta["val"], what) == getattr(b.meta["val"], what) for what in ("shape", "dtype"))
-
-
-def _output(graph: fx.Graph) -> fx.Node:
-    return next(node for node in reversed(graph.nodes) if node.op == "output")
-
-
-def _is_mutable(node: fx.Node) -> bool:
-    return node.op == "call_function" and getattr(getattr(node.target, "_schema", None), "is_mutable", False)
-
-
-def _copy(
-    nodes: Iterable[fx.Node], placeholders: Iterable[fx.Node], outputs: Any, owner: fx.GraphModule
-) -> fx.GraphModule:
-    graph, copies = fx.Graph(), {}
-    for node in placeholders:
-        copies[node] = graph.placeholder(node.name)
-        copies[node].meta = node.meta
-    for node in nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(pytree.tree_map(lambda node: copies.get(node, node), outputs))
-    graph.eliminate_dead_code()
-    return fx.GraphModule(owner, graph)
-
-
-def cut(joint: fx.GraphModule, cotangents: int, outputs: int) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Cut a joint graph into what does not depend on the cotangents and what does.
-
-    Args:
-        joint: its last ``cotangents`` inputs are cotangents; its first ``outputs`` outputs belong to the forward half.
-
-    Returns:
-        ``forward(*primals) -> (outputs, residuals)`` and ``backward(*residuals, *cotangents) -> gradients``.
-
-    Raises:
-        ValueError: the backward half writes in place, so that the order of the two halves would matter.
-    """
-    nodes = [node for node in joint.graph.nodes if node.op != "output"]
-    given = [node for node in nodes if node.op == "placeholder"]
-    late = dict.fromkeys(given[len(given) - cotangents :])
-    for node in nodes:
-        if any(source in late for source in node.all_input_nodes):
-            late[node] = None
-    if any(_is_mutable(node) for node in late):
-        raise ValueError("the backward half works in place")
-    results: Any = _output(joint.graph).args[0]
-    ahead, behind = results[:outputs], results[outputs:]
-    residuals = [n for n in nodes if n not in late and (n in behind or any(user in late for user in n.users))]
-    early = [node for node in nodes if node not in late and node.op != "placeholder"]
-    forward = _copy(early, given[: len(given) - cotangents], [list(ahead), residuals], joint)
-    backward = _copy(
-        [node for node in late if node.op != "placeholder"],
-        [*residuals, *given[len(given) - cotangents :]],
-        list(behind),
-        joint,
-    )
-    return forward, backward
-
-
 class _RandomState:
-    """The random state of now, so that what is computed again draws the same (dropout)."""
+    """The current random state, so that a recomputed function draws the same numbers (dropout)."""
 
     def __init__(self, device: torch.device) -> None:
         self.devices = [device] if device.type == "cuda" else []
@@ -217,11 +89,11 @@ class State:
         number: equal for equal states of one :class:`Tracer`; None where nothing is to be traced.
     """
 
-    def __init__(self, objects: tuple, key: Hashable, number: int | None) -> None:
+    def __init__(self, objects: Any, key: Hashable, number: int | None) -> None:
         self.objects, self.key, self.number = objects, key, number
 
     def bind(self, function: Callable) -> "Bound":
-        """``function`` with its first argument given."""
+        """``function`` with these objects as its first argument."""
         return Bound(function, self)
 
 
@@ -240,12 +112,25 @@ def _random_draws() -> Hashable:
     return random.getstate(), drawn[1].tobytes(), drawn[2]
 
 
-class Tracer:
-    """Runs functions of pytrees of tensors, vectorised over tasks, by replaying their graphs.
+class _Pair(NamedTuple):
+    """A function and its pullback as two graphs."""
 
-    A network that can be vectorised but not traced runs untraced: slower, with the same result. So do networks with
+    forward: Callable[..., Any]  # of the primals: outputs and residuals
+    backward: Callable[..., Any]  # of the residuals and the cotangents
+    cotangents: list[Tensor]  # empty, with the strides that the backward half was traced with
+    out_spec: pytree.TreeSpec
+
+    def pullback(self, residuals: list[Tensor], cotangents: Any) -> list[Tensor]:
+        like = zip(pytree.tree_leaves(cotangents), self.cotangents, strict=True)
+        return self.backward(*residuals, *(_restride(cotangent, traced) for cotangent, traced in like))
+
+
+class Tracer:
+    """Runs functions of pytrees of tensors, vectorized over tasks, by replaying their graphs.
+
+    A network that can be vectorized but not traced runs untraced: slower, with the same result. So do networks with
     forward hooks, those that change their own attributes or draw from Python's random numbers as they run, and those
-    that are given another state again and again. Nothing here records autograd graphs. Copies and pickles begin
+    whose attributes keep changing between calls. Nothing here records autograd graphs. Copies and pickles begin
     without graphs.
 
     Args:
@@ -254,30 +139,31 @@ class Tracer:
 
     def __init__(self, compile: bool = False) -> None:
         self.compile = compile
-        self.kept_bytes = 0  # what the last vjp holds for its pullback
+        self.kept_bytes = 0  # by the pullbacks made since this was last set to 0
         self._programs: dict[tuple, Any] = {}
         self._states: dict[Hashable, int] = {}
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_programs": {}, "_states": {}, "_said": set()}
+        return {**vars(self), "_programs": {}, "_states": {}, "_warned": set()}
 
     def state(self, objects: tuple) -> State:
         """The state that ``objects`` are in now: their graphs are replayed while they are in it."""
         key = fingerprint(objects)
         if key not in self._states:
-            if len(self._states) == _STATES:
-                self._untraced(f"its attributes have changed {_STATES} times")
+            if len(self._states) == MAX_STATES:
+                self._warn(f"its attributes have changed {MAX_STATES} times")
                 return State(objects, key, None)
             self._states[key] = len(self._states)
         return State(objects, key, self._states[key])
 
-    def _untraced(self, why: str) -> None:
-        if why not in self._said:
+    def _warn(self, why: str) -> None:
+        if why not in self._warned:
             log.warning("The network cannot be traced and runs untraced, which is slower: %s", why)
-            self._said.add(why)
+            self._warned.add(why)
 
     def _program(self, function: Callable, key: tuple, build: Callable[[], Any]) -> Any:
+        """What ``build`` makes of the function, once for each state and signature; None where it cannot be traced."""
         state = function.state if isinstance(function, Bound) else State((), fingerprint(()), 0)
         if state.number is None:
             return None
@@ -294,7 +180,7 @@ class Tracer:
                     raise ValueError("it changes its own attributes as it runs")
                 self._programs[key] = program
             except Exception as error:  # whatever a user's network raises under tracing
-                self._untraced(str(error).split("\n")[0])
+                self._warn(str(error).split("\n")[0])
                 self._programs[key] = None
         return self._programs[key]
 
@@ -305,22 +191,22 @@ class Tracer:
     def __call__(self, function: Callable, in_dims: tuple, *args: Any) -> Any:
         """``vmap(function, in_dims)(*args)``."""
         leaves, spec = pytree.tree_flatten(args)
-        vectorised = vmap(function, in_dims=in_dims, randomness="different")
+        vectorized = vmap(function, in_dims=in_dims, randomness="different")
 
         def build() -> tuple:
             out_spec = None
 
             def flat(*leaves: Tensor) -> list:
                 nonlocal out_spec
-                out, out_spec = pytree.tree_flatten(vectorised(*pytree.tree_unflatten(leaves, spec)))
+                out, out_spec = pytree.tree_flatten(vectorized(*pytree.tree_unflatten(leaves, spec)))
                 return out
 
-            graph = _trace(flat, leaves, self.compile)
+            graph = trace(flat, leaves, self.compile)
             return self._ready(graph), out_spec
 
-        program = self._program(function, (in_dims, _structure(spec), *_signature(leaves)), build)
+        program = self._program(function, (in_dims, structure(spec), *_signature(leaves)), build)
         if program is None:
-            return vectorised(*args)
+            return vectorized(*args)
         graph, out_spec = program
         return pytree.tree_unflatten(graph(*leaves), out_spec)
 
@@ -333,7 +219,7 @@ class Tracer:
         Args:
             function: of one task; returns a pytree of tensors.
             in_dims: of ``(primal, *args)``, 0 or None for each or for parts of it.
-            recompute: keep nothing but the arguments and compute the rest again in the pullback.
+            recompute: keep only the arguments, and recompute the rest in the pullback.
 
         Returns:
             the outputs, and ``pullback(cotangents) -> gradients``, all with a leading task dimension.
@@ -343,49 +229,45 @@ class Tracer:
             outputs, pullback, *_ = vjp(lambda primal: function(primal, *args), primal)
             return outputs, pullback(cotangents)[0]
 
-        vectorised = vmap(joint, in_dims=(0, *in_dims), randomness="different")
+        vectorized = vmap(joint, in_dims=(0, *in_dims), randomness="different")
         leaves, spec = pytree.tree_flatten((primal, *args))
         primal_spec = pytree.tree_structure(primal)
-
-        def build() -> Any:
-            only = vmap(function, in_dims=in_dims, randomness="different")
-            with torch._subclasses.FakeTensorMode() as mode:
-                fake = pytree.tree_map(mode.from_tensor, (primal, *args))
-                outputs, out_spec = pytree.tree_flatten(only(*fake))
-                outputs = [output.clone() for output in outputs]  # vmap may expand; cotangents are dense
-            shaped = [torch.empty_strided(o.shape, o.stride(), dtype=o.dtype, device=o.device) for o in outputs]
-            count = len(shaped)
-
-            def flat(*leaves: Tensor) -> list:
-                cotangents = pytree.tree_unflatten(leaves[len(leaves) - count :], out_spec)
-                return pytree.tree_leaves(
-                    vectorised(cotangents, *pytree.tree_unflatten(leaves[: len(leaves) - count], spec))
-                )
-
-            forward, backward = cut(_trace(flat, [*leaves, *shaped], self.compile), count, count)
-            return self._ready(forward), self._ready(backward), shaped, out_spec
-
-        program: Any = self._program(function, ("vjp", in_dims, _structure(spec), *_signature(leaves)), build)
-
-        def backward(residuals: list[Tensor], cotangents: Any) -> Any:
-            _, half, shaped, _ = program
-            given = [_restride(c, like) for c, like in zip(pytree.tree_leaves(cotangents), shaped, strict=True)]
-            return pytree.tree_unflatten(half(*residuals, *given), primal_spec)
-
-        if program is None or recompute:
+        key = ("vjp", in_dims, structure(spec), *_signature(leaves))
+        pair: _Pair | None = self._program(
+            function, key, lambda: self._pair(vmap(function, in_dims, randomness="different"), vectorized, leaves, spec)
+        )
+        if pair is None or recompute:
             random = _RandomState(leaves[0].device)
 
             @torch.no_grad()
             def recomputed(cotangents: Any) -> Any:
                 with random.restored():
-                    if program is None:
-                        return vectorised(cotangents, primal, *args)[1]
-                    return backward(program[0](*leaves)[1], cotangents)
+                    if pair is None:
+                        return vectorized(cotangents, primal, *args)[1]
+                    gradients = pair.pullback(pair.forward(*leaves)[1], cotangents)
+                    return pytree.tree_unflatten(gradients, primal_spec)
 
             return self(function, in_dims, primal, *args), recomputed
 
-        outputs, residuals = program[0](*leaves)
-        self.kept_bytes = sum(
-            {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in residuals}.values()
+        outputs, residuals = pair.forward(*leaves)
+        storages = (tensor.untyped_storage() for tensor in residuals)
+        self.kept_bytes += sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+        return pytree.tree_unflatten(outputs, pair.out_spec), lambda cotangents: pytree.tree_unflatten(
+            pair.pullback(residuals, cotangents), primal_spec
         )
-        return pytree.tree_unflatten(outputs, program[3]), lambda cotangents: backward(residuals, cotangents)
+
+    def _pair(self, function: Callable, joint: Callable, leaves: list[Tensor], spec: pytree.TreeSpec) -> _Pair:
+        """``function`` and its pullback, of ``joint``, which returns the outputs and the gradients of both."""
+        with torch._subclasses.FakeTensorMode() as mode:
+            fake = pytree.tree_unflatten([mode.from_tensor(leaf) for leaf in leaves], spec)
+            outputs, out_spec = pytree.tree_flatten(function(*fake))
+            outputs = [output.clone() for output in outputs]  # vmap may expand; cotangents are dense
+        cotangents = [torch.empty_strided(o.shape, o.stride(), dtype=o.dtype, device=o.device) for o in outputs]
+        count = len(cotangents)
+
+        def flat(*leaves: Tensor) -> list:
+            args = pytree.tree_unflatten(leaves[: len(leaves) - count], spec)
+            return pytree.tree_leaves(joint(pytree.tree_unflatten(leaves[len(leaves) - count :], out_spec), *args))
+
+        forward, backward = cut(trace(flat, [*leaves, *cotangents], self.compile), count, count)
+        return _Pair(self._ready(forward), self._ready(backward), cotangents, out_spec)

@@ -19,9 +19,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from maml_lightning.algorithms.adaptation import Adaptation
-from maml_lightning.algorithms.inner_loop import InnerLoop, MetaGradient, multi_step_weights
+from maml_lightning.algorithms.algorithm import Settings
+from maml_lightning.algorithms.inner_loop import InnerLoop
 from maml_lightning.algorithms.optimizers import Parameters
-from maml_lightning.algorithms.optimizers import inner_optimizer as rule
+from maml_lightning.algorithms.optimizers import inner_optimizer as optimizer_of
+from maml_lightning.algorithms.registry import find_algorithm
+from maml_lightning.algorithms.unrolled import multi_step_weights
+from maml_lightning.engine.chunks import MetaGradient
 from maml_lightning.engine.memory import out_of_memory
 from maml_lightning.episodes import Episode, Inputs
 from maml_lightning.errors import NonFiniteError, SettingError
@@ -118,7 +122,7 @@ class MAML(LightningModule):
         flat_memory: bool | Literal["auto"] = "auto",
         compile: bool = False,
         loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
-        algorithm: Literal["maml", "imaml", "reptile"] = "maml",
+        algorithm: str = "maml",
         adapted_parameters: str | list[str] = "all",
         learn_inner_lr: Literal["network", "tensor", "step", "weight"] | None = None,
         multi_step_epochs: int = 0,
@@ -178,8 +182,8 @@ class MAML(LightningModule):
             tasks_per_chunk,
             flat_memory,
             compile,
-            rule(inner_optimizer, inner_weight_decay, inner_clip_norm),
-            proximal if algorithm == "imaml" else 0.0,
+            optimizer_of(inner_optimizer, inner_weight_decay, inner_clip_norm),
+            proximal if find_algorithm(algorithm).proximal else 0.0,
         )
         self.loss = loss
         self._checked = False
@@ -338,15 +342,12 @@ class MAML(LightningModule):
             ) from error
 
     def _gradient(self, params: Parameters, rates: Parameters, episode: Episode) -> MetaGradient:
-        arguments, steps = (params, episode, rates), self.inner_steps
-        if self.algorithm == "imaml":
-            return self._inner_loop.implicit_gradient(*arguments, steps, self.implicit_iterations)
-        if self.algorithm == "reptile":
-            return self._inner_loop.reptile_gradient(*arguments, steps)
-        first_order = self.first_order or self.current_epoch < self.first_order_epochs
-        epochs = self.multi_step_epochs
-        weights = multi_step_weights(steps, self.current_epoch, epochs) if epochs else None
-        return self._inner_loop.meta_gradient(*arguments, steps, first_order, weights)
+        settings = Settings(
+            self.first_order or self.current_epoch < self.first_order_epochs,
+            multi_step_weights(self.inner_steps, self.current_epoch, self.multi_step_epochs),
+            self.implicit_iterations,
+        )
+        return self._inner_loop.gradient(self.algorithm, params, episode, rates, self.inner_steps, settings)
 
     def validation_step(self, batch: Episode, batch_idx: int) -> None:
         """Adapt to each task and judge before adaptation and after each inner step."""

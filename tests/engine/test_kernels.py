@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch.func import grad, vmap
 from torch.utils import _pytree as pytree
 
-from maml_lightning.engine import kernels
+from maml_lightning.engine.kernels import convolution, layout, mode, normalization
 
 
 def second_derivative(function, x, *parameters):
@@ -30,7 +30,7 @@ WINDOWS = [
 
 @pytest.fixture(params=[2**20, 0], ids=["within a cache", "beyond a cache"])
 def cache(request, monkeypatch):
-    monkeypatch.setattr(kernels, "_CACHE_BYTES", request.param)
+    monkeypatch.setattr(layout, "CACHE_BYTES", request.param)
 
 
 @pytest.mark.parametrize(("kernel", "settings"), WINDOWS)
@@ -38,7 +38,7 @@ def test_convolution_and_its_second_derivative(kernel, settings, cache):
     torch.manual_seed(0)
     x, w, b = (torch.randn(2, *shape, dtype=torch.float64) for shape in ((3, 4, 7, 8), (5, 4, *kernel), (5,)))
     for bias in ((), (b,)):
-        ours, theirs = (lambda *a, f=f: f(*a, **settings) for f in (kernels.conv2d, F.conv2d))
+        ours, theirs = (lambda *a, f=f: f(*a, **settings) for f in (convolution.conv2d, F.conv2d))
         assert torch.allclose(ours(x[0], w[0], *(t[0] for t in bias)), theirs(x[0], w[0], *(t[0] for t in bias)))
         for a, e in zip(second_derivative(ours, x, w, *bias), second_derivative(theirs, x, w, *bias), strict=True):
             assert torch.allclose(a, e, rtol=1e-10, atol=1e-10)
@@ -50,7 +50,7 @@ def test_batch_norm_and_its_second_derivative(cache):
     tasks = [torch.randn(2, *shape, dtype=torch.float64) for shape in shapes]
 
     def ours(x, weight, bias):
-        return kernels.batch_norm(x, None, None, weight, bias, True)
+        return normalization.batch_norm(x, None, None, weight, bias, True)
 
     def plain(x, weight, bias):
         mean, variance = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
@@ -64,17 +64,17 @@ def test_batch_norm_and_its_second_derivative(cache):
 
 def test_batch_norm_of_constant_input_is_its_bias():
     x, weight, bias = torch.ones(2, 3, 4, 4), torch.ones(3), torch.tensor([1.0, 2.0, 3.0])
-    y = kernels.batch_norm(x, None, None, weight, bias, True)
+    y = normalization.batch_norm(x, None, None, weight, bias, True)
     assert torch.equal(y, bias[:, None, None].expand_as(x))
 
 
 def test_replacement_is_active_inside_only(monkeypatch):
     seen = []
-    monkeypatch.setitem(kernels._REPLACEMENTS, F.batch_norm, lambda *a, **k: seen.append(1) or a[0])
+    monkeypatch.setitem(mode.REPLACEMENTS, F.batch_norm, lambda *a, **k: seen.append(1) or a[0])
     layer, x = torch.nn.BatchNorm2d(3, track_running_stats=False), torch.rand(2, 3, 4, 4)
     layer(x)
     assert not seen
-    with kernels.TaskKernels():
+    with mode.TaskKernels():
         layer(x)
     assert seen == [1]
 
@@ -84,7 +84,7 @@ def test_shared_weight_and_shared_input(cache):
     x, w = torch.randn(3, 2, 4, 7, 8, dtype=torch.float64), torch.randn(3, 5, 4, 3, 3, dtype=torch.float64)
     for in_dims, args in (((0, None), (x, w[0])), ((None, 0), (x[0], w)), ((1, 2), (x.movedim(0, 1), w.movedim(0, 2)))):
         results = []
-        for function in (kernels.conv2d, F.conv2d):
+        for function in (convolution.conv2d, F.conv2d):
             gradient = grad(lambda x, w, f=function: f(x, w, stride=2, padding=1).sin().sum(), (0, 1))
             results.append(vmap(gradient, in_dims)(*args))
         for a, e in zip(*results, strict=True):
@@ -93,11 +93,11 @@ def test_shared_weight_and_shared_input(cache):
 
 def test_patches_of_one_channel_whatever_its_stride():
     x = torch.rand(2, 1, 6, 6, dtype=torch.float64)
-    seen = kernels._im2col(x.permute(0, 2, 3, 1), [3, 3], [2, 2], [0, 0])
+    seen = convolution._im2col(x.permute(0, 2, 3, 1), [3, 3], [2, 2], [0, 0])
     assert torch.equal(seen.flatten(1, 2).mT, F.unfold(x, 3, stride=2))
 
 
-@pytest.mark.parametrize("op", kernels.COMPILED)
+@pytest.mark.parametrize("op", mode.COMPILED)
 def test_what_a_compiler_gets_is_what_is_called_otherwise(op):
     torch.manual_seed(0)
     window = ([3, 2], [2, 1], [1, 0])
@@ -109,24 +109,24 @@ def test_what_a_compiler_gets_is_what_is_called_otherwise(op):
         "max_pool2d_with_indices_backward": (pooled, images[0], *pooling, indices),
         "im2col": (images[0], *window),
         "col2im": (torch.randn(2, 3, 4, 18, dtype=torch.float64), [6, 5], *window),
-        "standardise": (images, 1e-5),
+        "standardize": (images, 1e-5),
         "project": (images, images.flip(0), scale),
     }[op._schema.name.split("::")[1]]
-    for called, fused in zip(*map(pytree.tree_leaves, (op(*arguments), kernels.COMPILED[op](*arguments))), strict=True):
+    for called, fused in zip(*map(pytree.tree_leaves, (op(*arguments), mode.COMPILED[op](*arguments))), strict=True):
         assert called.shape == fused.shape
         assert torch.allclose(called, fused, rtol=1e-12, atol=1e-12)
 
 
 def test_sum_over_tasks_is_the_sum():
     value = torch.randn(3, 3, 3, 4, 5, dtype=torch.float64).permute(0, 4, 3, 1, 2)
-    assert torch.allclose(kernels.sum_over_tasks(value), value.sum(0))
-    assert torch.equal(kernels.sum_over_tasks(torch.arange(3.0)), torch.tensor(3.0))
+    assert torch.allclose(layout.sum_over_tasks(value), value.sum(0))
+    assert torch.equal(layout.sum_over_tasks(torch.arange(3.0)), torch.tensor(3.0))
 
 
 def test_kernel_layout_keeps_values():
     weight = torch.randn(5, 4, 3, 3)
-    assert torch.equal(kernels.kernel_layout(weight), weight)
-    assert kernels.kernel_layout(weight).permute(2, 3, 1, 0).is_contiguous()
+    assert torch.equal(layout.kernel_layout(weight), weight)
+    assert layout.kernel_layout(weight).permute(2, 3, 1, 0).is_contiguous()
 
 
 def test_gradgradcheck():
@@ -134,19 +134,19 @@ def test_gradgradcheck():
     x, w, b, g = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 5, 4), (2, 3, 3, 2), 2, 3))
 
     def convolve(x, w, b):
-        return kernels.conv2d(x, w, b, stride=(2, 1), padding=(1, 0))
+        return convolution.conv2d(x, w, b, stride=(2, 1), padding=(1, 0))
 
-    def normalise(x, weight, bias):
-        return kernels.batch_norm(x, None, None, weight, bias, True)
+    def normalize(x, weight, bias):
+        return normalization.batch_norm(x, None, None, weight, bias, True)
 
-    for function, inputs in ((convolve, (x, w, b)), (normalise, (x, g, (g + 1).detach().requires_grad_()))):
+    for function, inputs in ((convolve, (x, w, b)), (normalize, (x, g, (g + 1).detach().requires_grad_()))):
         assert torch.autograd.gradcheck(function, inputs, check_undefined_grad=False)
         assert torch.autograd.gradgradcheck(function, inputs, check_undefined_grad=False)
 
 
 def test_batch_norm_without_variance_has_finite_derivatives():
     tasks = [torch.ones(2, 2, 3, 4, 4), torch.ones(2, 3), torch.zeros(2, 3)]
-    derivatives = second_derivative(lambda x, w, b: kernels.batch_norm(x, None, None, w, b, True), *tasks)
+    derivatives = second_derivative(lambda x, w, b: normalization.batch_norm(x, None, None, w, b, True), *tasks)
     assert all(torch.isfinite(value).all() for value in derivatives)
 
 
@@ -154,10 +154,10 @@ def test_what_is_left_to_torch_is_torchs():
     x = torch.rand(2, 4, 6, 6)
     mean, var, weight, bias = torch.rand(4), torch.rand(4) + 1, torch.rand(4), torch.rand(4)
     for call in ((mean, var, weight, bias, False), (None, None, None, None, True)):
-        assert torch.equal(kernels.batch_norm(x, *call), F.batch_norm(x, *call))
+        assert torch.equal(normalization.batch_norm(x, *call), F.batch_norm(x, *call))
     grouped = torch.rand(4, 2, 3, 3)
-    assert torch.equal(kernels.conv2d(x, grouped, groups=2), F.conv2d(x, grouped, groups=2))
-    assert torch.equal(kernels.conv2d(x[0], grouped, groups=2), F.conv2d(x[0], grouped, groups=2))
+    assert torch.equal(convolution.conv2d(x, grouped, groups=2), F.conv2d(x, grouped, groups=2))
+    assert torch.equal(convolution.conv2d(x[0], grouped, groups=2), F.conv2d(x[0], grouped, groups=2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -167,7 +167,7 @@ def test_batch_norm_returns_what_torch_does(dtype, parameters):
     weight, bias = (
         value.to(dtype if parameters is None or dtype == torch.float64 else parameters) for value in (weight, bias)
     )
-    ours, theirs = (f(x, None, None, weight, bias, True) for f in (kernels.batch_norm, F.batch_norm))
+    ours, theirs = (f(x, None, None, weight, bias, True) for f in (normalization.batch_norm, F.batch_norm))
     assert ours.dtype == theirs.dtype == dtype
     assert torch.allclose(
         ours.double(), theirs.double(), rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps

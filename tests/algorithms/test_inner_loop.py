@@ -134,21 +134,9 @@ def test_half_a_sweep_agrees_with_dropout_recomputed():
     assert relative_error(results[1].gradient, results[0].gradient) < 1e-12
 
 
-def test_zero_tasks_per_chunk_is_refused():
+def test_zero_tasks_per_chunk_raises():
     with pytest.raises(SettingError, match=r"tasks_per_chunk must be at least 1.*got 0"):
         InnerLoop(nn.Linear(1, 1), F.mse_loss, 0)
-
-
-def test_auto_takes_the_fastest_size_that_was_measured(monkeypatch):
-    clock = {2: 1.0, 8: 8.0}  # seconds per sweep: 0.5 and 1 a task
-    loop, episode = InnerLoop(nn.Linear(1, 1), F.mse_loss), images(tasks=8)
-    running = []
-    monkeypatch.setattr(
-        "maml_lightning.algorithms.inner_loop._seconds", lambda run, device: (run(), clock.get(running[-1], 9.0))[1]
-    )
-    assert loop._fastest(running.append, episode, 1) == 2
-    clock[8] = 3.0
-    assert loop._fastest(running.append, episode, 1) == 8
 
 
 def test_memory_is_flat_where_asked_for_or_where_it_would_run_short(monkeypatch):
@@ -156,7 +144,7 @@ def test_memory_is_flat_where_asked_for_or_where_it_would_run_short(monkeypatch)
     loop = InnerLoop(net, F.cross_entropy, None)
     plenty = loop.meta_gradient(parameters(net), episode, 0.4, 3)
     assert not loop.flat
-    monkeypatch.setattr("maml_lightning.algorithms.inner_loop.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("maml_lightning.engine.memory.free_bytes", lambda device: 1000)
     short = loop.meta_gradient(parameters(net), episode, 0.4, 3)
     assert loop.flat
     assert relative_error(short.gradient, plenty.gradient) < 1e-12

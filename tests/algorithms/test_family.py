@@ -50,8 +50,8 @@ VARIANTS = {
         {"weights": [0, 1 / 2, 1 / 2], "rule": "momentum", "decay": 0.1, "clip": 0.5},
     ),
 }
-NORMALISED = {
-    "per-step normalisation": ({"per_step_normalization": True}, {}),
+NORMALIZED = {
+    "per-step normalization": ({"per_step_normalization": True}, {}),
     "MAML++ at first": (
         {
             "per_step_normalization": True,
@@ -61,7 +61,7 @@ NORMALISED = {
         },
         {"weights": [0, 1 / 2, 1 / 2], "first_order": True},
     ),
-    "per-step normalisation with ANIL": ({"per_step_normalization": True, "adapted_parameters": "head"}, {}),
+    "per-step normalization with ANIL": ({"per_step_normalization": True, "adapted_parameters": "head"}, {}),
 }
 
 
@@ -89,9 +89,9 @@ def assert_exact(net, changes, meaning, **settings):
     return found
 
 
-@pytest.mark.parametrize("name", {**VARIANTS, **NORMALISED})
+@pytest.mark.parametrize("name", {**VARIANTS, **NORMALIZED})
 def test_gradients_are_exact(name):
-    assert_exact(convolutional(), *{**VARIANTS, **NORMALISED}[name], tasks_per_chunk=None)
+    assert_exact(convolutional(), *{**VARIANTS, **NORMALIZED}[name], tasks_per_chunk=None)
 
 
 def own():
@@ -100,9 +100,9 @@ def own():
     )
 
 
-@pytest.mark.parametrize("name", {**VARIANTS, **NORMALISED})
+@pytest.mark.parametrize("name", {**VARIANTS, **NORMALIZED})
 def test_own_networks_need_no_edits(name):
-    assert_exact(own(), *{**VARIANTS, **NORMALISED}[name], tasks_per_chunk=1, flat_memory=True)
+    assert_exact(own(), *{**VARIANTS, **NORMALIZED}[name], tasks_per_chunk=1, flat_memory=True)
 
 
 class Scaled(nn.Module):
@@ -160,7 +160,7 @@ def test_order_is_annealed_at_its_epoch():
     assert not torch.allclose(first, exact, rtol=1e-2)
 
 
-def test_evaluation_beyond_the_trained_steps_takes_the_last_rate_and_normalisation():
+def test_evaluation_beyond_the_trained_steps_takes_the_last_rate_and_normalization():
     maml = MAML(
         net=perturbed(convolutional()),
         inner_steps=2,
@@ -293,6 +293,6 @@ def test_what_does_not_go_together_is_refused(settings, message):
         MAML(net=convolutional(), **settings)
 
 
-def test_per_step_normalisation_needs_a_normalisation():
-    with pytest.raises(SettingError, match=r"per_step_normalization is true, but model.net has no normalisation"):
+def test_per_step_normalization_needs_normalization_layers():
+    with pytest.raises(SettingError, match=r"per_step_normalization is true, but model.net has no normalization"):
         MAML(net=MLP(4, 2), per_step_normalization=True)

@@ -1,0 +1,152 @@
+"""Passes over traced ATen graphs: fewer operators for the same values, and the cut into forward and backward half."""
+
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from maml_lightning.engine.kernels.convolution import COL2IM
+
+
+def _hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+# A key for the structure of arguments; torch 2.7 has no hash of one with a dictionary in it.
+structure: Callable[[pytree.TreeSpec], Hashable] = (
+    (lambda spec: spec) if _hashable(pytree.tree_structure({"": 0})) else str
+)
+
+
+def simplify(graph: fx.GraphModule) -> None:
+    """Compute equal subexpressions once and merge sums, unless the graph writes in place."""
+    if not any(is_mutable(node) for node in graph.graph.nodes):
+        _share(graph.graph)
+        _merge_sums(graph.graph)
+    graph.recompile()
+
+
+def _share(graph: fx.Graph) -> None:
+    """Compute equal subexpressions once: each derivative of a convolution gathers its patches anew."""
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            continue
+        arguments, spec = pytree.tree_flatten((node.args, node.kwargs))
+        first = seen.setdefault((node.target, structure(spec), *((type(a), a) for a in arguments)), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+_aten = torch.ops.aten
+_LINEAR = {
+    _aten.view.default,
+    _aten._unsafe_view.default,
+    _aten.permute.default,
+    _aten.transpose.int,
+    COL2IM,
+}
+
+
+def _merge_sums(graph: fx.Graph) -> None:
+    """``f(a) + f(b) -> f(a + b)`` for linear ``f``, ``a @ b + c @ d`` in one pass over memory, ``0 + a -> a``.
+
+    The two terms of a convolution's second derivative become one matrix product and one scatter; the zeros are what
+    torch takes for the second derivative of an activation.
+    """
+    sums = [node for node in graph.nodes if node.target is _aten.add.Tensor and len(node.args) == 2]
+    sums = [node for node in sums if not node.kwargs and all(isinstance(a, fx.Node) for a in node.args)]
+    for node in sums:
+        for zero, other in (node.args, node.args[::-1]):
+            if zero.target is _aten.zeros_like.default and _same(other, node):
+                node.replace_all_uses_with(other)
+                break
+    graph.eliminate_dead_code()
+    sums = [node for node in sums if node.users]
+    while sums:
+        node = sums.pop()
+        a, b = node.args
+        if a is b or a.target is not b.target or len(a.users) > 1 or len(b.users) > 1:
+            continue
+        with graph.inserting_before(node):
+            if a.target is _aten.bmm.default:
+                merged = graph.call_function(_aten.baddbmm.default, (a, *b.args))
+            elif a.target in _LINEAR and a.args[1:] == b.args[1:] and _same(a.args[0], b.args[0]):
+                inner = graph.call_function(_aten.add.Tensor, (a.args[0], b.args[0]))
+                inner.meta = dict(a.args[0].meta)
+                merged = graph.call_function(a.target, (inner, *a.args[1:]))
+                sums.append(inner)
+            else:
+                continue
+        merged.meta = dict(node.meta)
+        node.replace_all_uses_with(merged)
+        for dead in (node, b, a):
+            if not dead.users:
+                graph.erase_node(dead)
+
+
+def _same(a: fx.Node, b: fx.Node) -> bool:
+    return all(getattr(a.meta["val"], what) == getattr(b.meta["val"], what) for what in ("shape", "dtype"))
+
+
+def _output(graph: fx.Graph) -> fx.Node:
+    return next(node for node in reversed(graph.nodes) if node.op == "output")
+
+
+def is_mutable(node: fx.Node) -> bool:
+    """Whether the node writes in place."""
+    return node.op == "call_function" and getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+
+
+def _copy(
+    nodes: Iterable[fx.Node], placeholders: Iterable[fx.Node], outputs: Any, owner: fx.GraphModule
+) -> fx.GraphModule:
+    graph, copies = fx.Graph(), {}
+    for node in placeholders:
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta = node.meta
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(pytree.tree_map(lambda node: copies.get(node, node), outputs))
+    graph.eliminate_dead_code()
+    return fx.GraphModule(owner, graph)
+
+
+def cut(joint: fx.GraphModule, cotangents: int, outputs: int) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Cut a joint graph into what does not depend on the cotangents and what does.
+
+    Args:
+        joint: its last ``cotangents`` inputs are cotangents; its first ``outputs`` outputs belong to the forward half.
+
+    Returns:
+        ``forward(*primals) -> (outputs, residuals)`` and ``backward(*residuals, *cotangents) -> gradients``.
+
+    Raises:
+        ValueError: the backward half writes in place, so that the order of the two halves would matter.
+    """
+    nodes = [node for node in joint.graph.nodes if node.op != "output"]
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    primals, cotangent_inputs = inputs[: len(inputs) - cotangents], inputs[len(inputs) - cotangents :]
+    dependent = dict.fromkeys(cotangent_inputs)  # on the cotangents
+    for node in nodes:
+        if any(source in dependent for source in node.all_input_nodes):
+            dependent[node] = None
+    if any(is_mutable(node) for node in dependent):
+        raise ValueError("the backward half writes in place")
+    results: Any = _output(joint.graph).args[0]
+    values, gradients = list(results[:outputs]), list(results[outputs:])
+    independent = [node for node in nodes if node not in dependent]
+    residuals = [n for n in independent if n in gradients or any(user in dependent for user in n.users)]
+    forward_nodes, backward_nodes = (
+        [node for node in half if node.op != "placeholder"] for half in (independent, dependent)
+    )
+    forward = _copy(forward_nodes, primals, [values, residuals], joint)
+    backward = _copy(backward_nodes, [*residuals, *cotangent_inputs], gradients, joint)
+    return forward, backward

@@ -1,0 +1,327 @@
+"""Convolution as three bilinear maps, each of which is differentiated into the other two.
+
+For ``y = x * w`` these are the convolution, its transpose in the input (which takes ``y``'s gradient to ``x``'s) and
+its transpose in the weight. Under :func:`torch.func.vmap` all three become matrix products of gathered patches
+(im2col, Chellapilla, Puri and Simard 2006), batched over tasks, or torch's own convolutions task by task where the
+patches would not fit a cache; never a grouped convolution. Data stays channels-last between layers.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.library import custom_op
+
+from maml_lightning.engine.kernels.layout import HWIO, NCHW, NHWC, OIHW, Ints, leaves_cache, permute_each, tasks_first
+
+
+def _spans(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Ints:
+    return [(n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, kernel, stride, padding, strict=True)]
+
+
+# Opaque operators: one node each in a traced graph, and free to loop and to work in place inside. All is channels-last:
+# images [B, H, W, C] or, task by task, [T, B, H, W, C]; weights [T, kh, kw, C, O].
+@custom_op("maml_lightning::im2col", mutates_args=())
+def _im2col(x: Tensor, kernel: Ints, stride: Ints, padding: Ints) -> Tensor:
+    x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0])).contiguous()
+    rows, cols = _spans(x.shape[1:3], kernel, stride, [0, 0])
+    batch, height, width, channels = x.shape
+    row, col = width * channels, channels  # x.stride() says anything of a dimension of size 1
+    # A row of the window lies in one piece in memory: one long run to copy instead of kernel[1] short ones.
+    windows = x.as_strided(
+        (batch, rows, cols, kernel[0], kernel[1] * channels), (height * row, stride[0] * row, stride[1] * col, row, 1)
+    )
+    return windows.clone(memory_format=torch.contiguous_format).flatten(3)
+
+
+@_im2col.register_fake
+def _(x: Tensor, kernel: Ints, stride: Ints, padding: Ints) -> Tensor:
+    return x.new_empty(x.shape[0], *_spans(x.shape[1:3], kernel, stride, padding), kernel[0] * kernel[1] * x.shape[3])
+
+
+@custom_op("maml_lightning::col2im", mutates_args=())
+def _col2im(columns: Tensor, size: Ints, kernel: Ints, stride: Ints, padding: Ints) -> Tensor:
+    batch, rows, cols, _ = columns.shape
+    windows = columns.reshape(batch, rows, cols, *kernel, -1)
+    x = columns.new_zeros(batch, *size, windows.shape[-1])
+    for i in range(kernel[0]):
+        above, to_rows = _inside(i - padding[0], stride[0], rows, size[0])
+        for j in range(kernel[1]):
+            left, to_cols = _inside(j - padding[1], stride[1], cols, size[1])
+            x[:, to_rows, to_cols] += windows[:, above, left, i, j]
+    return x
+
+
+def _inside(offset: int, stride: int, count: int, size: int) -> tuple[slice, slice]:
+    """Which of ``count`` windows have their point at ``offset`` inside ``size``, and where it lies there."""
+    first = max(0, -(offset // stride))
+    last = min(count, (size - 1 - offset) // stride + 1)
+    if last <= first:
+        return slice(0, 0), slice(0, 0)
+    return slice(first, last), slice(first * stride + offset, (last - 1) * stride + offset + 1, stride)
+
+
+@_col2im.register_fake
+def _(columns: Tensor, size: Ints, kernel: Ints, stride: Ints, padding: Ints) -> Tensor:
+    return columns.new_empty(columns.shape[0], *size, columns.shape[3] // (kernel[0] * kernel[1]))
+
+
+COL2IM = torch.ops.maml_lightning.col2im.default
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    return x.permute(NCHW)
+
+
+def _filters(w: Tensor) -> Tensor:
+    return w.permute(OIHW).contiguous(memory_format=torch.channels_last)
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    return parts[0].contiguous()[None] if len(parts) == 1 else torch.stack(parts)
+
+
+@custom_op("maml_lightning::convolution", mutates_args=())
+def _direct(x: Tensor, w: Tensor, stride: Ints, padding: Ints) -> Tensor:
+    return _stacked(
+        [
+            F.conv2d(_channels_first(x), _filters(w), None, stride, padding).permute(NHWC)
+            for x, w in zip(x, w, strict=True)
+        ]
+    )
+
+
+@_direct.register_fake
+def _(x: Tensor, w: Tensor, stride: Ints, padding: Ints) -> Tensor:
+    return x.new_empty(*x.shape[:2], *_spans(x.shape[2:4], w.shape[1:3], stride, padding), w.shape[4])
+
+
+def _direct_gradients(
+    g: Tensor, x: Tensor, w: Tensor, stride: Ints, padding: Ints, which: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.aten.convolution_backward(
+        _channels_first(g), _channels_first(x), w, None, stride, padding, [1, 1], False, [0, 0], 1, which
+    )
+
+
+@custom_op("maml_lightning::convolution_input", mutates_args=())
+def _direct_input(g: Tensor, w: Tensor, size: Ints, stride: Ints, padding: Ints) -> Tensor:
+    x = g.new_empty(g.shape[1], *size, w.shape[3])  # only its shape counts
+    return _stacked(
+        [
+            _direct_gradients(g, x, _filters(w), stride, padding, [True, False, False])[0].permute(NHWC)
+            for g, w in zip(g, w, strict=True)
+        ]
+    )
+
+
+@_direct_input.register_fake
+def _(g: Tensor, w: Tensor, size: Ints, stride: Ints, padding: Ints) -> Tensor:
+    return g.new_empty(*g.shape[:2], *size, w.shape[3])
+
+
+@custom_op("maml_lightning::convolution_weight", mutates_args=())
+def _direct_weight(x: Tensor, g: Tensor, kernel: Ints, stride: Ints, padding: Ints) -> Tensor:
+    w = _filters(x.new_empty(*kernel, x.shape[4], g.shape[4]))  # only its shape counts
+    return _stacked(
+        [
+            _direct_gradients(g, x, w, stride, padding, [False, True, False])[1].permute(HWIO)
+            for x, g in zip(x, g, strict=True)
+        ]
+    )
+
+
+@_direct_weight.register_fake
+def _(x: Tensor, g: Tensor, kernel: Ints, stride: Ints, padding: Ints) -> Tensor:
+    return x.new_empty(x.shape[0], *kernel, x.shape[4], g.shape[4])
+
+
+def _patches(x: Tensor, kernel: Ints, stride: Ints, padding: Ints) -> Tensor:
+    """``[T, B, H, W, C] -> [T, B*H'*W', kh*kw*C]``."""
+    return _im2col(x.flatten(0, 1), kernel, stride, padding).unflatten(0, x.shape[:2]).flatten(1, 3)
+
+
+# The same three maps as matrix products of patches, of the same arguments.
+def _product(x: Tensor, w: Tensor, stride: Ints, padding: Ints) -> Tensor:
+    kernel = list(w.shape[1:3])
+    y = _patches(x, kernel, stride, padding).bmm(w.flatten(1, 3))
+    return y.reshape(*x.shape[:2], *_spans(x.shape[2:4], kernel, stride, padding), -1)
+
+
+def _product_input(g: Tensor, w: Tensor, size: Ints, stride: Ints, padding: Ints) -> Tensor:
+    columns = g.flatten(1, 3).bmm(w.flatten(1, 3).mT)
+    columns = columns.reshape(-1, *g.shape[2:4], columns.shape[2])
+    return _col2im(columns, size, list(w.shape[1:3]), stride, padding).unflatten(0, g.shape[:2])
+
+
+def _product_weight(x: Tensor, g: Tensor, kernel: Ints, stride: Ints, padding: Ints) -> Tensor:
+    return _patches(x, kernel, stride, padding).mT.bmm(g.flatten(1, 3)).unflatten(1, (*kernel, -1))
+
+
+def _over_tasks(
+    info: Any,
+    in_dims: tuple,
+    operands: tuple[Tensor, Tensor],
+    orders: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
+    window: tuple[Ints, ...],
+    patch_elements: Callable[[Tensor, Tensor], int],
+    product: Callable[..., Tensor],
+    direct: Callable[..., Tensor],
+) -> tuple[Tensor, int]:
+    """The ``vmap`` rule of all three maps.
+
+    Args:
+        info: and ``in_dims`` as :class:`torch.autograd.Function` gives them.
+        operands: images and weight, or two images; ``window`` are the other arguments.
+        orders: to channels-last of each operand, and back from it of the result.
+        patch_elements: how many numbers one task's patches are.
+        product: the map as a product of patches.
+        direct: the map by torch's convolution, task by task.
+    """
+    a, b = (tasks_first(operands[i], in_dims[i], info.batch_size, orders[i]) for i in range(2))
+    if not leaves_cache(a, patch_elements(a, b)):
+        result = product(a, b, *window)
+    elif in_dims[1] is None and orders[1] == HWIO:  # one weight for all tasks: their images are one batch
+        result = direct(a.flatten(0, 1)[None], b[:1], *window)[0].unflatten(0, a.shape[:2])
+    else:
+        result = direct(a, b, *window)
+    return permute_each(result, orders[2]), 0
+
+
+class _Convolution(Function):
+    """``y = x * w``: images ``[B, C, H, W]``, weight ``[O, C, kh, kw]``."""
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor, stride: Ints, padding: Ints) -> Tensor:
+        return F.conv2d(x, w, None, stride, padding)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, w, *ctx.window = inputs
+        ctx.save_for_backward(x, w)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple:
+        x, w = ctx.saved_tensors
+        to_x = _InputGradient.apply(g, w, list(x.shape[2:]), *ctx.window) if ctx.needs_input_grad[0] else None
+        to_w = _WeightGradient.apply(x, g, list(w.shape[2:]), *ctx.window) if ctx.needs_input_grad[1] else None
+        return to_x, to_w, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, x: Tensor, w: Tensor, *window: Ints) -> tuple:
+        def patch_elements(x: Tensor, w: Tensor) -> int:
+            spans = _spans(x.shape[2:4], w.shape[1:3], *window)
+            return x.shape[1] * math.prod(spans) * math.prod(w.shape[1:4])
+
+        return _over_tasks(info, in_dims, (x, w), (NHWC, HWIO, NCHW), window, patch_elements, _product, _direct)
+
+
+class _InputGradient(Function):
+    """The transpose of :class:`_Convolution` in its input: ``[B, O, H', W'] -> [B, C, H, W]``."""
+
+    @staticmethod
+    def forward(g: Tensor, w: Tensor, size: Ints, stride: Ints, padding: Ints) -> Tensor:
+        g, w = g.permute(NHWC)[None], w.permute(HWIO)[None]
+        return _direct_input(g, w, size, stride, padding)[0].permute(NCHW)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        g, w, _, *ctx.window = inputs
+        ctx.save_for_backward(g, w)
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor) -> tuple:
+        g, w = ctx.saved_tensors
+        to_g = _Convolution.apply(u, w, *ctx.window)
+        return to_g, _WeightGradient.apply(u, g, list(w.shape[2:]), *ctx.window), None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, g: Tensor, w: Tensor, *window: Ints) -> tuple:
+        def patch_elements(g: Tensor, w: Tensor) -> int:
+            return math.prod(g.shape[1:4]) * math.prod(w.shape[1:4])
+
+        orders = (NHWC, HWIO, NCHW)
+        return _over_tasks(info, in_dims, (g, w), orders, window, patch_elements, _product_input, _direct_input)
+
+
+class _WeightGradient(Function):
+    """The transpose of :class:`_Convolution` in its weight: ``[B, C, H, W], [B, O, H', W'] -> [O, C, kh, kw]``."""
+
+    @staticmethod
+    def forward(x: Tensor, g: Tensor, kernel: Ints, stride: Ints, padding: Ints) -> Tensor:
+        x, g = x.permute(NHWC)[None], g.permute(NHWC)[None]
+        return _direct_weight(x, g, kernel, stride, padding)[0].permute(OIHW)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, g, _, *ctx.window = inputs
+        ctx.save_for_backward(x, g)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple:
+        x, g = ctx.saved_tensors
+        to_x = _InputGradient.apply(g, v, list(x.shape[2:]), *ctx.window) if ctx.needs_input_grad[0] else None
+        return to_x, _Convolution.apply(x, v, *ctx.window), None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, x: Tensor, g: Tensor, *window: Ints) -> tuple:
+        def patch_elements(x: Tensor, g: Tensor) -> int:
+            return math.prod(g.shape[1:4]) * math.prod(window[0]) * x.shape[4]
+
+        orders = (NHWC, NHWC, OIHW)
+        return _over_tasks(info, in_dims, (x, g), orders, window, patch_elements, _product_weight, _direct_weight)
+
+
+def _pair(value: Any) -> Ints:
+    return [value, value] if isinstance(value, int) else [int(v) for v in (*value, *value)[:2]]
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``torch.nn.functional.conv2d``, exact and fast in its second derivative under vmap.
+
+    Args:
+        input: ``[B, C, H, W]``, best channels-last in memory. The others as in torch. Grouped, dilated, unbatched
+            and string-padded convolutions are left to torch.
+    """
+    if groups != 1 or _pair(dilation) != [1, 1] or isinstance(padding, str) or input.dim() != 4:
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
+        input, weight = (t.to(torch.get_autocast_dtype(input.device.type)) for t in (input, weight))
+    y = _Convolution.apply(input, weight, _pair(stride), _pair(padding))
+    return y if bias is None else y + bias.to(y.dtype)[:, None, None]
+
+
+# The gathering and scattering of patches as a compiler fuses them.
+def im2col_views(x: Tensor, kernel: Ints, stride: Ints, padding: Ints) -> Tensor:
+    """``im2col`` in terms of torch."""
+    x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]))
+    windows = x.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])
+    return windows.permute(0, 1, 2, 4, 5, 3).flatten(3)
+
+
+def col2im_sum(columns: Tensor, size: Ints, kernel: Ints, stride: Ints, padding: Ints) -> Tensor:
+    """``col2im`` in terms of torch."""
+    batch, rows, cols, _ = columns.shape
+    windows = columns.view(batch, rows, 1, cols, 1, *kernel, -1)
+    # Zeros between the points, then each tap moved to its place.
+    spread = F.pad(windows, (0, 0, 0, 0, 0, 0, 0, stride[1] - 1, 0, 0, 0, stride[0] - 1))
+    spread = spread.flatten(3, 4).flatten(1, 2)
+    x = columns.new_zeros(())
+    for i in range(kernel[0]):
+        for j in range(kernel[1]):
+            top, left = i - padding[0], j - padding[1]
+            bottom, right = size[0] - top - spread.shape[1], size[1] - left - spread.shape[2]
+            x = x + F.pad(spread[:, :, :, i, j], (0, 0, left, right, top, bottom))
+    return x

@@ -1,0 +1,37 @@
+"""Which operators the kernels replace: in an ordinary network as it runs, and in a graph that is compiled."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
+
+from maml_lightning.engine.kernels.convolution import col2im_sum, conv2d, im2col_views
+from maml_lightning.engine.kernels.normalization import batch_norm, project, standardize
+from maml_lightning.engine.kernels.pooling import max_pool, max_pool_backward, poolings
+
+REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.conv2d: conv2d,
+    F.conv2d: conv2d,
+    F.batch_norm: batch_norm,
+    **poolings(),
+}
+
+# What replaces an operator when a compiler follows: what it fuses better than it calls, and the reverse.
+COMPILED: dict[OpOverload, Callable[..., Any]] = {
+    torch.ops.aten.max_pool2d_with_indices.default: max_pool,
+    torch.ops.aten.max_pool2d_with_indices_backward.default: max_pool_backward,
+    torch.ops.maml_lightning.standardize.default: standardize,
+    torch.ops.maml_lightning.project.default: project,
+    torch.ops.maml_lightning.im2col.default: im2col_views,
+    torch.ops.maml_lightning.col2im.default: col2im_sum,
+}
+
+
+class TaskKernels(TorchFunctionMode):
+    """While active, calls of an operator in ``REPLACEMENTS`` (also from ``nn`` layers) run what replaces it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))
