@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import accuracy as module
 from benchmarks.accuracy import RECORDS, accuracy, again, score_of, table
-from tests.command_line import ROOT
+from tests.runs import ROOT
 
 UNKNOWN = "\N{EN DASH}"
 FIGURE = re.compile(r"(\d+\.(\d+)) ± (\d+\.\d+)( %)?")

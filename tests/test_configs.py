@@ -9,7 +9,7 @@ import yaml
 from PIL import Image
 
 from cli import main
-from tests.command_line import ROOT, words
+from tests.runs import ROOT, words
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 VARIANTS = sorted((ROOT / "configs" / "variants").glob("*.yaml"))

@@ -15,7 +15,7 @@ from cli import main
 from maml_lightning import SettingError
 from maml_lightning.analysis.comparison import read_scalars
 from maml_lightning.data.omniglot import read_cache
-from tests.command_line import TINY, omniglot, process, run, words
+from tests.runs import TINY, omniglot, process, run, words
 
 pytestmark = [pytest.mark.usefixtures("folder"), pytest.mark.long]
 

@@ -7,7 +7,7 @@ import torch
 from maml_lightning import SettingError, load
 from maml_lightning.trained import FOLDER, strip, trained
 from maml_lightning.training.checkpoints import read_checkpoint
-from tests.command_line import ROOT
+from tests.runs import ROOT
 
 
 def test_names_are_those_in_the_package():

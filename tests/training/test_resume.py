@@ -13,7 +13,7 @@ from maml_lightning import SettingError
 from maml_lightning.trained import FOLDER
 from maml_lightning.training.checkpoints import last_checkpoint, read_checkpoint
 from maml_lightning.training.monitoring import direction
-from tests.command_line import SINUSOIDS, TINY, words
+from tests.runs import SINUSOIDS, TINY, words
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -252,7 +252,7 @@ class Doubles(nn.Sequential):
 @pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
 @pytest.mark.parametrize("averaged", [False, True])
 def test_a_run_of_another_precision_resumes_exactly(precision, averaged):
-    flags = {"model.net": "tests.test_resume.Doubles", "trainer.precision": precision, **COSINE}
+    flags = {"model.net": "tests.training.test_resume.Doubles", "trainer.precision": precision, **COSINE}
     if averaged:
         flags |= {"trainer.callbacks+": "EMAWeightAveraging", "trainer.callbacks.decay": 0.5}
     fit("whole", **flags)

@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from cli import main as command_line
 from maml_lightning import SettingError
 from maml_lightning.analysis.comparison import Run, compare, draw, joined, labelled, main, read_run, table
-from tests.command_line import DATA, ROOT, TINY, words
+from tests.runs import DATA, ROOT, TINY, words
 
 UNKNOWN = "\N{EN DASH}"
 

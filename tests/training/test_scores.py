@@ -17,7 +17,7 @@ from cli import main
 from maml_lightning import MAML, Episode, NonFiniteError, PredictionReport, TestReport
 from maml_lightning.training.callbacks import Predicted, prediction_rows
 from maml_lightning.training.module import episode_scores, ignored_target
-from tests.command_line import DATA, SINUSOIDS, TINY, run, words
+from tests.runs import DATA, SINUSOIDS, TINY, run, words
 
 pytestmark = pytest.mark.usefixtures("folder")
 

@@ -14,7 +14,7 @@ from torch import nn
 from cli import main
 from maml_lightning import LastCheckpoint, SettingError
 from maml_lightning.training.checkpoints import last_checkpoint, read_checkpoint
-from tests.command_line import DATA, ROOT, TINY, process, run, words
+from tests.runs import DATA, ROOT, TINY, process, run, words
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -33,7 +33,7 @@ STATEFUL = {
     "model.first_order_epochs": 1,
     "lr_scheduler": "CosineAnnealingLR",
     "lr_scheduler.T_max": 3,
-    "model.net": "tests.test_checkpoints.WithDropout",
+    "model.net": "tests.training.test_checkpoints.WithDropout",
     "model.net.hidden_channels": None,
     "model.net.blocks": None,
 }

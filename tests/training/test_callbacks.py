@@ -18,7 +18,7 @@ from maml_lightning import Cost, Inspection, SettingError
 from maml_lightning.analysis.comparison import read_scalars
 from maml_lightning.training import callbacks
 from maml_lightning.training.callbacks import test_results as summarise
-from tests.command_line import DATA, SINUSOIDS, TINY, words
+from tests.runs import DATA, SINUSOIDS, TINY, words
 
 
 def test_mean_and_interval_by_hand():
