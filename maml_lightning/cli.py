@@ -34,7 +34,6 @@ from maml_lightning.command_line import class_paths, help, shipped
 from maml_lightning.errors import NonFiniteError, SettingError
 from maml_lightning.trained import trained
 from maml_lightning.training import resume
-from maml_lightning.training.callbacks import Cost, Inspection, PredictionReport, TestReport
 from maml_lightning.training.checkpoints import (
     LAST,
     LastCheckpoint,
@@ -43,8 +42,12 @@ from maml_lightning.training.checkpoints import (
     read_checkpoint,
     settings_of,
 )
-from maml_lightning.training.module import MAML, check_strategy
+from maml_lightning.training.checks import check_strategy
+from maml_lightning.training.cost import CostMonitor
+from maml_lightning.training.inspection import AdaptationMonitor
+from maml_lightning.training.module import MAML
 from maml_lightning.training.monitoring import check_loss, direction
+from maml_lightning.training.reports import PredictionReport, TestReport
 from maml_lightning.training.trust import check_settings, named, without
 
 NETWORK = "maml_lightning.ConvNet"
@@ -140,8 +143,8 @@ class MAMLCommandLine(LightningCLI):
         )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
-        parser.add_lightning_class_args(Cost, "cost")
-        parser.add_lightning_class_args(Inspection, "inspection")
+        parser.add_lightning_class_args(CostMonitor, "cost")
+        parser.add_lightning_class_args(AdaptationMonitor, "inspection")
         parser.add_lightning_class_args(TestReport, "test_report")
         parser.add_lightning_class_args(PredictionReport, "prediction_report")
         parser.set_defaults(

@@ -107,7 +107,11 @@ NAMES = "GlyphsDataModule, ImagesDataModule, OmniglotDataModule, SinusoidsDataMo
         ("data", "tests.own_network.OwnNet", "it is a class, but not a LightningDataModule; give one of "),
         ("model.net", "tests.own_network.OwnNett", "has no OwnNett; did you mean tests.own_network.OwnNet? "),
         ("model.net", "torch.nn.functional.relu", "it is a function, and a class is needed, so that its settings"),
-        ("model.net", "tests.command_line.test_help.annotated", "it is a function, and a class is needed, so that its settings"),
+        (
+            "model.net",
+            "tests.command_line.test_help.annotated",
+            "it is a function, and a class is needed, so that its settings",
+        ),
         ("model.net", "maml_lightning.OmniglotDataModule", "it is a class, but not a torch.nn.Module; give one of "),
         ("model.net", "ConvNett", "there is no such class; did you mean maml_lightning.ConvNet? "),
         ("model.net", "tests.broken_module.Net", "importing tests.broken_module fails: No module named 'not_there'."),

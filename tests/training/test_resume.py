@@ -165,9 +165,9 @@ REFUSED = [
     (COSINE, {"lr_scheduler": "StepLR", "lr_scheduler.step_size": 1, "lr_scheduler.T_max": None}, END, "StepLR cannot"),
     ({}, COSINE, END, r"lr_scheduler .*CosineAnnealingLR cannot continue from .*\(none\)"),
     (COSINE, {"lr_scheduler": "null", "lr_scheduler.T_max": None}, END, r"lr_scheduler none cannot continue"),
-    ({}, {"model.net.hidden_features": "[8]"}, END, "another network, or other rates were learnt"),
+    ({}, {"model.net.hidden_features": "[8]"}, END, "another network, or of other learned inner learning rates"),
     (LEARNED, {"model.inner_lr": 0.5}, END, r"model.inner_lr 0.5 would be ignored: .*learned.*; leave it out"),
-    ({}, {"model.learn_inner_lr": "step"}, END, "another network, or other rates were learnt"),
+    ({}, {"model.learn_inner_lr": "step"}, END, "another network, or of other learned inner learning rates"),
     (SGD, {"model.outer_lr": 0.5}, END, r"model.outer_lr 0.5 would be ignored: .*; give --optimizer.lr"),
     ({}, {"seed_everything": 3}, END, r"seed_everything 3 would be ignored: .*began with 0; leave it out"),
     (
