@@ -13,7 +13,7 @@ from lightning.fabric.plugins.environments.lightning import find_free_network_po
 
 from cli import main
 from maml_lightning import SettingError
-from maml_lightning.analysis.comparison import read_scalars
+from maml_lightning.analysis.runs import read_scalars
 from maml_lightning.data.omniglot import read_cache
 from tests.runs import TINY, omniglot, process, run, words
 

@@ -8,7 +8,7 @@ from maml_lightning.training.module import MAML
 FOLDER = Path(__file__).parent
 
 
-def trained(name: str) -> Path | None:
+def packaged(name: str) -> Path | None:
     """The checkpoint of that name in the package, such as ``omniglot_5way_1shot``; None where there is none."""
     path = FOLDER / f"{name}.ckpt"
     return path if path.parent == FOLDER and path.is_file() else None
@@ -32,7 +32,7 @@ def load(checkpoint: str | Path, trust: bool = False) -> MAML:
         >>> classifier(torch.rand(9, 1, 28, 28)).shape
         torch.Size([9, 5])
     """
-    return MAML.load_from_checkpoint(trained(str(checkpoint)) or checkpoint, trust=trust).eval()
+    return MAML.load_from_checkpoint(packaged(str(checkpoint)) or checkpoint, trust=trust).eval()
 
 
 def strip(source: Path, target: Path) -> None:

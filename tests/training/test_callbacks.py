@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from cli import main
 from maml_lightning import AdaptationMonitor, CostMonitor, SettingError
-from maml_lightning.analysis.comparison import read_scalars
+from maml_lightning.analysis.runs import read_scalars
 from maml_lightning.training import inspection
 from maml_lightning.training.reports import test_results as summarise
 from tests.runs import DATA, SINUSOIDS, TINY, words
