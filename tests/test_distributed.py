@@ -126,7 +126,7 @@ def test_processes_agree_to_leave_where_one_is_told(folder):
     assert parent.returncode == 128 + signal.SIGTERM, printed
     assert not child.is_running()
     step = torch.load(checkpoint(folder), weights_only=True)["global_step"]
-    assert f"after meta-step {step}; go on with --ckpt_path last" in printed
+    assert f"after meta-step {step}; resume with --ckpt_path last" in printed
     assert "Traceback" not in printed
 
 

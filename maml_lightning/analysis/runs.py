@@ -28,7 +28,7 @@ Curve = list[tuple[int, float]]
 
 
 class Run(NamedTuple):
-    """What a run's log folder tells.
+    """What a run's log folder holds.
 
     Args:
         name: its label.
@@ -201,7 +201,7 @@ def _task(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _algorithm(config: dict[str, Any]) -> str:
-    """Such as ``MAML, 5 inner steps, adapted_parameters head``; empty where the settings do not tell."""
+    """Such as ``MAML, 5 inner steps, adapted_parameters head``; empty where the settings are unknown."""
     model = config.get("model") or {}
     if "inner_steps" not in model:
         return ""

@@ -63,7 +63,7 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message alone, without jsonargparse's screens of usage, and end."""
-        message = class_paths.refusal(message) or " ".join(message.split())
+        message = class_paths.explanation(message) or " ".join(message.split())
         self.exit(2, f"error: {message} (--help_all describes every setting)\n")
 
 

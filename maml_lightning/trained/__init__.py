@@ -1,4 +1,4 @@
-"""Trained networks that come with the package, and the way from any checkpoint to its network."""
+"""Pretrained networks of the package, and how to load the network of any checkpoint."""
 
 from pathlib import Path
 
@@ -19,8 +19,8 @@ def load(checkpoint: str | Path, trust: bool = False) -> MAML:
 
     Args:
         checkpoint: its path, or the name of one in the package.
-        trust: also import and call what it names outside this package and PyTorch, such as your own network; a
-            stranger's checkpoint could so run any code.
+        trust: also import and call what it names outside this package and PyTorch, such as your own network.
+            Code of a checkpoint from others could then do anything.
 
     Raises:
         SettingError: it cannot be read, or does not name its network, or names code that is not trusted.

@@ -22,7 +22,7 @@ from maml_lightning.errors import SettingError
 from maml_lightning.training.earlier_releases import configured as configured_earlier
 from maml_lightning.training.earlier_releases import fits, param_groups
 
-BEGIN_ANEW = "--initial_checkpoint in place of --ckpt_path begins training anew with its weights"
+NEW_RUN = "start a new run from its weights with --initial_checkpoint in place of --ckpt_path"
 # Do not matter to the episodes that are still to come in an epoch.
 _ANY_TIME = {"num_workers", "val_episodes", "test_episodes", "root", "download"}
 _WITHIN_EPOCH = ("accumulate_grad_batches", "limit_train_batches", "overfit_batches")
@@ -37,24 +37,24 @@ def fresh(optimizers: Iterable[Optimizer], schedulers: Iterable[LRScheduler]) ->
 
 
 def check_training_state(checkpoint: dict[str, Any], source: str) -> None:
-    """Refuse a checkpoint that holds weights alone.
+    """Check that a checkpoint holds more than weights.
 
     Raises:
-        SettingError: it does; names the setting that takes it.
+        SettingError: it does not; names the setting that takes it.
     """
     if any(not isinstance(checkpoint.get(key), list) for key in ("optimizer_states", "lr_schedulers")) or not (
         isinstance(checkpoint.get("loops"), dict)
     ):
         raise SettingError(
             f"ckpt_path {source} holds a network without the state of its training, so that it cannot be resumed; "
-            f"begin training with it by --initial_checkpoint {source} in place of --ckpt_path."
+            f"start a new run from it with --initial_checkpoint {source} in place of --ckpt_path."
         )
 
 
 def check_optimizers(
     checkpoint: dict[str, Any], optimizers: Sequence[Optimizer], schedulers: Sequence[LRScheduler]
 ) -> None:
-    """Refuse other classes of optimizers and schedulers than the checkpoint's, whose state would mean nothing to them.
+    """Check that optimizers and schedulers are of the checkpoint's classes, so that they can load its state.
 
     Raises:
         SettingError: they differ; names both.
@@ -64,7 +64,7 @@ def check_optimizers(
         ours = [item["class"] for item in now[f"{kind.removeprefix('lr_')}s"]]
         theirs = [item["class"] for item in before.get(f"{kind.removeprefix('lr_')}s", [])]
         saved = checkpoint[key]
-        if not before:  # of an earlier release: what its state holds tells the class
+        if not before:  # of an earlier release: its state shows the class
             made = optimizers if kind == "optimizer" else schedulers
             alike = len(saved) == len(made) and all(map(fits, made, saved))
             theirs = ours if alike else ["another"] * len(saved)
@@ -72,7 +72,7 @@ def check_optimizers(
             given, was = (" and ".join(names) or "none" for names in (ours, theirs))
             raise SettingError(
                 f"{kind} {given} cannot continue from the state of the checkpoint's ({was}); give --{kind} as the run "
-                f"had it, or {BEGIN_ANEW}."
+                f"had it, or {NEW_RUN}."
             )
 
 
@@ -168,7 +168,7 @@ def keep_callback_settings(checkpoint: dict[str, Any], callbacks: Iterable[Callb
 
 
 def check_precision(module: LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Refuse to continue with weights of another type than they were trained in.
+    """Check that the weights are of the type that they were trained in.
 
     Raises:
         SettingError: they differ; names both.
@@ -178,12 +178,12 @@ def check_precision(module: LightningModule, checkpoint: dict[str, Any]) -> None
         if value.dtype != theirs:
             raise SettingError(
                 f"trainer.precision keeps weights as {_type(value.dtype)}, but the checkpoint holds {_type(theirs)}; "
-                f"give --trainer.precision as the run had it, or {BEGIN_ANEW}."
+                f"give --trainer.precision as the run had it, or {NEW_RUN}."
             )
 
 
 def check_settings_of_run(checkpoint: dict[str, Any], config: dict[str, Any]) -> list[str]:
-    """Refuse settings that cannot be applied to a run that is resumed.
+    """Check that all settings can be applied to a run that is resumed.
 
     Args:
         checkpoint: with the ``settings`` that the command line kept in it, where it is of this release.
@@ -204,7 +204,7 @@ def check_settings_of_run(checkpoint: dict[str, Any], config: dict[str, Any]) ->
         if value is not None and 0 <= value < reached:
             raise SettingError(
                 f"trainer.{limit} is {value}, but the checkpoint has {reached} {limit.removeprefix('max_')} behind it; "
-                f"raise it, or {BEGIN_ANEW}."
+                f"raise it, or {NEW_RUN}."
             )
     batches = loop["epoch_loop.batch_progress"]
     taken = batches["current"]["processed"] > 0 and not batches["is_last_batch"]
@@ -222,7 +222,7 @@ def _model_changes(before: dict[str, Any], config: dict[str, Any]) -> list[str]:
         setting, (old, new) = next(iter(names.items()))
         raise SettingError(
             f"model.net.{setting} is {new}, but the checkpoint's is {old}: another network cannot be resumed; give it "
-            f"as the run had it, or {BEGIN_ANEW}."
+            f"as the run had it, or {NEW_RUN}."
         )
     if "inner_lr" in changes and model["learn_inner_lr"]:
         raise SettingError(
@@ -244,7 +244,7 @@ def _other_changes(before: dict[str, Any], config: dict[str, Any], epochs: int, 
     if seed != now and now is not True:
         raise SettingError(
             f"seed_everything {now} would be ignored: the random numbers continue from the checkpoint, whose run began "
-            f"with {seed}; leave it out, or {BEGIN_ANEW}."
+            f"with {seed}; leave it out, or {NEW_RUN}."
         )
     data = _differences(_flat(before["data"]), _flat(config["data"]))
     trainer = _differences(before["trainer"], {key: config["trainer"].get(key) for key in _WITHIN_EPOCH})
@@ -260,7 +260,7 @@ def _other_changes(before: dict[str, Any], config: dict[str, Any], epochs: int, 
             why = "the checkpoint is in the middle of an epoch, where episodes would be skipped or drawn again"
         else:
             continue
-        raise SettingError(f"{name} is {new}, but the run's is {old}: {why}; give {old}, or {BEGIN_ANEW}.")
+        raise SettingError(f"{name} is {new}, but the run's is {old}: {why}; give {old}, or {NEW_RUN}.")
     for kind in ("optimizer", "lr_scheduler"):
         old, new = (_flat(settings.get(kind) or {}) for settings in (before, config))
         changes.update({f"{kind}.{key}": values for key, values in _differences(old, new).items()})

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from cli import main
-from maml_lightning.command_line.class_paths import known, problem, refusal
+from maml_lightning.command_line.class_paths import explanation, known, problem
 from maml_lightning.training.module import MAML
 from tests.runs import TINY, words
 
@@ -151,8 +151,10 @@ def annotated(out_features: int = 2) -> MAML:
 
 
 def test_other_messages_are_left_alone():
-    assert refusal('Parser key "model.inner_lr": Expected a <class float>. Given value: x') is None
-    assert refusal("Option 'hiden' is not accepted") is None
-    assert refusal("Parser key \"model.net\": Problem with given class_path 'maml_lightning.ConvNet': blocks") is None
+    assert explanation('Parser key "model.inner_lr": Expected a <class float>. Given value: x') is None
+    assert explanation("Option 'hiden' is not accepted") is None
+    assert (
+        explanation("Parser key \"model.net\": Problem with given class_path 'maml_lightning.ConvNet': blocks") is None
+    )
     assert problem("maml_lightning.ConvNet", "model.net") is None
     assert problem("MLP", "model.net") is None

@@ -13,6 +13,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
+import maml_lightning
 from cli import main
 from maml_lightning import AdaptationMonitor, CostMonitor, SettingError
 from maml_lightning.analysis.runs import read_scalars
@@ -108,6 +109,17 @@ def test_minutes_go_on_where_a_checkpoint_was_saved(clocked, tmp_path):
         trainer = quiet(max_epochs=2, logger=False, enable_checkpointing=False, callbacks=[cost])
         trainer.fit(clocked, ckpt_path=ckpt_path)
         assert trainer.callback_metrics["train/minutes"] * 60 == pytest.approx(2 * (8 * 2 + 100))
+
+
+def test_old_names_and_checkpoints_of_callbacks_keep_working():
+    with pytest.warns(DeprecationWarning, match=r"maml_lightning.Cost is deprecated; use maml_lightning.CostMonitor"):
+        assert maml_lightning.Cost is CostMonitor
+    with pytest.warns(DeprecationWarning, match=r"Inspection is deprecated; use maml_lightning.AdaptationMonitor"):
+        from maml_lightning import Inspection
+    assert Inspection is AdaptationMonitor
+    with pytest.raises(AttributeError, match="has no attribute 'Costs'"):
+        maml_lightning.Costs  # noqa: B018
+    assert CostMonitor().state_key == "Cost"  # the key of the state in checkpoints of earlier releases
 
 
 def test_steps_that_draw_their_data_slowly_show_it(clocked):

@@ -275,7 +275,7 @@ def test_weights_begin_in_the_precision_that_they_were_trained_in():
 def test_a_network_without_training_state_cannot_be_resumed(name):
     flags = {"data": "GlyphsDataModule", "data.ways": 5}
     with pytest.raises(
-        SettingError, match=rf"ckpt_path {name} .*begin training with it by --initial_checkpoint {name}"
+        SettingError, match=rf"ckpt_path {name} .*start a new run from it with --initial_checkpoint {name}"
     ):
         main(words("fit", **flags, ckpt_path=name))
     assert not list(Path().iterdir())
