@@ -1,5 +1,6 @@
 """Reproducible accuracies: run an experiment as a user would, and record it with everything needed to repeat it."""
 
+import hashlib
 import json
 import platform
 import subprocess
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 
 from cli import main
-from maml_lightning.analysis.comparison import UNKNOWN, metric_of, read_run, tested
+from maml_lightning.analysis.comparison import UNKNOWN, metric_of, tested
+from maml_lightning.analysis.runs import read_run
 
 RECORDS = Path(__file__).parents[1] / "docs" / "results"
 
@@ -64,7 +66,9 @@ def again(record: Path, root: str | None = None) -> None:
 
 def results() -> None:
     """Print the records in docs/results as the Markdown table of docs/results.md."""
-    print(*table([json.loads(file.read_text()) for file in sorted(RECORDS.glob("*.json"))]), sep="\n")
+    records = [json.loads(file.read_text()) for file in RECORDS.glob("*.json")]
+    order = sorted(records, key=lambda record: (Path(record["config"]).stem, record["seed"], record["flags"]))
+    print(*table(order), sep="\n")
 
 
 def table(records: list[dict[str, Any]], reach: tuple[float, ...] = (0.9, 0.95, 0.98, 0.99)) -> list[str]:
@@ -98,8 +102,9 @@ def score_of(test: dict[str, Any]) -> float:
 
 
 def named(config: Path, seed: int, flags: list[str]) -> str:
-    """Return the name of a record and of its run's folder."""
-    return "_".join([config.stem, str(seed), *(flag.removeprefix("--").replace("/", "-") for flag in flags)])
+    """Return the name of a record and of its run's folder: config, seed and, if there are flags, a short id of them."""
+    ids = [hashlib.sha256(" ".join(flags).encode()).hexdigest()[:6]] if flags else []
+    return "_".join([config.stem, str(seed), *ids])
 
 
 def run(config: Path, root: str | None, seed: int, flags: list[str], tests: list[str], logs: Path) -> dict[str, Any]:

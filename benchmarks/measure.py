@@ -19,15 +19,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from benchmarks.peers import PEERS, Run
-from maml_lightning import MAML, ConvNet, Episode, GlyphsDataModule
+from maml_lightning import MAML, ConvNet, CostMonitor, Episode, GlyphsDataModule
 from maml_lightning.algorithms.inner_loop import InnerLoop
-from maml_lightning.analysis.comparison import read_scalars
-from maml_lightning.data.episodic import EpisodeDataset
+from maml_lightning.analysis.runs import read_scalars
 from maml_lightning.engine.chunks import seconds
+from maml_lightning.training.cost import WARM_UP, now
 
 LR = 0.4
 OURS = "maml_lightning"
@@ -75,6 +75,12 @@ def ours(net: nn.Module, episode: Episode, lr: float, steps: int, **settings: An
 # A fixed chunk size of 4, so that the growth with inner steps does not depend on the measured choice of the chunk size.
 FOUR = partial(ours, tasks_per_chunk=4)
 CONTENDERS = {OURS: ours, "chunks of 4": FOUR, "chunks of 4, flat": partial(FOUR, flat_memory=True), **PEERS}
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    start = now(device)
+    run()
+    return now(device) - start
 
 
 def disagreement(case: Case, device: str, contenders: dict) -> float:
@@ -223,56 +229,45 @@ def family(names: tuple[str, ...] = (), device: str = "cpu") -> None:
         print(f"| {name} | {statistics.median(times) * 1e3:.0f} | {ratio:.2f} |", flush=True)
 
 
-class _Clock(Callback):
-    """Wall time of a fit from step ``first`` on, and the time spent in each function wrapped with ``timed``."""
+def _timed(function: Callable, spent: list[float]) -> Callable:
+    """The function, which also appends the seconds of each call."""
 
-    def __init__(self, first: int) -> None:
-        self.first = first
-        self.spent: dict[str, float] = {}
+    def call(*args: object, **kwargs: object) -> object:
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        spent.append(time.perf_counter() - start)
+        return result
 
-    def timed(self, name: str, function: Callable) -> Callable:
-        def call(*args: object, **kwargs: object) -> object:
-            start = time.perf_counter()
-            result = function(*args, **kwargs)
-            self.spent[name] = self.spent.get(name, 0) + time.perf_counter() - start
-            return result
-
-        return call
-
-    def on_train_batch_start(self, trainer: Trainer, module: MAML, batch: Episode, index: int) -> None:
-        if index == self.first:
-            self.spent.clear()
-            self.start = time.perf_counter()
-
-    def on_train_epoch_end(self, trainer: Trainer, module: MAML) -> None:
-        self.wall = time.perf_counter() - self.start
+    return call
 
 
 def fit(steps: int = 200) -> None:
-    """Where the wall time of ``Trainer.fit`` goes: 5-way 1-shot on glyphs, with logger and checkpoints.
+    """Where the wall time of ``Trainer.fit`` goes, without validation and checkpoints: 5-way 1-shot on glyphs.
 
     Args:
-        steps: the number of meta-steps, after 20 that are not counted.
+        steps: the number of meta-steps, after the first ones, which `CostMonitor` does not count.
     """
-    clock = _Clock(first=20)
+    gradient: list[float] = []
+    sampling: list[float] = []
     maml = MAML(ConvNet(out_features=5), inner_lr=LR)
-    maml._inner_loop.gradient = clock.timed("meta-gradient", maml._inner_loop.gradient)
-    data = GlyphsDataModule(ways=5, train_episodes=32 * (steps + clock.first), val_episodes=32)
+    maml._gradient = _timed(maml._gradient, gradient)
+    data = GlyphsDataModule(ways=5, train_episodes=32 * (steps + WARM_UP), val_episodes=32)
     data.prepare_data()
     data.setup("fit")
-    draw = EpisodeDataset.__getitems__
-    EpisodeDataset.__getitems__ = clock.timed("sampling", draw)
+    dataset = data.datasets["train"]
+    draw = type(dataset).__getitems__
+    type(dataset).__getitems__ = _timed(draw, sampling)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            Trainer(max_epochs=1, default_root_dir=folder, callbacks=[clock]).fit(maml, datamodule=data)
+            trainer = Trainer(max_epochs=1, limit_val_batches=0, default_root_dir=folder, callbacks=[CostMonitor()])
+            trainer.fit(maml, datamodule=data)
     finally:
-        EpisodeDataset.__getitems__ = draw
+        type(dataset).__getitems__ = draw
+    wall = trainer.callback_metrics["train/seconds_per_step"].item()
+    parts = [sum(spent[-steps:]) / steps / wall for spent in (gradient, sampling)]
     print("| ms per meta-step | meta-gradient | sampling | everything else |")
     print("|---|---|---|---|")
-    parts = [clock.spent[name] / clock.wall for name in ("meta-gradient", "sampling")]
-    print(
-        f"| {clock.wall / steps * 1e3:.1f} | {' | '.join(f'{p:.1%}' for p in (*parts, 1 - sum(parts)))} |", flush=True
-    )
+    print(f"| {wall * 1e3:.1f} | {' | '.join(f'{part:.1%}' for part in (*parts, 1 - sum(parts)))} |", flush=True)
 
 
 def _all_reduce(rank: int, world: int, port: int, count: int, results: Any) -> None:

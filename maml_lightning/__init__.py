@@ -1,5 +1,8 @@
 """The MAML family of meta-learning algorithms as one PyTorch Lightning module with torch.func gradients."""
 
+import warnings
+from typing import Any
+
 from maml_lightning.algorithms.inner_loop import InnerLoop
 from maml_lightning.data import (
     GlyphsDataModule,
@@ -14,23 +17,25 @@ from maml_lightning.episodes import Episode, Inputs
 from maml_lightning.errors import NonFiniteError, SettingError
 from maml_lightning.networks import MLP, ConvNet
 from maml_lightning.trained import load
-from maml_lightning.training.callbacks import Cost, Inspection, PredictionReport, TestReport
 from maml_lightning.training.checkpoints import LastCheckpoint
+from maml_lightning.training.cost import CostMonitor
+from maml_lightning.training.inspection import AdaptationMonitor
 from maml_lightning.training.module import MAML
+from maml_lightning.training.reports import PredictionReport, TestReport
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MAML",
     "MLP",
+    "AdaptationMonitor",
     "ConvNet",
-    "Cost",
+    "CostMonitor",
     "Episode",
     "GlyphsDataModule",
     "ImagesDataModule",
     "InnerLoop",
     "Inputs",
-    "Inspection",
     "LastCheckpoint",
     "MetaGradient",
     "NonFiniteError",
@@ -44,3 +49,13 @@ __all__ = [
     "load",
     "support_set",
 ]
+
+_RENAMED = {"Cost": "CostMonitor", "Inspection": "AdaptationMonitor"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    new = _RENAMED[name]
+    warnings.warn(f"maml_lightning.{name} is deprecated; use maml_lightning.{new}.", DeprecationWarning, stacklevel=2)
+    return globals()[new]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cli import main
-from tests.command_line import TINY, words
+from tests.runs import TINY, words
 
 torch.set_num_threads(1)  # the networks are tiny here: more threads only wait for each other
 

@@ -2,12 +2,13 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
 from benchmarks import accuracy as module
-from benchmarks.accuracy import RECORDS, accuracy, again, score_of, table
-from tests.command_line import ROOT
+from benchmarks.accuracy import RECORDS, accuracy, again, named, score_of, table
+from tests.runs import ROOT
 
 UNKNOWN = "\N{EN DASH}"
 FIGURE = re.compile(r"(\d+\.(\d+)) ± (\d+\.\d+)( %)?")
@@ -16,9 +17,11 @@ FIGURE = re.compile(r"(\d+\.(\d+)) ± (\d+\.\d+)( %)?")
 def test_a_record_is_what_the_runs_wrote_and_comes_again(folder, trained, monkeypatch, capsys):
     monkeypatch.setattr(module, "RECORDS", folder / "records")
     accuracy(trained / "config.yaml", seed=1, flags=["--trainer.max_epochs=2"], tests=["--data.shots=2"])
-    file = folder / "records" / "config_1_trainer.max_epochs=2.json"
+    name = named(trained / "config.yaml", 1, ["--trainer.max_epochs=2"])
+    assert re.fullmatch("config_1_[0-9a-f]{6}", name)
+    file = folder / "records" / f"{name}.json"
     record = json.loads(file.read_text())
-    runs = folder / "lightning_logs" / "config_1_trainer.max_epochs=2" / "lightning_logs"
+    runs = folder / "lightning_logs" / name / "lightning_logs"
     assert [test["results"] for test in record["tests"]] == [
         json.loads((runs / f"version_{run}" / "test_results.json").read_text()) for run in (1, 2)
     ]
@@ -32,7 +35,7 @@ def test_a_record_is_what_the_runs_wrote_and_comes_again(folder, trained, monkey
     assert same["tests"] == record["tests"]
 
     capsys.readouterr()
-    again(file)  # trained anew, although the record's run is there
+    again(file)  # trained again, although the record's run is there
     assert len(list(folder.glob("lightning_logs/again/*/lightning_logs/*/checkpoints/last.ckpt"))) == 1
     recorded, now = capsys.readouterr().out.split("now:")
     lines = [[line for line in part.splitlines() if "test episodes" in line] for part in (recorded, now)]
@@ -69,6 +72,14 @@ def records():
     return [json.loads(file.read_text()) for file in sorted(RECORDS.glob("*.json"))]
 
 
+def test_records_are_named_by_config_seed_and_a_short_id_of_their_flags():
+    for file in RECORDS.glob("*.json"):
+        record = json.loads(file.read_text())
+        assert file.stem == named(Path(record["config"]), record["seed"], record["flags"])
+    assert named(Path("a.yaml"), 0, []) == "a_0"
+    assert named(Path("a.yaml"), 0, ["--b=1"]) != named(Path("a.yaml"), 0, ["--b=2"])
+
+
 def test_the_page_of_results_holds_the_records():
     page = (RECORDS.parent / "results.md").read_text().splitlines()
     rows = table(records())
@@ -81,7 +92,7 @@ def figures(text):
     return [match for line in text.splitlines() if "Published" not in line for match in FIGURE.finditer(line)]
 
 
-def told(figure, records):
+def is_recorded(figure, records):
     """Whether a record's test, rounded as the figure is, is the figure."""
     digits = len(figure[2])
     return any(
@@ -93,18 +104,18 @@ def told(figure, records):
     )
 
 
-def test_figures_are_told_by_records_at_their_precision():
+def test_figures_are_compared_with_records_at_their_precision():
     record = {
         "tests": [{"results": {"accuracy": 0.98765, "ci95": 0.00234}}, {"results": {"mse": 0.1364, "ci95": 0.02}}]
     }
     text = "98.8 ± 0.2 %, 98.77 ± 0.23, 98.7 ± 0.2, 98.8 ± 0.3, 0.14 ± 0.02\nPublished: 99.0 ± 0.1"
-    assert [told(figure, [record]) for figure in figures(text)] == [True, True, False, False, True]
+    assert [is_recorded(figure, [record]) for figure in figures(text)] == [True, True, False, False, True]
 
 
 def test_every_figure_of_the_readme_is_a_record():
     found = figures((ROOT / "README.md").read_text())
     assert len(found) > 20
-    assert [figure[0] for figure in found if not told(figure, records())] == []
+    assert [figure[0] for figure in found if not is_recorded(figure, records())] == []
 
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -114,4 +125,4 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 def test_every_figure_of_a_config_is_a_record_of_it(config):
     own = [record for record in records() if config.name in f"{record['config']} {record['flags']}"]
     base = [record for record in records() if config.parent.name == "variants" and not record["flags"]]
-    assert [figure[0] for figure in figures(config.read_text()) if not told(figure, own + base)] == []
+    assert [figure[0] for figure in figures(config.read_text()) if not is_recorded(figure, own + base)] == []

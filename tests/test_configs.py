@@ -9,7 +9,8 @@ import yaml
 from PIL import Image
 
 from cli import main
-from tests.command_line import ROOT, words
+from maml_lightning import SettingError
+from tests.runs import ROOT, words
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 VARIANTS = sorted((ROOT / "configs" / "variants").glob("*.yaml"))
@@ -72,3 +73,38 @@ def test_variants_run_over_any_config(variant):
             assert cli.model.hparams[name] == value
     if variant.stem == "maml_plus_plus":
         assert isinstance(cli.model.lr_schedulers(), torch.optim.lr_scheduler.CosineAnnealingLR)
+
+
+def settings_of(*configs, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", *(f"--config={config}" for config in configs), "--data.root=data", "--print_config"])
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_a_config_overrides_those_that_it_names(folder, capsys):
+    (folder / "own.yaml").write_text("config: [omniglot_20way_1shot_best]\ndata: {init_args: {shots: 3}}")
+    (folder / "alone.yaml").write_text("data: {init_args: {shots: 3}}")
+    own = settings_of("own.yaml", capsys=capsys)
+    base = settings_of("omniglot_20way_1shot_best", capsys=capsys)
+    assert (own["data"]["init_args"]["ways"], own["trainer"]["max_epochs"], own["trainer"]["precision"]) == (
+        20,
+        18,
+        "bf16-mixed",
+    )
+    base["data"]["init_args"]["shots"] = 3
+    assert own == base == settings_of("omniglot_20way_1shot_best", "alone.yaml", capsys=capsys)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("config: [own.yaml]", r"--config own.yaml overrides itself; remove it from the key config of own.yaml"),
+        ("config: other", r"--config own.yaml: its key config is 'other'; give a list of names or files"),
+        ("config: [omniglot_20way]", r"--config omniglot_20way: there is no such file, and no config of that name"),
+    ],
+)
+def test_what_a_config_cannot_override_is_named(folder, content, message):
+    (folder / "own.yaml").write_text(content)
+    with pytest.raises(SettingError, match=message):
+        main(["fit", "--config=own.yaml"])
+    assert [file.name for file in folder.iterdir()] == ["own.yaml"]

@@ -13,9 +13,9 @@ from lightning.fabric.plugins.environments.lightning import find_free_network_po
 
 from cli import main
 from maml_lightning import SettingError
-from maml_lightning.analysis.comparison import read_scalars
+from maml_lightning.analysis.runs import read_scalars
 from maml_lightning.data.omniglot import read_cache
-from tests.command_line import TINY, omniglot, process, run, words
+from tests.runs import TINY, omniglot, process, run, words
 
 pytestmark = [pytest.mark.usefixtures("folder"), pytest.mark.long]
 
@@ -126,7 +126,7 @@ def test_processes_agree_to_leave_where_one_is_told(folder):
     assert parent.returncode == 128 + signal.SIGTERM, printed
     assert not child.is_running()
     step = torch.load(checkpoint(folder), weights_only=True)["global_step"]
-    assert f"after meta-step {step}; go on with --ckpt_path last" in printed
+    assert f"after meta-step {step}; resume with --ckpt_path last" in printed
     assert "Traceback" not in printed
 
 

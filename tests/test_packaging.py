@@ -17,7 +17,7 @@ from cli import main
 from maml_lightning import SettingError
 from maml_lightning.cli import console
 from maml_lightning.command_line import shipped
-from tests.command_line import ROOT, TINY, words
+from tests.runs import ROOT, TINY, words
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CONFIGS = sorted(file.relative_to(ROOT).as_posix() for file in (ROOT / "configs").rglob("*.yaml"))

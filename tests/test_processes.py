@@ -18,7 +18,7 @@ from cli import main
 from maml_lightning import MAML, ConvNet, GlyphsDataModule, NonFiniteError, SettingError
 from maml_lightning.cli import console
 from maml_lightning.processes import every_process, rows_of_every_process
-from tests.command_line import ROOT, TINY, end, in_terminal, process, run, words
+from tests.runs import ROOT, TINY, end, in_terminal, process, run, words
 
 pytestmark = pytest.mark.usefixtures("folder")
 

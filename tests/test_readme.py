@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.command_line import ROOT, in_terminal
 from tests.data.test_support_query import symbol
+from tests.runs import ROOT, in_terminal
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("folder")]
 

@@ -5,16 +5,16 @@ import pytest
 import torch
 
 from maml_lightning import SettingError, load
-from maml_lightning.trained import FOLDER, strip, trained
+from maml_lightning.trained import FOLDER, packaged, strip
 from maml_lightning.training.checkpoints import read_checkpoint
-from tests.command_line import ROOT
+from tests.runs import ROOT
 
 
 def test_names_are_those_in_the_package():
-    assert trained("omniglot_5way_1shot") == FOLDER / "omniglot_5way_1shot.ckpt"
-    assert trained("omniglot_20way_1shot") == FOLDER / "omniglot_20way_1shot.ckpt"
-    assert trained("../trained/omniglot_5way_1shot") is None
-    assert trained("nothing") is None
+    assert packaged("omniglot_5way_1shot") == FOLDER / "omniglot_5way_1shot.ckpt"
+    assert packaged("omniglot_20way_1shot") == FOLDER / "omniglot_20way_1shot.ckpt"
+    assert packaged("../trained/omniglot_5way_1shot") is None
+    assert packaged("nothing") is None
 
 
 def test_a_network_of_the_package_is_small_and_complete():

@@ -1,4 +1,4 @@
-"""Networks and data by class path: which come with the package, and why one cannot be used, in a line."""
+"""Networks and data by class path: which come with the package, and why one cannot be used, in one line."""
 
 import importlib
 import inspect
@@ -63,7 +63,7 @@ def listing(setting: str) -> str:
     return "\n".join(lines)
 
 
-def refusal(message: str) -> str | None:
+def explanation(message: str) -> str | None:
     """What is wrong with a class path, in a line, instead of jsonargparse's list of what it tried.
 
     Args:

@@ -17,7 +17,7 @@ from maml_lightning.data import GlyphsDataModule
 WIDTH = 100
 
 COMMANDS = {
-    "fit": "Train an initialisation that adapts to a new task in a few steps.",
+    "fit": "Train an initialization that adapts to a new task in a few steps.",
     "validate": "Evaluate a checkpoint on the episodes of the validation classes.",
     "test": "Evaluate a checkpoint on the episodes of the test classes, and write test_results.json.",
     "predict": "Classify your own pictures with a checkpoint, or with a network of the package.",
@@ -39,7 +39,7 @@ SETTINGS: dict[str, dict[str, str | None]] = {
         "model.inner_lr": None,
         "model.inner_steps": None,
         "model.eval_inner_steps": None,
-        "model.outer_lr": "learning rate of Adam on the initialisation (0.001)",
+        "model.outer_lr": "learning rate of Adam on the initialization (0.001)",
         "model.first_order": None,
         "model.algorithm": "maml, imaml or reptile (maml)",
         "model.adapted_parameters": "all, head (ANIL), body (BOIL), or name patterns (all)",
@@ -58,7 +58,7 @@ SETTINGS: dict[str, dict[str, str | None]] = {
     },
     "Checkpoints": {
         "ckpt_path": "a path, last, or a network of the package: resume, evaluate, predict",
-        "initial_checkpoint": "a path or a network of the package whose weights training begins with",
+        "initial_checkpoint": "a path or a network of the package whose weights training starts from",
         "checkpoint.monitor": "what best.ckpt is best by; val/accuracy or val/mse by default",
     },
 }

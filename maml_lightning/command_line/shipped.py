@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ActionConfigFile
 
 from maml_lightning.errors import SettingError
@@ -63,8 +64,36 @@ def listing() -> str:
 
 
 class ConfigFile(ActionConfigFile):
-    """``--config``, which takes the name of a shipped config as well."""
+    """``--config``, which takes the name of a shipped config as well, and the configs that a config overrides first.
+
+    A config names those in its key ``config``, such as ``config: [omniglot_5way_1shot_best]``: the same as several
+    ``--config``, of which the last wins.
+    """
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        """Apply the config that is found."""
-        super().__call__(parser, cfg, find(values), option_string)
+        """Apply the config that is found, after those that it overrides."""
+        for config in with_overridden(values):
+            super().__call__(parser, cfg, config, option_string)
+
+
+def with_overridden(config: str, before: tuple[str, ...] = ()) -> list[str]:
+    """What a config stands for, and before it the configs that it overrides, in the order in which they apply.
+
+    Args:
+        config: as `find` takes it.
+        before: the configs that led to this one.
+
+    Raises:
+        SettingError: one of them is not found, or overrides itself, or its key ``config`` is not a list of names.
+    """
+    found = find(config)
+    if found in before:
+        raise SettingError(f"--config {config} overrides itself; remove it from the key config of {before[-1]}.")
+    try:
+        content = yaml.safe_load(Path(found).read_text(encoding="utf-8") if Path(found).is_file() else found)
+    except (OSError, ValueError, yaml.YAMLError):  # which the parser reports
+        return [found]
+    overridden = (content.get("config") if isinstance(content, dict) else None) or []
+    if not isinstance(overridden, list) or not all(isinstance(name, str) for name in overridden):
+        raise SettingError(f"--config {config}: its key config is {overridden!r}; give a list of names or files.")
+    return [each for name in overridden for each in with_overridden(name, (*before, found))] + [found]

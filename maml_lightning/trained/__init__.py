@@ -1,4 +1,4 @@
-"""Trained networks that come with the package, and the way from any checkpoint to its network."""
+"""Pretrained networks of the package, and how to load the network of any checkpoint."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from maml_lightning.training.module import MAML
 FOLDER = Path(__file__).parent
 
 
-def trained(name: str) -> Path | None:
+def packaged(name: str) -> Path | None:
     """The checkpoint of that name in the package, such as ``omniglot_5way_1shot``; None where there is none."""
     path = FOLDER / f"{name}.ckpt"
     return path if path.parent == FOLDER and path.is_file() else None
@@ -19,8 +19,8 @@ def load(checkpoint: str | Path, trust: bool = False) -> MAML:
 
     Args:
         checkpoint: its path, or the name of one in the package.
-        trust: also import and call what it names outside this package and PyTorch, such as your own network; a
-            stranger's checkpoint could so run any code.
+        trust: also import and call what it names outside this package and PyTorch, such as your own network.
+            Code of a checkpoint from others could then do anything.
 
     Raises:
         SettingError: it cannot be read, or does not name its network, or names code that is not trusted.
@@ -32,7 +32,7 @@ def load(checkpoint: str | Path, trust: bool = False) -> MAML:
         >>> classifier(torch.rand(9, 1, 28, 28)).shape
         torch.Size([9, 5])
     """
-    return MAML.load_from_checkpoint(trained(str(checkpoint)) or checkpoint, trust=trust).eval()
+    return MAML.load_from_checkpoint(packaged(str(checkpoint)) or checkpoint, trust=trust).eval()
 
 
 def strip(source: Path, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints from which a run goes on as if nothing had happened: written whole, found again, read with suspicion."""
+"""Checkpoints from which a run resumes exactly: written whole, found again, and read without running code in them."""
 
 import inspect
 import io
@@ -63,11 +63,11 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps ``last.ckpt``, from which a run goes on exactly: after each epoch, at a period, and when told to leave.
+    """Keeps ``last.ckpt``, from which a run resumes exactly: after each epoch, at a period, and when a signal ends it.
 
-    On SIGTERM or Ctrl-C the meta-step at hand is finished and saved, and the process ends with status 128 + the
-    signal's number; a second Ctrl-C ends it at once. With several processes one of them is enough to be told. SLURM's
-    signal to requeue is likewise held back to the end of the meta-step. While a validation runs, all wait for its end.
+    On SIGTERM or Ctrl-C the current meta-step is finished and saved, and the process ends with status 128 + the
+    signal's number; a second Ctrl-C ends it at once. Of several processes one that gets the signal is enough.
+    SLURM's signal to requeue waits for the end of the meta-step as well. A signal during validation waits for its end.
 
     Args:
         every_n_train_steps: meta-steps between two checkpoints; null leaves it to the ends of epochs.
@@ -82,47 +82,47 @@ class LastCheckpoint(Checkpoint):
                 f"last_checkpoint.every_n_train_steps must be at least 1 or null (got {every_n_train_steps})."
             )
         self.every_n_train_steps = every_n_train_steps
-        self._told: list[int] = []  # signals that wait for the end of the meta-step
+        self._received: list[int] = []  # signals that wait for the end of the meta-step
         self._handlers: dict[int, Callable[[int, Any], Any]] = {}
         self._step, self._whole = 0, False
         self._random: dict[str, Any] | None = None
         self._path: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have all checkpoints written whole."""
+        """Write all checkpoints whole."""
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to hold signals back, and go on with the random numbers of the run that is resumed."""
+        """Start to handle signals, and continue with the random numbers of the run that is resumed."""
         folders = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         folder = folders[0] if folders else Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
         self._path = None if trainer.fast_dev_run else Path(str(folder)) / LAST  # type: ignore[attr-defined]
-        self._step, self._told = trainer.global_step, []
+        self._step, self._received = trainer.global_step, []
         if self._random is not None:
             torch.set_rng_state(self._random["cpu"])
             if torch.cuda.is_available():
                 torch.cuda.set_rng_state_all(self._random["cuda"][: torch.cuda.device_count()])
             self._random = None
         if threading.current_thread() is threading.main_thread():  # Lightning puts all handlers back in the end
-            signal.signal(signal.SIGTERM, self._hold)
-            signal.signal(signal.SIGINT, self._hold)
+            signal.signal(signal.SIGTERM, self._receive)
+            signal.signal(signal.SIGINT, self._receive)
             for number in (signal.SIGUSR1, signal.SIGUSR2):  # Lightning's handler of SLURM saves at once, mid-step
                 handler = signal.getsignal(number)
                 if callable(handler):
                     self._handlers[number] = handler
-                    signal.signal(number, self._hold)
+                    signal.signal(number, self._receive)
 
-    def _hold(self, number: int, _: Any) -> None:
+    def _receive(self, number: int, _: Any) -> None:
         if number == signal.SIGINT:
-            if signal.SIGINT in self._told:
+            if signal.SIGINT in self._received:
                 raise KeyboardInterrupt
             rank_zero_info("Ctrl-C: the run is saved and ends after this meta-step; again, it ends at once.")
-        self._told.append(number)
+        self._received.append(number)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        """Have the module ask all processes for signals together with its loss."""
-        pl_module.signal = max(self._told, default=0)
+        """Let the module send the signal to all processes together with its loss."""
+        pl_module.signal = max(self._received, default=0)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         """Save where it is due, where the run ends within an epoch, or where a signal asks for it."""
@@ -130,39 +130,39 @@ class LastCheckpoint(Checkpoint):
             return
         self._step = trainer.global_step
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            # Saved after the epoch: from a checkpoint of this moment Lightning (2.6) goes on with wrong counts of
+            # Saved after the epoch: from a checkpoint of this moment Lightning (2.6) resumes with wrong counts of
             # epochs, which a second interruption turns into an epoch too many.
             self._whole = True
             return
         self._whole = False
-        told = pl_module.agreed_signal if trainer.world_size > 1 else max(self._told, default=0)
+        received = pl_module.agreed_signal if trainer.world_size > 1 else max(self._received, default=0)
         ends = trainer.should_stop or self._step == trainer.max_steps
-        if told or ends or (self.every_n_train_steps and self._step % self.every_n_train_steps == 0):
+        if received or ends or (self.every_n_train_steps and self._step % self.every_n_train_steps == 0):
             self._save(trainer)
-        self._obey(trainer, told)
+        self._act_on(trainer, received)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, and leave if a signal came during the last meta-step or validation."""
         if self._whole:
             self._save(trainer)
-        told = torch.tensor([max(self._told, default=0)], device=trainer.strategy.root_device)
-        self._obey(trainer, int(every_process(told).max()))
+        received = torch.tensor([max(self._received, default=0)], device=trainer.strategy.root_device)
+        self._act_on(trainer, int(every_process(received).max()))
 
     def _save(self, trainer: Trainer) -> None:
         if self._path is not None:
             trainer.save_checkpoint(self._path, weights_only=False)
 
-    def _obey(self, trainer: Trainer, told: int) -> None:
-        if told in self._handlers:
-            self._told.clear()
-            self._handlers[told](told, None)
-        elif told:
+    def _act_on(self, trainer: Trainer, received: int) -> None:
+        if received in self._handlers:
+            self._received.clear()
+            self._handlers[received](received, None)
+        elif received:
             rank_zero_info(
-                f"{signal.Signals(told).name}: saved {self._path} after meta-step {trainer.global_step}; "
-                "go on with --ckpt_path last."
+                f"{signal.Signals(received).name}: saved {self._path} after meta-step {trainer.global_step}; "
+                "resume with --ckpt_path last."
             )
             # Lightning's observer kills all processes where a launched one ends with another status than 0.
-            raise SystemExit(128 + told if trainer.local_rank == 0 else 0)
+            raise SystemExit(128 + received if trainer.local_rank == 0 else 0)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the random number generators are (dropout)."""
@@ -260,7 +260,7 @@ def last_checkpoint(folder: Path, runs: str = "version_*/checkpoints/") -> Path 
         for file in sorted(_newest_first(run), key=lambda file: file.name != LAST):
             if _is_whole(file):
                 if damaged:
-                    rank_zero_warn(f"Damaged, and left alone: {', '.join(map(str, damaged))}; going on from {file}.")
+                    rank_zero_warn(f"Damaged, and not used: {', '.join(map(str, damaged))}; resuming from {file}.")
                 return file
             damaged.append(file)
     if damaged:

@@ -19,7 +19,7 @@ def direction(monitor: str, setting: str) -> str:
         setting: that gives the mode by hand, for errors.
 
     Raises:
-        SettingError: its name does not tell.
+        SettingError: its name does not show it.
     """
     words = set(re.split(r"[^a-z0-9]+", monitor.lower()))
     more, less = bool(words & _MORE), bool(words & _LESS)
@@ -29,7 +29,7 @@ def direction(monitor: str, setting: str) -> str:
 
 
 def check_loss(loss: Any) -> None:
-    """Refuse what cannot be called with outputs and targets.
+    """Check that a loss can be called with outputs and targets.
 
     Raises:
         SettingError: it cannot.
@@ -43,5 +43,5 @@ def check_loss(loss: Any) -> None:
             f"model.loss {name} does not take (outputs, targets) alone ({error}); give a loss such as "
             "torch.nn.functional.cross_entropy."
         ) from error
-    except ValueError:  # a function of C that does not tell
+    except ValueError:  # a function of C has no signature
         return

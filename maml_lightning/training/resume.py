@@ -12,14 +12,17 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from maml_lightning.errors import SettingError
+from maml_lightning.training.earlier_releases import configured as configured_earlier
+from maml_lightning.training.earlier_releases import fits, param_groups
 
-BEGIN_ANEW = "--initial_checkpoint in place of --ckpt_path begins training anew with its weights"
+NEW_RUN = "start a new run from its weights with --initial_checkpoint in place of --ckpt_path"
 # Do not matter to the episodes that are still to come in an epoch.
 _ANY_TIME = {"num_workers", "val_episodes", "test_episodes", "root", "download"}
 _WITHIN_EPOCH = ("accumulate_grad_batches", "limit_train_batches", "overfit_batches")
@@ -28,30 +31,30 @@ _WITHIN_EPOCH = ("accumulate_grad_batches", "limit_train_batches", "overfit_batc
 def fresh(optimizers: Iterable[Optimizer], schedulers: Iterable[LRScheduler]) -> dict[str, Any]:
     """What optimizers and schedulers are configured with, before training or a checkpoint changes them."""
     return {
-        "optimizers": [{"class": _name(optimizer), "groups": _groups(optimizer)} for optimizer in optimizers],
+        "optimizers": [{"class": _name(optimizer), "groups": param_groups(optimizer)} for optimizer in optimizers],
         "schedulers": [{"class": _name(scheduler), "state": dict(scheduler.state_dict())} for scheduler in schedulers],
     }
 
 
 def check_training_state(checkpoint: dict[str, Any], source: str) -> None:
-    """Refuse a checkpoint that holds weights alone.
+    """Check that a checkpoint holds more than weights.
 
     Raises:
-        SettingError: it does; names the setting that takes it.
+        SettingError: it does not; names the setting that takes it.
     """
     if any(not isinstance(checkpoint.get(key), list) for key in ("optimizer_states", "lr_schedulers")) or not (
         isinstance(checkpoint.get("loops"), dict)
     ):
         raise SettingError(
             f"ckpt_path {source} holds a network without the state of its training, so that it cannot be resumed; "
-            f"begin training with it by --initial_checkpoint {source} in place of --ckpt_path."
+            f"start a new run from it with --initial_checkpoint {source} in place of --ckpt_path."
         )
 
 
 def check_optimizers(
     checkpoint: dict[str, Any], optimizers: Sequence[Optimizer], schedulers: Sequence[LRScheduler]
 ) -> None:
-    """Refuse other classes of optimizers and schedulers than the checkpoint's, whose state would mean nothing to them.
+    """Check that optimizers and schedulers are of the checkpoint's classes, so that they can load its state.
 
     Raises:
         SettingError: they differ; names both.
@@ -61,15 +64,15 @@ def check_optimizers(
         ours = [item["class"] for item in now[f"{kind.removeprefix('lr_')}s"]]
         theirs = [item["class"] for item in before.get(f"{kind.removeprefix('lr_')}s", [])]
         saved = checkpoint[key]
-        if not before:  # of an earlier release: what its state holds tells the class
+        if not before:  # of an earlier release: its state shows the class
             made = optimizers if kind == "optimizer" else schedulers
-            alike = len(saved) == len(made) and all(map(_alike, made, saved))
+            alike = len(saved) == len(made) and all(map(fits, made, saved))
             theirs = ours if alike else ["another"] * len(saved)
         if ours != theirs:
             given, was = (" and ".join(names) or "none" for names in (ours, theirs))
             raise SettingError(
                 f"{kind} {given} cannot continue from the state of the checkpoint's ({was}); give --{kind} as the run "
-                f"had it, or {BEGIN_ANEW}."
+                f"had it, or {NEW_RUN}."
             )
 
 
@@ -92,7 +95,7 @@ def keep_optimizer_settings(
     check_training_state(checkpoint, "that is resumed")
     check_optimizers(checkpoint, optimizers, schedulers)
     now = fresh(optimizers, schedulers)
-    before = checkpoint.get("fresh") or _of_earlier_release(checkpoint, now, schedulers)
+    before = checkpoint.get("fresh") or configured_earlier(checkpoint, now, schedulers)
     for optimizer, state, ours, theirs in zip(
         optimizers, checkpoint["optimizer_states"], now["optimizers"], before["optimizers"], strict=True
     ):
@@ -118,14 +121,29 @@ def _keep_schedule(scheduler: LRScheduler, saved: dict[str, Any], before: dict[s
         saved.update({key: value for key, value in ours.items() if key not in counted or another})
         saved["_last_lr"] = [group["lr"] for group in state["param_groups"]]
         return
-    scheduled = [{**group} for group in _groups(scheduler.optimizer)]
+    scheduled = [{**group} for group in param_groups(scheduler.optimizer)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that no optimizer step was taken
         for _ in range(saved["last_epoch"]):
             scheduler.step()
     saved.update(scheduler.state_dict())
-    for group, start, end in zip(state["param_groups"], scheduled, _groups(scheduler.optimizer), strict=True):
+    for group, start, end in zip(state["param_groups"], scheduled, param_groups(scheduler.optimizer), strict=True):
         group.update({key: value for key, value in end.items() if key in ("lr", "initial_lr") or value != start[key]})
+
+
+def prepares(module: LightningModule, trainer: Trainer, checkpoint: dict[str, Any]) -> bool:
+    """Whether training resumes from a checkpoint that is being loaded; if so, its callbacks keep their settings.
+
+    Raises:
+        SettingError: it holds weights of another type than they are trained in.
+    """
+    # Lightning (2.6) converts the module after it has loaded the weights: to float64 from rounded ones.
+    trainer.precision_plugin.convert_module(module)
+    if trainer.state.fn != TrainerFn.FITTING:
+        return False
+    check_precision(module, checkpoint)
+    keep_callback_settings(checkpoint, trainer.callbacks)  # type: ignore[attr-defined]
+    return True
 
 
 def keep_callback_settings(checkpoint: dict[str, Any], callbacks: Iterable[Callback]) -> None:
@@ -150,7 +168,7 @@ def keep_callback_settings(checkpoint: dict[str, Any], callbacks: Iterable[Callb
 
 
 def check_precision(module: LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Refuse to continue with weights of another type than they were trained in.
+    """Check that the weights are of the type that they were trained in.
 
     Raises:
         SettingError: they differ; names both.
@@ -160,12 +178,12 @@ def check_precision(module: LightningModule, checkpoint: dict[str, Any]) -> None
         if value.dtype != theirs:
             raise SettingError(
                 f"trainer.precision keeps weights as {_type(value.dtype)}, but the checkpoint holds {_type(theirs)}; "
-                f"give --trainer.precision as the run had it, or {BEGIN_ANEW}."
+                f"give --trainer.precision as the run had it, or {NEW_RUN}."
             )
 
 
 def check_settings_of_run(checkpoint: dict[str, Any], config: dict[str, Any]) -> list[str]:
-    """Refuse settings that cannot be applied to a run that is resumed.
+    """Check that all settings can be applied to a run that is resumed.
 
     Args:
         checkpoint: with the ``settings`` that the command line kept in it, where it is of this release.
@@ -186,7 +204,7 @@ def check_settings_of_run(checkpoint: dict[str, Any], config: dict[str, Any]) ->
         if value is not None and 0 <= value < reached:
             raise SettingError(
                 f"trainer.{limit} is {value}, but the checkpoint has {reached} {limit.removeprefix('max_')} behind it; "
-                f"raise it, or {BEGIN_ANEW}."
+                f"raise it, or {NEW_RUN}."
             )
     batches = loop["epoch_loop.batch_progress"]
     taken = batches["current"]["processed"] > 0 and not batches["is_last_batch"]
@@ -204,7 +222,7 @@ def _model_changes(before: dict[str, Any], config: dict[str, Any]) -> list[str]:
         setting, (old, new) = next(iter(names.items()))
         raise SettingError(
             f"model.net.{setting} is {new}, but the checkpoint's is {old}: another network cannot be resumed; give it "
-            f"as the run had it, or {BEGIN_ANEW}."
+            f"as the run had it, or {NEW_RUN}."
         )
     if "inner_lr" in changes and model["learn_inner_lr"]:
         raise SettingError(
@@ -226,7 +244,7 @@ def _other_changes(before: dict[str, Any], config: dict[str, Any], epochs: int, 
     if seed != now and now is not True:
         raise SettingError(
             f"seed_everything {now} would be ignored: the random numbers continue from the checkpoint, whose run began "
-            f"with {seed}; leave it out, or {BEGIN_ANEW}."
+            f"with {seed}; leave it out, or {NEW_RUN}."
         )
     data = _differences(_flat(before["data"]), _flat(config["data"]))
     trainer = _differences(before["trainer"], {key: config["trainer"].get(key) for key in _WITHIN_EPOCH})
@@ -242,7 +260,7 @@ def _other_changes(before: dict[str, Any], config: dict[str, Any], epochs: int, 
             why = "the checkpoint is in the middle of an epoch, where episodes would be skipped or drawn again"
         else:
             continue
-        raise SettingError(f"{name} is {new}, but the run's is {old}: {why}; give {old}, or {BEGIN_ANEW}.")
+        raise SettingError(f"{name} is {new}, but the run's is {old}: {why}; give {old}, or {NEW_RUN}.")
     for kind in ("optimizer", "lr_scheduler"):
         old, new = (_flat(settings.get(kind) or {}) for settings in (before, config))
         changes.update({f"{kind}.{key}": values for key, values in _differences(old, new).items()})
@@ -273,52 +291,6 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _name(thing: object) -> str:
     return f"{type(thing).__module__}.{type(thing).__qualname__}"
-
-
-def _groups(optimizer: Optimizer) -> list[dict[str, Any]]:
-    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-
-
-def _parameters(scheduler: LRScheduler) -> set[str]:
-    names = {name for kind in type(scheduler).__mro__[:-1] for name in inspect.signature(kind).parameters}
-    return {key for key in scheduler.state_dict() if key in names or key in ("base_lrs", "min_lrs")}
-
-
-def _alike(made: Any, saved: dict[str, Any]) -> bool:
-    """Whether a state of an earlier release, which names no class, fits."""
-    if isinstance(made, Optimizer):
-        groups = saved["param_groups"]
-        return (
-            all(
-                {*ours, "initial_lr"} == {*theirs} - {"params"} | {"initial_lr"}
-                for ours, theirs in zip(_groups(made), groups, strict=True)
-            )
-            if len(groups) == len(made.param_groups)
-            else False
-        )
-    return _parameters(made) <= set(saved)
-
-
-def _of_earlier_release(
-    checkpoint: dict[str, Any], now: dict[str, Any], schedulers: Sequence[LRScheduler]
-) -> dict[str, Any]:
-    """What its optimizers and schedulers were configured with, as far as their state tells."""
-    optimizers = []
-    for ours, saved in zip(now["optimizers"], checkpoint["optimizer_states"], strict=True):
-        groups = [
-            {key: theirs.get(key, value) for key, value in group.items()}
-            for group, theirs in zip(ours["groups"], saved["param_groups"], strict=True)
-        ]
-        for group, theirs in zip(groups, saved["param_groups"], strict=True):
-            group["lr"] = group["lr"] if schedulers else theirs["lr"]
-            group["lr"] = theirs.get("initial_lr", group["lr"])
-        optimizers.append({**ours, "groups": groups})
-    states = []
-    for scheduler, ours, saved in zip(schedulers, now["schedulers"], checkpoint["lr_schedulers"], strict=True):
-        known = {key: saved[key] for key in _parameters(scheduler) if key in saved}
-        last = [group["lr"] for optimizer in optimizers for group in optimizer["groups"]]
-        states.append({**ours, "state": {**ours["state"], **known, "_last_lr": last}})
-    return {"optimizers": optimizers, "schedulers": states}
 
 
 def _watches(state_key: str) -> tuple[Any, Any] | None:

@@ -30,7 +30,7 @@ _TYPES: dict[str, tuple[type | tuple[type, ...], tuple[str, ...]]] = {
 
 
 def check_settings(settings: dict[str, Any], source: str, named: Collection[str] = (), remedy: str = "") -> None:
-    """Refuse settings of a checkpoint that name code of others; nothing is imported and nothing is called.
+    """Check that a checkpoint names no code of others; nothing is imported and nothing is called.
 
     Args:
         settings: ``net``, ``loss``, ``optimizer`` and ``lr_scheduler`` may name code, all others are plain values.
@@ -48,7 +48,7 @@ def check_settings(settings: dict[str, Any], source: str, named: Collection[str]
             _check_class(setting, value, source, named, remedy)
         elif setting == "loss":
             if not isinstance(value, str) or not (value in named or _is_loss(value)):
-                raise _refused("loss", value, "a loss of torch.nn.functional", source, remedy)
+                raise _not_trusted("loss", value, "a loss of torch.nn.functional", source, remedy)
         elif not _is_plain(value):
             raise SettingError(f"{source} holds no usable {setting} ({value!r:.80}); give a checkpoint that fit wrote.")
 
@@ -117,19 +117,19 @@ def _check_class(setting: str, value: Any, source: str, named: Collection[str], 
     base, homes = _TYPES[setting]
     what = f"{getattr(base, '__name__', 'LRScheduler')} of PyTorch or of this package"
     if not isinstance(value, dict) or not set(value) <= {"class_path", "init_args", "dict_kwargs"}:
-        raise _refused(setting, value, f"a {what}", source, remedy)
+        raise _not_trusted(setting, value, f"a {what}", source, remedy)
     path = value.get("class_path")
     found = find(path) if isinstance(path, str) else None
     known = isinstance(found, type) and issubclass(found, base)
     if not known or not (path in named or _defined_in(found, homes)):
-        raise _refused(setting, path, f"a {what}", source, remedy)
+        raise _not_trusted(setting, path, f"a {what}", source, remedy)
     for arguments in (value.get("init_args"), value.get("dict_kwargs")):
         if arguments is not None:
             _check_arguments(f"{setting}.init_args", arguments, source, named, remedy)
 
 
 def _check_arguments(setting: str, value: Any, source: str, named: Collection[str], remedy: str) -> None:
-    """Refuse what the command line could take for a class, a function or a file among a class's arguments."""
+    """Check for what the command line could take for a class, a function or a file among a class's arguments."""
     if isinstance(value, dict):
         if "class_path" in value:
             _check_class("net", value, source, named, remedy)
@@ -142,9 +142,9 @@ def _check_arguments(setting: str, value: Any, source: str, named: Collection[st
     elif isinstance(value, str):
         names_something = re.search(r"[./\\:{}\[\]]", value) or Path(value).exists()
         if names_something and value not in named and not _is_loss(value):
-            raise _refused(setting, value, "a plain value", source, remedy)
+            raise _not_trusted(setting, value, "a plain value", source, remedy)
     elif not _is_plain(value):
-        raise _refused(setting, value, "a plain value", source, remedy)
+        raise _not_trusted(setting, value, "a plain value", source, remedy)
 
 
 def _is_plain(value: Any) -> bool:
@@ -168,5 +168,5 @@ def _defined_in(found: Any, homes: tuple[str, ...]) -> bool:
     return isinstance(home, str) and any(home == package or home.startswith(f"{package}.") for package in homes)
 
 
-def _refused(setting: str, value: Any, expected: str, source: str, remedy: str) -> SettingError:
+def _not_trusted(setting: str, value: Any, expected: str, source: str, remedy: str) -> SettingError:
     return SettingError(f"{source} names {setting} {value!r:.80}, which is not {expected}, so nothing runs; {remedy}.")

@@ -276,7 +276,7 @@ def test_implicit_gradient_is_the_limit_of_many_proximal_steps(which):
         ({"algorithm": "imaml", "learn_inner_lr": "step"}, "learn_inner_lr step .*imaml does not differentiate"),
         ({"algorithm": "imaml", "first_order": True}, "first_order True .*imaml"),
         ({"algorithm": "reptile", "multi_step_epochs": 3}, "multi_step_epochs 3 .*reptile"),
-        ({"algorithm": "reptile", "adapted_parameters": "head"}, "adapted_parameters head .*not be learnt"),
+        ({"algorithm": "reptile", "adapted_parameters": "head"}, "adapted_parameters head .*not be learned"),
         ({"algorithm": "reptile", "inner_steps": 0}, "inner_steps must be at least 1 .*0"),
         ({"first_order": True, "first_order_epochs": 2}, "first_order_epochs 2 .*true in every epoch"),
         ({"inner_steps": 0, "learn_inner_lr": "weight"}, "learn_inner_lr weight .*no inner loop"),

@@ -15,7 +15,7 @@ from maml_lightning import SettingError
 from maml_lightning.data import episodic
 from maml_lightning.data.episodic import EpisodeDataset, EpisodeSampler, EpisodicDataModule, choose, random_bits
 from maml_lightning.episodes import Episode
-from tests.command_line import LEAST
+from tests.runs import LEAST
 
 CLASSES, DRAWINGS = 7, 6
 # a pixel's value tells class and drawing

@@ -17,7 +17,7 @@ from maml_lightning import ImagesDataModule, SettingError
 from maml_lightning.data import images
 from maml_lightning.data import packs as data_packs
 from maml_lightning.data.images import split_classes
-from tests.command_line import TINY, words
+from tests.runs import TINY, words
 
 SMALL = {"size": 12, "ways": 2, "query_shots": 1, "meta_batch_size": 2, "train_episodes": 4, "val_episodes": 2}
 

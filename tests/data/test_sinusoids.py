@@ -16,7 +16,7 @@ from maml_lightning import SettingError
 from maml_lightning.data import SinusoidsDataModule
 from maml_lightning.data.sinusoids import SinusoidDataset
 from maml_lightning.episodes import Episode
-from tests.command_line import LEAST, SINUSOIDS, words
+from tests.runs import LEAST, SINUSOIDS, words
 
 
 def dataset(split: str = "train", **settings: Any) -> SinusoidDataset:

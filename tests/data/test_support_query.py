@@ -17,7 +17,7 @@ from maml_lightning import Inputs, OmniglotDataModule, SettingError, SupportQuer
 from maml_lightning.data.omniglot import character_files, split_characters
 from maml_lightning.data.pictures import class_folders
 from maml_lightning.data.support_query import read_pictures
-from tests.command_line import process, run, words
+from tests.runs import process, run, words
 
 pytestmark = pytest.mark.usefixtures("folder")
 

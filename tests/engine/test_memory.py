@@ -5,7 +5,7 @@ import sys
 import torch
 
 from maml_lightning.engine import memory
-from tests.command_line import ROOT
+from tests.runs import ROOT
 
 # Prints the peak before and after holding 400 MB that are given back.
 PEAKS = """

@@ -15,8 +15,8 @@ from maml_lightning import MAML, SettingError, load
 from maml_lightning.files import write_whole
 from maml_lightning.trained import strip
 from maml_lightning.training.checkpoints import last_checkpoint, read_checkpoint
-from tests.command_line import TINY, words
 from tests.own_network import FixedNet
+from tests.runs import TINY, words
 
 CANARY = "canary"  # a file that exists once anything hostile has run
 MODULE = "hostile_module"
@@ -256,7 +256,7 @@ BY_HAND = [
     {"model.loss": "os.system"},
     {"model.loss": "torch.load"},
     {"model.loss": "subprocess.Popen"},
-    {"model.loss": "tests.test_hostile.one_argument"},
+    {"model.loss": "tests.training.test_hostile.one_argument"},
     {"optimizer": "os.system"},
     {"lr_scheduler": "os.system"},
     {"trainer.callbacks": "os.system"},

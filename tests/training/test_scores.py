@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 
 from cli import main
 from maml_lightning import MAML, Episode, NonFiniteError, PredictionReport, TestReport
-from maml_lightning.training.callbacks import Predicted, prediction_rows
-from maml_lightning.training.module import episode_scores, ignored_target
-from tests.command_line import DATA, SINUSOIDS, TINY, run, words
+from maml_lightning.training.reports import Predicted, prediction_rows
+from maml_lightning.training.scores import episode_scores, ignored_target
+from tests.runs import DATA, SINUSOIDS, TINY, run, words
 
 pytestmark = pytest.mark.usefixtures("folder")
 

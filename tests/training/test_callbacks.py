@@ -13,12 +13,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
+import maml_lightning
 from cli import main
-from maml_lightning import Cost, Inspection, SettingError
-from maml_lightning.analysis.comparison import read_scalars
-from maml_lightning.training import callbacks
-from maml_lightning.training.callbacks import test_results as summarise
-from tests.command_line import DATA, SINUSOIDS, TINY, words
+from maml_lightning import AdaptationMonitor, CostMonitor, SettingError
+from maml_lightning.analysis.runs import read_scalars
+from maml_lightning.training import inspection
+from maml_lightning.training.reports import test_results as summarise
+from tests.runs import DATA, SINUSOIDS, TINY, words
 
 
 def test_mean_and_interval_by_hand():
@@ -62,8 +63,11 @@ class Clocked(BoringModel):
 @pytest.fixture
 def clocked(monkeypatch):
     model = Clocked()
-    monkeypatch.setattr("maml_lightning.training.callbacks.time", SimpleNamespace(perf_counter=lambda: model.now))
+    monkeypatch.setattr("maml_lightning.training.cost.time", SimpleNamespace(perf_counter=lambda: model.now))
     return model
+
+
+NOTHING_WRITTEN = {"logger": False, "enable_checkpointing": False}
 
 
 def quiet(**settings):
@@ -78,7 +82,7 @@ def test_seconds_of_a_meta_step_leave_out_validation_and_saving(clocked, tmp_pat
         max_epochs=3,
         val_check_interval=0.5,
         accumulate_grad_batches=accumulate,
-        callbacks=[Cost(), ModelCheckpoint(save_top_k=-1)],
+        callbacks=[CostMonitor(), ModelCheckpoint(save_top_k=-1)],
         logger=TensorBoardLogger(tmp_path, name=None, version=""),
     )
     trainer.fit(clocked)
@@ -96,15 +100,26 @@ def test_seconds_of_a_meta_step_leave_out_validation_and_saving(clocked, tmp_pat
 
 
 def test_minutes_go_on_where_a_checkpoint_was_saved(clocked, tmp_path):
-    trainer = quiet(max_epochs=1, logger=False, enable_checkpointing=False, callbacks=[Cost()])
+    trainer = quiet(max_epochs=1, logger=False, enable_checkpointing=False, callbacks=[CostMonitor()])
     trainer.fit(clocked)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     clocked.now += 1e6
-    cost = Cost()
+    cost = CostMonitor()
     for ckpt_path in (tmp_path / "a.ckpt", None):  # then anew, from the start
         trainer = quiet(max_epochs=2, logger=False, enable_checkpointing=False, callbacks=[cost])
         trainer.fit(clocked, ckpt_path=ckpt_path)
         assert trainer.callback_metrics["train/minutes"] * 60 == pytest.approx(2 * (8 * 2 + 100))
+
+
+def test_old_names_and_checkpoints_of_callbacks_keep_working():
+    with pytest.warns(DeprecationWarning, match=r"maml_lightning.Cost is deprecated; use maml_lightning.CostMonitor"):
+        assert maml_lightning.Cost is CostMonitor
+    with pytest.warns(DeprecationWarning, match=r"Inspection is deprecated; use maml_lightning.AdaptationMonitor"):
+        from maml_lightning import Inspection
+    assert Inspection is AdaptationMonitor
+    with pytest.raises(AttributeError, match="has no attribute 'Costs'"):
+        maml_lightning.Costs  # noqa: B018
+    assert CostMonitor().state_key == "Cost"  # the key of the state in checkpoints of earlier releases
 
 
 def test_steps_that_draw_their_data_slowly_show_it(clocked):
@@ -113,13 +128,17 @@ def test_steps_that_draw_their_data_slowly_show_it(clocked):
             clocked.now += 4
             return super().__getitem__(index)
 
-    trainer = quiet(max_epochs=2, limit_val_batches=0, logger=False, enable_checkpointing=False, callbacks=[Cost()])
+    trainer = quiet(
+        max_epochs=2, limit_val_batches=0, logger=False, enable_checkpointing=False, callbacks=[CostMonitor()]
+    )
     trainer.fit(clocked, DataLoader(Slow(32, 8)))
     assert trainer.callback_metrics["train/seconds_per_step"] == (8 * 2 + 7 * 4) / 8  # the epoch's first is ready
 
 
 def test_nothing_to_time_in_a_run_of_few_steps(clocked):
-    trainer = quiet(max_steps=5, limit_val_batches=0, logger=False, enable_checkpointing=False, callbacks=[Cost()])
+    trainer = quiet(
+        max_steps=5, limit_val_batches=0, logger=False, enable_checkpointing=False, callbacks=[CostMonitor()]
+    )
     trainer.fit(clocked)
     assert "train/seconds_per_step" not in trainer.callback_metrics
     assert trainer.callback_metrics["train/peak_memory_mb"] > 50  # torch alone takes more
@@ -166,14 +185,14 @@ def test_inspection_is_off_by_a_flag(tmp_path):
     _, events = inspected(tmp_path, **{"inspection.episodes": 0})
     assert events.Tags()["images"] == []
     with pytest.raises(SettingError, match=r"inspection.episodes must be at least 0 \(got -1\)"):
-        Inspection(episodes=-1)
+        AdaptationMonitor(episodes=-1)
 
 
 def test_regression_is_shown_as_curves(tmp_path, monkeypatch):
     figures = []
-    drawn = callbacks._regression_figure
+    drawn = inspection._regression_figure
     monkeypatch.setattr(
-        callbacks, "_regression_figure", lambda *given: figures.append((given, drawn(*given))) or figures[-1][1]
+        inspection, "_regression_figure", lambda *given: figures.append((given, drawn(*given))) or figures[-1][1]
     )
     cli = main(words("fit", **{**SINUSOIDS, "trainer.default_root_dir": tmp_path}))
     events = EventAccumulator(cli.trainer.log_dir, size_guidance={"images": 0})

@@ -1,3 +1,4 @@
+import inspect
 import json
 import os
 import subprocess
@@ -9,9 +10,10 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from cli import main as command_line
-from maml_lightning import SettingError
-from maml_lightning.analysis.comparison import Run, compare, draw, joined, labelled, main, read_run, table
-from tests.command_line import DATA, ROOT, TINY, words
+from maml_lightning import MAML, SettingError
+from maml_lightning.analysis.comparison import compare, draw, main, table
+from maml_lightning.analysis.runs import PLAIN_MAML, Run, joined, labelled, read_run
+from tests.runs import DATA, ROOT, TINY, words
 
 UNKNOWN = "\N{EN DASH}"
 
@@ -266,3 +268,8 @@ def test_names_are_shown_as_they_are(tmp_path):
     (axes,) = figure.axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["$x_{$", " _hidden", r"a|b\nc"]
     assert table(runs).splitlines()[-1].startswith(r"| a\|b\nc | 2 |")
+
+
+def test_plain_maml_is_what_maml_is_by_default():
+    defaults = inspect.signature(MAML).parameters
+    assert {name: defaults[name].default for name in PLAIN_MAML} == PLAIN_MAML

@@ -14,7 +14,7 @@ from torch import nn
 from cli import main
 from maml_lightning import LastCheckpoint, SettingError
 from maml_lightning.training.checkpoints import last_checkpoint, read_checkpoint
-from tests.command_line import DATA, ROOT, TINY, process, run, words
+from tests.runs import DATA, ROOT, TINY, process, run, words
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -33,7 +33,7 @@ STATEFUL = {
     "model.first_order_epochs": 1,
     "lr_scheduler": "CosineAnnealingLR",
     "lr_scheduler.T_max": 3,
-    "model.net": "tests.test_checkpoints.WithDropout",
+    "model.net": "tests.training.test_checkpoints.WithDropout",
     "model.net.hidden_channels": None,
     "model.net.blocks": None,
 }
@@ -125,7 +125,7 @@ def test_training_cannot_begin_with_another_network_or_without_a_file(checkpoint
         main(words("fit", **DATA, initial_checkpoint=checkpoint, **{"model.net.hidden_channels": 6}))
 
 
-def test_last_of_nothing_starts_anew_and_cannot_be_tested():
+def test_last_of_nothing_starts_from_the_beginning_and_cannot_be_tested():
     assert fit("new", ckpt_path="last", **{"trainer.max_steps": 1}).trainer.global_step == 1
     with pytest.raises(SettingError, match=r"ckpt_path last: there is no checkpoint in .*lightning_logs; run fit"):
         main(words("test", **DATA, ckpt_path="last"))
@@ -160,9 +160,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(folder, damage
     damage(last)
     with pytest.raises(SettingError, match=rf"{last} was not loaded: it is damaged.*; give {best}, which is whole"):
         read_checkpoint(last)
-    with pytest.warns(UserWarning, match=rf"Damaged, and left alone: {last}; going on from {best}"):
+    with pytest.warns(UserWarning, match=rf"Damaged, and not used: {last}; resuming from {best}"):
         assert last_checkpoint(folder / "run" / "lightning_logs") == best
-    with pytest.warns(UserWarning, match="Damaged, and left alone"):
+    with pytest.warns(UserWarning, match="Damaged, and not used"):
         fit("run", **{"trainer.max_epochs": 2}, ckpt_path="last")
     assert same(whole, state("run"))
     damage(last)
@@ -187,7 +187,7 @@ def test_a_signal_saves_and_leaves(folder, number):
     child.send_signal(number)
     printed = child.communicate(timeout=100)[1]
     assert child.returncode == 128 + number
-    step = int(re.search(rf"{number.name}: saved .*last.ckpt after meta-step (\d+); go on with", printed)[1])
+    step = int(re.search(rf"{number.name}: saved .*last.ckpt after meta-step (\d+); resume with", printed)[1])
     assert "Traceback" not in printed
     left = state(folder)
     assert left["global_step"] == step

@@ -11,7 +11,7 @@ from cli import main
 from maml_lightning import SettingError
 from maml_lightning.data import omniglot as characters
 from maml_lightning.training.checkpoints import read_checkpoint
-from tests.command_line import DATA, TINY, omniglot, run, words
+from tests.runs import DATA, TINY, omniglot, run, words
 
 pytestmark = pytest.mark.usefixtures("folder")
 

@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cli import main
 from maml_lightning import MAML, NonFiniteError, SettingError
 from maml_lightning.data.episodic import EpisodeDataset
-from tests.command_line import DATA, ROOT, TINY, words
 from tests.reference import images
+from tests.runs import DATA, ROOT, TINY, words
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -54,7 +54,7 @@ def test_gradients_that_are_accumulated_name_the_episode(broken):
 
 
 def test_a_gradient_alone_names_the_episodes_of_the_step():
-    without = {"model.loss": "tests.test_safety.without_gradient", "model.inner_steps": 0}
+    without = {"model.loss": "tests.training.test_safety.without_gradient", "model.inner_steps": 0}
     with pytest.raises(NonFiniteError, match=r"\(train split, episodes 0 to 3, whose outputs are finite"):
         main(words("fit", **SMALL, **without, **{"trainer.num_sanity_val_steps": 0}))
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cli import main
 from maml_lightning import SettingError
-from tests.command_line import DATA, TINY, omniglot, run, words
+from tests.runs import DATA, TINY, omniglot, run, words
 
 FIXED = {**DATA, "model.net": "tests.own_network.FixedNet"}
 pytestmark = pytest.mark.usefixtures("folder")
@@ -76,7 +76,7 @@ def test_a_truncated_picture_is_named(folder, omniglot_root):
 def test_loss_by_import_path(folder):
     losses = [
         main(words("fit", **TINY, **{"model.loss": loss})).trainer.logged_metrics["train/loss"].item()
-        for loss in ("torch.nn.functional.cross_entropy", "tests.test_refusals.tenfold")
+        for loss in ("torch.nn.functional.cross_entropy", "tests.command_line.test_refusals.tenfold")
     ]
     assert losses[1] > 5 * losses[0]
 

@@ -5,9 +5,9 @@ import re
 import pytest
 
 from cli import main
-from maml_lightning.command_line.class_paths import known, problem, refusal
+from maml_lightning.command_line.class_paths import explanation, known, problem
 from maml_lightning.training.module import MAML
-from tests.command_line import TINY, words
+from tests.runs import TINY, words
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -107,7 +107,11 @@ NAMES = "GlyphsDataModule, ImagesDataModule, OmniglotDataModule, SinusoidsDataMo
         ("data", "tests.own_network.OwnNet", "it is a class, but not a LightningDataModule; give one of "),
         ("model.net", "tests.own_network.OwnNett", "has no OwnNett; did you mean tests.own_network.OwnNet? "),
         ("model.net", "torch.nn.functional.relu", "it is a function, and a class is needed, so that its settings"),
-        ("model.net", "tests.test_help.annotated", "it is a function, and a class is needed, so that its settings"),
+        (
+            "model.net",
+            "tests.command_line.test_help.annotated",
+            "it is a function, and a class is needed, so that its settings",
+        ),
         ("model.net", "maml_lightning.OmniglotDataModule", "it is a class, but not a torch.nn.Module; give one of "),
         ("model.net", "ConvNett", "there is no such class; did you mean maml_lightning.ConvNet? "),
         ("model.net", "tests.broken_module.Net", "importing tests.broken_module fails: No module named 'not_there'."),
@@ -147,8 +151,10 @@ def annotated(out_features: int = 2) -> MAML:
 
 
 def test_other_messages_are_left_alone():
-    assert refusal('Parser key "model.inner_lr": Expected a <class float>. Given value: x') is None
-    assert refusal("Option 'hiden' is not accepted") is None
-    assert refusal("Parser key \"model.net\": Problem with given class_path 'maml_lightning.ConvNet': blocks") is None
+    assert explanation('Parser key "model.inner_lr": Expected a <class float>. Given value: x') is None
+    assert explanation("Option 'hiden' is not accepted") is None
+    assert (
+        explanation("Parser key \"model.net\": Problem with given class_path 'maml_lightning.ConvNet': blocks") is None
+    )
     assert problem("maml_lightning.ConvNet", "model.net") is None
     assert problem("MLP", "model.net") is None

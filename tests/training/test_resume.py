@@ -13,7 +13,7 @@ from maml_lightning import SettingError
 from maml_lightning.trained import FOLDER
 from maml_lightning.training.checkpoints import last_checkpoint, read_checkpoint
 from maml_lightning.training.monitoring import direction
-from tests.command_line import SINUSOIDS, TINY, words
+from tests.runs import SINUSOIDS, TINY, words
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -165,9 +165,9 @@ REFUSED = [
     (COSINE, {"lr_scheduler": "StepLR", "lr_scheduler.step_size": 1, "lr_scheduler.T_max": None}, END, "StepLR cannot"),
     ({}, COSINE, END, r"lr_scheduler .*CosineAnnealingLR cannot continue from .*\(none\)"),
     (COSINE, {"lr_scheduler": "null", "lr_scheduler.T_max": None}, END, r"lr_scheduler none cannot continue"),
-    ({}, {"model.net.hidden_features": "[8]"}, END, "another network, or other rates were learnt"),
+    ({}, {"model.net.hidden_features": "[8]"}, END, "another network, or of other learned inner learning rates"),
     (LEARNED, {"model.inner_lr": 0.5}, END, r"model.inner_lr 0.5 would be ignored: .*learned.*; leave it out"),
-    ({}, {"model.learn_inner_lr": "step"}, END, "another network, or other rates were learnt"),
+    ({}, {"model.learn_inner_lr": "step"}, END, "another network, or of other learned inner learning rates"),
     (SGD, {"model.outer_lr": 0.5}, END, r"model.outer_lr 0.5 would be ignored: .*; give --optimizer.lr"),
     ({}, {"seed_everything": 3}, END, r"seed_everything 3 would be ignored: .*began with 0; leave it out"),
     (
@@ -252,7 +252,7 @@ class Doubles(nn.Sequential):
 @pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
 @pytest.mark.parametrize("averaged", [False, True])
 def test_a_run_of_another_precision_resumes_exactly(precision, averaged):
-    flags = {"model.net": "tests.test_resume.Doubles", "trainer.precision": precision, **COSINE}
+    flags = {"model.net": "tests.training.test_resume.Doubles", "trainer.precision": precision, **COSINE}
     if averaged:
         flags |= {"trainer.callbacks+": "EMAWeightAveraging", "trainer.callbacks.decay": 0.5}
     fit("whole", **flags)
@@ -275,7 +275,7 @@ def test_weights_begin_in_the_precision_that_they_were_trained_in():
 def test_a_network_without_training_state_cannot_be_resumed(name):
     flags = {"data": "GlyphsDataModule", "data.ways": 5}
     with pytest.raises(
-        SettingError, match=rf"ckpt_path {name} .*begin training with it by --initial_checkpoint {name}"
+        SettingError, match=rf"ckpt_path {name} .*start a new run from it with --initial_checkpoint {name}"
     ):
         main(words("fit", **flags, ckpt_path=name))
     assert not list(Path().iterdir())

@@ -1,0 +1,68 @@
+"""Errors of the command line in one line."""
+
+import errno
+import sysconfig
+import traceback
+from itertools import pairwise
+from pathlib import Path
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from maml_lightning.errors import NonFiniteError, SettingError
+
+# Files whose frames do not tell where an error came from: those of libraries, and the command line's own.
+_LIBRARIES = (
+    sysconfig.get_path("purelib"),
+    sysconfig.get_path("stdlib"),
+    str(Path(__file__).parent),
+    str(Path(__file__).parents[1] / "cli.py"),
+    "<",
+)
+
+
+def check_words(words: list[str]) -> None:
+    """Check for what the parser would take for something else, or fail at without naming it.
+
+    Args:
+        words: after ``maml-lightning``.
+
+    Raises:
+        SettingError: a flag has an empty value, or a config is not a text file.
+    """
+    for before, word in pairwise(["", *words]):
+        flag, _, value = word.partition("=") if word.startswith("--") else (before, "", word)
+        if flag.startswith("--") and not value and (not word or word.endswith("=")) and flag != "--print_config":
+            raise SettingError(
+                f"{flag[2:]} is empty (a shell variable that is not set?); give a value, or leave the flag out."
+            )
+        if flag == "--config" and Path(value).is_file():
+            try:
+                Path(value).read_text()
+            except UnicodeDecodeError as error:
+                raise SettingError(f"config {value} is not a text file ({error.reason}); give one in YAML.") from error
+
+
+def explain(error: BaseException) -> str:
+    """An error in one line: the package's as it is, others with their type and place.
+
+    Args:
+        error: what was raised.
+    """
+    message = " ".join(str(error).split())
+    if isinstance(error, SettingError | NonFiniteError | MisconfigurationException):
+        return message
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else "" if error.errno != errno.ENOSPC else "the run's logs: "
+        remedy = {
+            errno.ENOSPC: "; make room, and resume with --ckpt_path last",
+            errno.EROFS: "; give another folder with --trainer.default_root_dir",
+            errno.EACCES: "; give another folder with --trainer.default_root_dir, or the right to use it",
+        }.get(error.errno or 0, "")
+        return f"{where}{error.strerror}{remedy}."
+    if "gloo" in message or "NCCL" in message:
+        return f"Another process of the run ended, or cannot be reached ({message})."
+    own = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_LIBRARIES)]
+    if message and not own:  # what a library raises about the settings
+        return message
+    place = f"{type(error).__name__} at {own[-1].filename}, line {own[-1].lineno}; " if own else ""
+    return f"{message or type(error).__name__} ({place}--traceback shows how it came about)"

@@ -1,0 +1,136 @@
+"""Checks that the data, the trainer and a checkpoint fit the network, before anything is written."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from maml_lightning.episodes import Episode
+from maml_lightning.errors import SettingError
+
+
+def check_fit(
+    net: nn.Module,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    episode: Episode,
+    inner_steps: int,
+    trainer: Trainer | None,
+) -> None:
+    """Check that the network and the loss take the episodes.
+
+    Args:
+        net: the network.
+        loss: the loss of inner and outer loop.
+        episode: ``T`` tasks, of which the first is tried. Pretraining data have an empty support set.
+        inner_steps: adaptation steps in training.
+        trainer: whose data the episodes are of, if there is one. In predict the network may have more outputs than the
+            episodes have classes.
+
+    Raises:
+        SettingError: they do not.
+    """
+    pretraining = episode.support_targets.numel() == 0
+    if pretraining and inner_steps:
+        raise SettingError(
+            f"model.inner_steps is {inner_steps}, but the training episodes have no support set to adapt to "
+            "(data.pretraining); set it to 0."
+        )
+    inputs, targets = (part[0] for part in (episode[2:] if pretraining else episode[:2]))
+    outputs = _outputs(net, inputs, pretraining)
+    if targets.is_floating_point():
+        _check_regression(loss, outputs, targets)
+        return
+    data = getattr(trainer, "datamodule", None)
+    classes = getattr(data, "pretraining_classes" if pretraining else "ways", None) or int(targets.max()) + 1
+    size = outputs.shape[-1]
+    if size != classes and not (trainer is not None and trainer.predicting and size > classes):
+        where = " in training (ConvNet: pretraining_classes)" if pretraining else ""
+        raise SettingError(
+            f"model.net has {size} outputs, but the episodes have {classes} classes; give it {classes} outputs{where}."
+        )
+
+
+def _outputs(net: nn.Module, inputs: Tensor, training: bool) -> Tensor:
+    """The network's outputs in training or evaluation mode; its own mode is restored."""
+    modes = {layer: layer.training for layer in net.modules()}
+    try:
+        with torch.no_grad():
+            return net.train(training)(inputs)
+    except RuntimeError as error:
+        raise SettingError(
+            f"model.net does not take the episodes' inputs, {list(inputs.shape)} ({str(error).splitlines()[0]}); "
+            "give a network for them, such as maml_lightning.ConvNet for images, maml_lightning.MLP for vectors."
+        ) from error
+    finally:
+        for layer, mode in modes.items():
+            layer.training = mode
+
+
+def _check_regression(loss: Callable[..., Tensor], outputs: Tensor, targets: Tensor) -> None:
+    if loss is F.cross_entropy:
+        raise SettingError(
+            "model.loss is cross_entropy, but the episodes' targets are floats; "
+            "give a loss for regression, such as torch.nn.functional.mse_loss."
+        )
+    if outputs.shape != targets.shape:
+        raise SettingError(
+            f"model.net gives outputs {list(outputs.shape)}, but the episodes' targets are "
+            f"{list(targets.shape)}; give it {targets.shape[-1]} outputs."
+        )
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Check that the trainer does nothing that MAML does not support.
+
+    Raises:
+        SettingError: it does.
+    """
+    check_strategy(type(trainer.strategy).__name__)
+    if getattr(trainer.strategy, "_layer_sync", None) is not None:
+        raise SettingError(
+            "trainer.sync_batchnorm true is not supported: normalization uses the statistics of one task, which one "
+            "process has; leave it out."
+        )
+    averaging = any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    if averaging and any(isinstance(layer, _BatchNorm) for layer in trainer.lightning_module.modules()):
+        raise SettingError(
+            "trainer.callbacks StochasticWeightAveraging is not supported with batch normalization, whose running "
+            "statistics it collects; use EMAWeightAveraging or WeightAveraging."
+        )
+
+
+def check_strategy(strategy: str) -> None:
+    """Check that a strategy leaves all parameters in each process.
+
+    Args:
+        strategy: its name or its class's.
+
+    Raises:
+        SettingError: it spreads them over processes.
+    """
+    name = strategy.lower().replace("_", "")
+    if any(word in name for word in ("fsdp", "deepspeed", "modelparallel")):
+        reason = "spreads parameters over processes, but each task's inner loop needs all of them"
+        raise SettingError(f"trainer.strategy {strategy} {reason}; use ddp.")
+
+
+def check_same_network(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Check that a checkpoint has the tensors of a module.
+
+    Raises:
+        SettingError: it has not; names a tensor that differs.
+    """
+    ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+    if ours != theirs:
+        name = next(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
+        raise SettingError(
+            "The checkpoint is of another network, or of other learned inner learning rates: "
+            f"{name} is {theirs.get(name, 'missing')} in it and {ours.get(name, 'missing')} here; "
+            "give the data.ways and the model settings that it was trained with."
+        )

@@ -1,0 +1,45 @@
+"""What users learn of chunks of tasks: the measured choices, and what to set where memory runs out."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from maml_lightning.algorithms.inner_loop import InnerLoop
+from maml_lightning.engine.memory import out_of_memory
+from maml_lightning.errors import SettingError
+
+
+@contextmanager
+def naming_what_saves_memory(loop: InnerLoop) -> Iterator[InnerLoop]:
+    """Where memory runs out, raise an error that names the settings which need less.
+
+    Raises:
+        SettingError: memory ran out.
+    """
+    try:
+        yield loop
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise SettingError(
+            f"Memory ran out with model.tasks_per_chunk {loop.tasks_per_chunk}: give a smaller number (1 needs least), "
+            "--model.flat_memory true, or a smaller data.meta_batch_size."
+        ) from error
+
+
+@contextmanager
+def reporting_choices(loop: InnerLoop, tasks: int) -> Iterator[None]:
+    """Print what the inner loop chose meanwhile: how many tasks to vectorize together, and whether to recompute steps.
+
+    Args:
+        loop: the inner loop.
+        tasks: in the meta-batch.
+    """
+    chosen, flat = dict(loop.chosen), loop.flat
+    yield
+    if loop.chosen != chosen:
+        size = next(size for what, size in loop.chosen.items() if what not in chosen)
+        rank_zero_info(f"model.tasks_per_chunk: {size} of {tasks} is fastest here.")
+    if loop.flat and not flat:
+        rank_zero_info("model.flat_memory: the backward pass recomputes the inner steps, to save memory.")

@@ -1,0 +1,121 @@
+"""What adaptation does to episodes, shown in TensorBoard."""
+
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from maml_lightning.analysis.drawing import Tile, contact_sheet
+from maml_lightning.episodes import Episode
+from maml_lightning.errors import SettingError
+from maml_lightning.training import scores
+from maml_lightning.training.module import MAML
+
+SHOWN = 40  # pictures of a set that are shown
+CURVES = 4  # episodes that an adaptation curve is the mean of
+
+
+class AdaptationMonitor(Callback):
+    """Shows in TensorBoard, at each validation, what adaptation does to the first validation episodes.
+
+    ``inspect/episodes``: support and query pictures with the labels given to them before and after adaptation, wrong
+    ones in red; of regression from one number to one, the curves before and after. ``inspect/adaptation``: score and
+    loss after each inner step, to twice as many as the evaluation takes (at least two more). ``val/inner_update_norm``:
+    how far adaptation moves the parameters, mean over the shown episodes. ``inner_lr/NAME``: histograms of
+    learned inner learning rates.
+
+    Args:
+        episodes: how many episodes to show; 0 shows none.
+
+    Raises:
+        SettingError: ``episodes`` is below 0.
+    """
+
+    def __init__(self, episodes: int = 2) -> None:
+        if episodes < 0:
+            raise SettingError(f"inspection.episodes must be at least 0 (got {episodes}).")
+        self.episodes = episodes
+        self._first: Episode | None = None
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Keep the first episodes."""
+        if batch_idx == 0 and self.episodes and trainer.is_global_zero:
+            self._first = Episode(*(part[: max(self.episodes, CURVES)] for part in batch))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write images, figures and histograms of the first episodes."""
+        first, self._first = self._first, None
+        writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if first is None or trainer.sanity_checking or not writers or not isinstance(pl_module, MAML):
+            return
+        steps = pl_module.eval_inner_steps
+        step, most = trainer.global_step, max(2 * steps, steps + 2)
+        outputs = pl_module.trajectory(first, most)
+        pictures = first.query_inputs.dim() == 5 and first.query_inputs.shape[2] in (1, 3)
+        sheet = _episodes_sheet(first, outputs, self.episodes, steps) if pictures else None
+        curves = {"inspect/adaptation": _adaptation_figure(first, outputs, pl_module)}
+        if first.query_targets.is_floating_point() and first.query_inputs[0, 0].numel() == 1:
+            curves["inspect/episodes"] = _regression_figure(first, outputs, self.episodes, steps)
+        norms = pl_module.inner_update_norms(first)[: self.episodes]
+        for writer in writers:
+            if sheet is not None:
+                writer.add_image("inspect/episodes", np.asarray(sheet), step, dataformats="HWC")
+            for tag, figure in curves.items():
+                writer.add_figure(tag, figure, step, close=False)
+            writer.add_scalar("val/inner_update_norm", norms.mean().item(), step)
+            for name, rate in pl_module.adaptation.learnt.items():
+                writer.add_histogram(f"inner_lr/{name}", rate.detach().float(), step)
+
+
+def _episodes_sheet(first: Episode, outputs: list[Tensor], episodes: int, steps: int) -> Image.Image:
+    parts: list[tuple[str, list[Tile]]] = []
+    for task, (inputs, targets, query, true_labels) in enumerate(zip(*first, strict=True)):
+        if task == episodes:
+            break
+        support = [Tile(picture, str(int(label))) for picture, label in zip(inputs, targets, strict=True)]
+        parts.append((f"episode {task}: support", support[:SHOWN]))
+        for title, logits in (("before adaptation", outputs[0]), (f"after {steps} steps", outputs[steps])):
+            predicted = zip(query, logits[task].argmax(-1).tolist(), true_labels.tolist(), strict=True)
+            tiles = [
+                Tile(picture, str(label), "green") if label == true else Tile(picture, f"{label}, is {true}", "red")
+                for picture, label, true in predicted
+            ]
+            parts.append((f"episode {task}: query, {title}", tiles[:SHOWN]))
+    return contact_sheet(parts)
+
+
+def _adaptation_figure(first: Episode, outputs: list[Tensor], maml: MAML) -> Figure:
+    """Score and loss against inner steps; the evaluation's own number is marked."""
+    steps = range(len(outputs))
+    curve = scores.episode_scores(outputs, first.query_targets, scores.ignored_target(maml.loss)).nanmean(0).tolist()
+    losses = [maml.loss(output.flatten(0, 1), first.query_targets.flatten(0, 1)).item() for output in outputs]
+    figure = Figure(figsize=(6, 3))
+    figure.subplots_adjust(0.1, 0.17, 0.98, 0.95, wspace=0.25)  # "constrained" takes twice as long as the drawing
+    for axes, values, name in zip(figure.subplots(1, 2), (curve, losses), (maml.score_name, "loss"), strict=True):
+        axes.plot(steps, values, marker=".")
+        axes.axvline(maml.eval_inner_steps, color="grey", linestyle=":")
+        axes.set(xlabel="inner steps", ylabel=name)
+    return figure
+
+
+def _regression_figure(first: Episode, outputs: list[Tensor], episodes: int, steps: int) -> Figure:
+    """True and predicted values against inputs, a panel for each episode."""
+    shown = min(episodes, first.tasks)
+    figure = Figure(figsize=(4 * shown, 3.5), layout="constrained")
+    support, values, query, targets, before, after = (
+        part[:shown].flatten(1).cpu().numpy() for part in (*first, outputs[0], outputs[steps])
+    )
+    for task, axes in enumerate(figure.subplots(1, shown, squeeze=False)[0]):
+        order = query[task].argsort()
+        for predicted, style, label in ((targets, "-", "true"), (before, ":", "before"), (after, "--", "after")):
+            axes.plot(query[task][order], predicted[task][order], style, label=label)
+        axes.plot(support[task], values[task], "o", color="black", label="support")
+        axes.set(title=f"episode {task}: before and after {steps} steps", xlabel="input", ylabel="target")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure

@@ -1,0 +1,54 @@
+"""From a checkpoint to its module: nothing in the file runs that is not from this package or PyTorch, or trusted."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from pydoc import locate
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+
+from maml_lightning.episodes import Inputs
+from maml_lightning.errors import SettingError
+from maml_lightning.training.checkpoints import read_checkpoint, settings_of
+from maml_lightning.training.trust import build, check_settings
+
+Module = TypeVar("Module", bound=LightningModule)
+
+
+def load_module(
+    kind: type[Module],
+    path: str | Path,
+    given: Mapping[str, Any],
+    map_location: torch.device | str | None,
+    strict: bool,
+    trust: bool,
+) -> Module:
+    """The module of a checkpoint that fit wrote, see `MAML.load_from_checkpoint`."""
+    source = f"The checkpoint {path}"
+    content = read_checkpoint(Path(path), "checkpoint_path")
+    saved = {key: value for key, value in settings_of(content, kind).items() if key not in given}
+    if "net" not in given and not isinstance(saved.get("net"), dict):
+        raise SettingError(f"{source} does not name its network; use MAML.load_from_checkpoint(path, net=...).")
+    if not trust:
+        check_settings(saved, source, remedy="give net=..., loss=... by hand, or trust=True if you trust the file")
+    if "net" in saved:
+        saved["net"] = build(saved["net"], source)
+    if "loss" in saved:
+        saved["loss"] = locate(saved["loss"]) if saved["loss"] else F.cross_entropy
+    try:
+        module = kind(**saved, **given)
+    except TypeError as error:
+        raise SettingError(f"{source} holds unusable settings ({error}); give them by hand.") from error
+    if strict:
+        module.on_load_checkpoint(content)
+    module.load_state_dict(content["state_dict"], strict=strict)
+    return module if map_location is None else module.to(map_location)
+
+
+def measured(checkpoint: dict[str, Any]) -> tuple[dict[Any, int], Inputs | None]:
+    """The chunk sizes that a checkpoint's run measured, and the pictures that it was trained on."""
+    chosen, inputs = checkpoint.get("tasks_per_chunk"), checkpoint.get("inputs")
+    known = isinstance(inputs, dict) and set(inputs) == set(Inputs._fields)
+    return dict(chosen) if isinstance(chosen, dict) else {}, Inputs(**inputs) if known else None  # type: ignore[arg-type]

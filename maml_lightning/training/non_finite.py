@@ -1,0 +1,96 @@
+"""Losses, gradients and outputs that are not finite: which episodes they are of, and what to report of the others."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from maml_lightning.errors import NonFiniteError
+from maml_lightning.processes import rows_of_every_process
+from maml_lightning.training.scores import FINITE, NUMBER, SCORES
+
+SKIPPED = "their networks' outputs are not finite, or none of their query targets counts"
+
+
+def sampler_indices(trainer: Trainer, split: str) -> Callable[[int], Sequence[int]] | None:
+    """The function from a batch to the numbers of its episodes on this process; None of data that has none."""
+    loaders = {"train": trainer.train_dataloader, "val": trainer.val_dataloaders, "test": trainer.test_dataloaders}
+    return getattr(getattr(loaders[split], "sampler", None), "indices", None)
+
+
+def episode_numbers(trainer: Trainer, split: str, batch_idx: int, count: int) -> list[int]:
+    """The numbers of a batch's episodes in their split, or of each its batch's where the data has none."""
+    indices = sampler_indices(trainer, split)
+    return [batch_idx] * count if indices is None else list(indices(batch_idx))
+
+
+def is_skipped(rows: Tensor, setting: str, module: LightningModule) -> bool:
+    """Whether to skip a meta-step whose gradient is not finite, without its gradients; or raise.
+
+    An overflow of 16-mixed is left to the scaler, which skips the step and lowers its scale.
+
+    Args:
+        rows: of the meta-step's episodes on this process, see `episode_rows`.
+        setting: ``stop`` or ``skip``.
+        module: whose gradients are dropped.
+
+    Raises:
+        NonFiniteError: ``setting`` is stop.
+    """
+    rows = rows_of_every_process(rows)  # all are here: they share the gradient
+    scaler = getattr(module.trainer.precision_plugin, "scaler", None)
+    if scaler is not None and rows[:, FINITE].all() and scaler.get_scale() > 1:
+        return False
+    if setting == "stop":
+        raise NonFiniteError(describe(f"The meta-gradient of meta-step {module.global_step}", "train", rows, module))
+    for value in module.parameters():
+        value.grad = None  # which optimizers leave alone, moments included
+    return True
+
+
+def describe(what: str, split: str, rows: Tensor, module: Any) -> str:
+    """What is not finite, of which episodes, and the remedies, in one line.
+
+    Args:
+        what: such as ``The meta-gradient of meta-step 4``.
+        split: of the episodes.
+        rows: of the episodes, see `episode_rows`.
+        module: MAML, for its data and its inner learning rate.
+    """
+    noun = "batches" if sampler_indices(module.trainer, split) is None else "episodes"
+    numbers = sorted({int(number) for number in rows[rows[:, FINITE] == 0, NUMBER].tolist()})
+    if numbers:
+        where = f"{noun} {', '.join(map(str, numbers))}"
+    else:
+        first, last = int(rows[:, NUMBER].min()), int(rows[:, NUMBER].max())
+        where = f"{noun} {first} to {last}, whose outputs are finite"
+    return (
+        f"{what} is not finite ({split} split, {where}): lower model.inner_lr ({module.inner_lr}) or the outer "
+        "learning rate, look at these episodes, or skip such meta-steps with --model.non_finite skip."
+    )
+
+
+def scored(rows: Tensor, split: str, module: Any) -> tuple[Tensor, int]:
+    """The rows of the episodes that have a score, and how many have none.
+
+    Args:
+        rows: of all evaluated episodes, see `evaluation_rows`.
+        split: of the episodes, for messages.
+        module: MAML.
+
+    Raises:
+        NonFiniteError: an output is not finite and ``non_finite`` is stop; or no episode has a score, unless it is the
+            sanity check before training, after which outputs may become finite.
+    """
+    if module.non_finite == "stop" and not rows[:, FINITE].all():
+        raise NonFiniteError(describe("An adapted network's output", split, rows, module))
+    kept = rows[~rows[:, SCORES:].isnan().any(1)]
+    skipped = len(rows) - len(kept)
+    if skipped and (len(kept) or not module.trainer.sanity_checking):
+        message = f"{skipped} of {len(rows)} episodes of the {split} split are left out: {SKIPPED}"
+        if not len(kept):
+            raise NonFiniteError(f"{message}; lower model.inner_lr ({module.inner_lr}), or look at these episodes.")
+        rank_zero_info(f"{message}.")
+    return kept, skipped

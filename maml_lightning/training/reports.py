@@ -1,0 +1,190 @@
+"""What is left of a test and of predictions: ``test_results.json`` and ``predictions.csv`` in the run's log folder."""
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from maml_lightning.analysis.tables import csv_bytes, write_file
+from maml_lightning.episodes import Episode
+from maml_lightning.training.module import MAML
+
+warnings.filterwarnings("ignore", "Couldn't infer the batch indices")  # of loaders without a sampler: they are counted
+
+DIGITS = 7  # an episode's score is a float32
+
+
+def test_results(scores: Tensor, name: str) -> dict:
+    """Mean and 95 % interval over episodes.
+
+    Args:
+        scores: ``[episodes, steps + 1]``, one accuracy (or mean squared error) per episode and inner step.
+        name: what the scores are, ``accuracy`` or ``mse``.
+
+    Returns:
+        ``{name, ci95, episodes, inner_steps, name_per_step}``; ``ci95`` is the half-width 1.96 s / sqrt(episodes).
+    """
+    final = scores[:, -1]
+    return {
+        name: round(final.mean().item(), DIGITS),
+        "ci95": round(1.96 * final.std().item() / len(final) ** 0.5, DIGITS) if len(final) > 1 else None,
+        "episodes": len(final),
+        "inner_steps": scores.shape[1] - 1,
+        f"{name}_per_step": [round(score, DIGITS) for score in scores.mean(0).tolist()],
+    }
+
+
+class TestReport(Callback):
+    """Prints a test's headline and writes ``test_results.json`` into the run's log folder.
+
+    Episodes whose networks' outputs are not finite (with ``non_finite`` skip), or none of whose query targets counts,
+    are in none of its figures; where there are any, ``skipped`` is their number.
+    """
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write and print, in the first process."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # which all processes ask for together
+        if not trainer.is_global_zero or not isinstance(pl_module, MAML) or pl_module.test_scores is None:
+            return
+        scores, name = pl_module.test_scores, pl_module.score_name
+        results = test_results(scores.cpu(), name)
+        data = getattr(trainer, "datamodule", None)
+        task = {setting: getattr(data, setting, None) for setting in ("ways", "shots", "query_shots")}
+        results = {**results, **task, "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path)}
+        left = ""
+        if pl_module.skipped_episodes:
+            results["skipped"], left = pl_module.skipped_episodes, f", {pl_module.skipped_episodes} left out"
+        file = folder / "test_results.json"
+        scale, unit = (100, " %") if name == "accuracy" else (1, "")
+        interval = "" if results["ci95"] is None else f" ± {scale * results['ci95']:.2f}"
+        rank_zero_info(
+            f"Test {name} after {results['inner_steps']} inner steps: {scale * results[name]:.2f}{interval}{unit} "
+            f"over {results['episodes']} episodes{left} ({file})"
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(results, indent=2) + "\n")
+        plain = {key: value for key, value in pl_module.hparams.items() if isinstance(value, str | int | float)}
+        settings = {key: value for key, value in plain.items() if not key.startswith("_")}  # Lightning's own
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                # A folder of its own: TensorBoard takes the first settings of a run, and Lightning has written some.
+                logger.experiment.add_hparams(
+                    {key: value for key, value in {**settings, **task}.items() if value is not None},
+                    {f"test/{name}": results[name]},
+                    run_name="hparams",
+                )
+
+
+class Predicted(NamedTuple):
+    """What was predicted in one episode.
+
+    Args:
+        episode: its number in the split, or in the order of the predictions where the data has none.
+        targets: ``[N*Q]`` or ``[Q, D]``.
+        outputs: class probabilities ``[N*Q, N]``, or of regression the network's outputs ``[Q, D]``.
+    """
+
+    episode: int
+    targets: Tensor
+    outputs: Tensor
+
+
+class PredictionReport(BasePredictionWriter):
+    """Writes what was predicted of episodes into the run's log folder, as ``predictions.csv``, a row for each query.
+
+    Columns are ``episode, query, label, predicted, probability_0 …``; of regression ``episode, query, target_0 …,
+    predicted_0 …``. Episodes come in their order, whatever the number of processes. Where outputs are not finite,
+    ``predicted`` is empty. Data that has a ``report`` method (`SupportQueryDataModule`) writes itself.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("batch")
+        self._predicted: list[Predicted] = []
+        self._numbered = True  # whether the data has episodes' numbers
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget earlier predictions."""
+        self._predicted, self._numbered = [], True
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Keep the episodes' predictions, or hand over those of the one task."""
+        report = getattr(getattr(trainer, "datamodule", None), "report", None)
+        if report is not None:
+            if trainer.is_global_zero:
+                report(prediction[0])
+        elif isinstance(pl_module, MAML):
+            targets = Episode(*batch).query_targets
+            numbers = list(batch_indices or ())
+            if len(numbers) != len(targets):
+                self._numbered, numbers = False, [0] * len(targets)
+            self._predicted += map(Predicted, numbers, targets.cpu(), prediction.float().cpu())
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gather the predictions of all processes, and write them in the first."""
+        if not isinstance(pl_module, MAML) or hasattr(getattr(trainer, "datamodule", None), "report"):
+            return
+        shares = [(self._numbered, self._predicted)]
+        if trainer.world_size > 1:  # all processes are here
+            shares = [(True, [])] * trainer.world_size
+            torch.distributed.all_gather_object(shares, (self._numbered, self._predicted))
+        folder, self._predicted = Path(trainer.log_dir or trainer.default_root_dir), []  # log_dir asks them all as well
+        if not trainer.is_global_zero:
+            return
+        predicted = [each for _, share in shares for each in share]
+        if all(numbered for numbered, _ in shares):  # an episode that several processes predicted counts once
+            by_number = {each.episode: each for each in predicted}
+            predicted = [by_number[number] for number in sorted(by_number)]
+        else:
+            predicted = [each._replace(episode=number) for number, each in enumerate(predicted)]
+        rows, broken = prediction_rows(predicted)
+        file = write_file(folder / "predictions.csv", csv_bytes(rows))
+        left = f"; of {broken} the outputs are not finite, nothing is predicted there" if broken else ""
+        rank_zero_info(f"Predictions of {len(predicted)} episodes, {len(rows) - 1} queries{left} ({file})")
+
+
+def prediction_rows(predicted: Sequence[Predicted]) -> tuple[list[list[object]], int]:
+    """The table of predictions with its header, and of how many queries the outputs are not finite.
+
+    Args:
+        predicted: of episodes that are all classification or all regression.
+    """
+    regression = any(each.targets.is_floating_point() for each in predicted)
+    rows: list[list[object]] = []
+    broken = width = 0
+    for episode, targets, outputs in predicted:
+        outputs = outputs.reshape(len(targets), -1)
+        finite = outputs.isfinite().all(1).tolist()
+        targets = targets.reshape(len(targets), -1)
+        width = max(width, outputs.shape[1])
+        broken += finite.count(False)
+        labels = outputs.argmax(1).tolist()
+        for query, (target, output) in enumerate(zip(targets.tolist(), outputs.tolist(), strict=True)):
+            if regression:
+                cells = [f"{value:.7g}" for value in target]
+                cells += [f"{value:.7g}" if finite[query] else "" for value in output]
+            else:
+                cells = [target[0], labels[query] if finite[query] else "", *(f"{value:.6f}" for value in output)]
+            rows.append([episode, query, *cells])
+    if regression:
+        header = [f"{what}_{index}" for what in ("target", "predicted") for index in range(width)]
+    else:
+        header = ["label", "predicted", *(f"probability_{index}" for index in range(width))]
+    rows = [[*row, *[""] * (2 + len(header) - len(row))] for row in rows]  # an episode may have fewer classes
+    return [["episode", "query", *header], *rows], broken

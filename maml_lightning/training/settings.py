@@ -1,0 +1,58 @@
+"""The range of each of MAML's settings, and the settings that do not work together."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from maml_lightning.algorithms.registry import find_algorithm
+from maml_lightning.errors import SettingError
+
+_LEAST = {
+    "inner_steps": 0,
+    "eval_inner_steps": 0,
+    "multi_step_epochs": 0,
+    "first_order_epochs": 0,
+    "inner_weight_decay": 0,
+    "implicit_iterations": 1,
+}
+_POSITIVE = ("inner_lr", "outer_lr", "inner_clip_norm", "proximal")
+_OFF = (None, False, 0, "all")  # the defaults of settings that add something to plain MAML
+# Differentiate through the inner steps of training, or belong to them.
+_UNROLLED = ("first_order", "learn_inner_lr", "multi_step_epochs", "first_order_epochs", "per_step_normalization")
+
+
+def check_values(settings: Mapping[str, Any]) -> None:
+    """Check MAML's settings one by one and together.
+
+    Args:
+        settings: the arguments of `MAML`, by name.
+
+    Raises:
+        SettingError: a setting is out of range, or incompatible with another.
+    """
+    for name, least in _LEAST.items():
+        _at_least(name, settings[name] or 0, least)
+    for name in _POSITIVE:
+        value = settings[name]
+        if value is not None and not value > 0:
+            raise SettingError(f"model.{name} must be above 0 (got {value}).")
+    name = settings["algorithm"]
+    algorithm = find_algorithm(name)
+    for setting, reason in algorithm.unsupported.items():
+        _raise_for(settings, [setting], f"model.algorithm {name} {reason}")
+    _at_least("inner_steps", settings["inner_steps"], algorithm.min_inner_steps)
+    if settings["inner_steps"] == 0:
+        _raise_for(settings, _UNROLLED, "model.inner_steps is 0: training has no inner loop")
+    if settings["first_order"]:
+        _raise_for(settings, ["first_order_epochs"], "model.first_order is true in every epoch")
+
+
+def _at_least(name: str, value: float, least: int) -> None:
+    if value < least:
+        raise SettingError(f"model.{name} must be at least {least} (got {value}).")
+
+
+def _raise_for(settings: Mapping[str, Any], names: Iterable[str], reason: str) -> None:
+    """Raise for the first of the names whose setting is on."""
+    for name in names:
+        if settings[name] not in _OFF:
+            raise SettingError(f"model.{name} {settings[name]} is not supported here: {reason}; leave it out.")
