@@ -20,7 +20,7 @@ ALLOWED = {
     "trained": {"training", *GROUND},
     "training": {"algorithms", "engine", "analysis", *GROUND},
     "algorithms": {"engine", *GROUND},
-    "engine": {"errors", "files"},
+    "engine": {"episodes", "errors", "files", "processes"},
     "data": {"analysis", *GROUND} - {"networks"},
     "analysis": {"episodes", "errors", "files"},
     "episodes": {"errors"},

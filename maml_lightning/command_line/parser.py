@@ -174,9 +174,8 @@ class MAMLCommandLine(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Fill in what follows from other settings: the monitor from the data, a scheduler's optimizer from the model.
 
-        A period of the checkpoints is that of ``last.ckpt``: best.ckpt holds weights as they were validated.
-
-        ``best.ckpt`` is the best by the data's own score; LightningCLI would ignore a scheduler without an optimizer.
+        ``best.ckpt`` is the best by the data's own score, with weights as they were validated: a period of checkpoints
+        applies to ``last.ckpt``. LightningCLI would ignore a scheduler without an optimizer.
         """
         config = self.config[self.subcommand]
         check_strategy(str(getattr(config.trainer.strategy, "class_path", config.trainer.strategy)))
