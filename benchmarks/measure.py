@@ -26,7 +26,7 @@ from benchmarks.peers import PEERS, Run
 from maml_lightning import MAML, ConvNet, Episode, GlyphsDataModule
 from maml_lightning.algorithms.inner_loop import InnerLoop, _seconds
 from maml_lightning.analysis.comparison import read_scalars
-from maml_lightning.data.episodic import EpisodeDataset
+from maml_lightning.data import EpisodeDataset
 
 LR = 0.4
 OURS = "maml_lightning"

@@ -18,7 +18,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from maml_lightning.data.episodic import EpisodicDataModule, Split, at_least, random_bits
+from maml_lightning.data.checks import at_least
+from maml_lightning.data.datasets import Split
+from maml_lightning.data.modules import EpisodicDataModule
+from maml_lightning.data.random_numbers import random_bits, uniform
 
 Floats = npt.NDArray[np.float64]
 
@@ -37,7 +40,7 @@ class _Noise:
 
     def __init__(self, name: str, indices: npt.NDArray[np.int64], slots: int):
         bits = random_bits(GLYPHS_SEED, name, indices.ravel(), slots).reshape(*indices.shape, slots)
-        self._uniform: Floats = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        self._uniform: Floats = uniform(bits)
         self._used = 0
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Floats:
@@ -170,18 +173,6 @@ class GlyphsDataModule(EpisodicDataModule):
         val_classes: characters to validate on, at least 2, others than those.
         test_classes: characters to test on, at least 2, others again.
         drawings: drawings of each character, at least ``shots + query_shots``.
-        rotations: whether training adds each character turned by 90, 180 and 270 degrees as further classes.
-        pretraining: train on all training classes at once, the examples of a meta-batch pooled, for a network
-            with so many outputs in training and ``inner_steps`` 0 (ordinary pre-training, the baseline).
-        ways: classes per episode ``N``, at least 2.
-        shots: support examples per class ``K``, at least 1.
-        query_shots: query examples per class ``Q``, at least 1.
-        meta_batch_size: episodes per outer step ``T``, over all processes.
-        train_episodes: episodes per epoch, a multiple of ``meta_batch_size``.
-        val_episodes: episodes per validation, always the same.
-        test_episodes: episodes per test, always the same.
-        seed: seed of the episodes, any integer; the characters are the same for every seed.
-        num_workers: worker processes per data loader; 0 samples in the main process.
 
     Raises:
         SettingError: a setting is out of range.
@@ -193,31 +184,9 @@ class GlyphsDataModule(EpisodicDataModule):
         val_classes: int = 100,
         test_classes: int = 400,
         drawings: int = 20,
-        rotations: bool = False,
-        pretraining: bool = False,
-        ways: int = 5,
-        shots: int = 1,
-        query_shots: int = 1,
-        meta_batch_size: int = 32,
-        train_episodes: int = 3200,
-        val_episodes: int = 600,
-        test_episodes: int = 1000,
-        seed: int = 0,
-        num_workers: int = 0,
+        **settings: int,
     ):
-        super().__init__(
-            ways=ways,
-            shots=shots,
-            query_shots=query_shots,
-            meta_batch_size=meta_batch_size,
-            train_episodes=train_episodes,
-            val_episodes=val_episodes,
-            test_episodes=test_episodes,
-            seed=seed,
-            num_workers=num_workers,
-            rotations=rotations,
-            pretraining=pretraining,
-        )
+        super().__init__(**settings)
         at_least("train_classes", train_classes, 2)
         at_least("val_classes", val_classes, 2)
         at_least("test_classes", test_classes, 2)

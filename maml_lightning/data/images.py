@@ -15,7 +15,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from maml_lightning.data.episodic import EpisodicDataModule, Split, at_least, choose, random_bits
+from maml_lightning.data.checks import at_least
+from maml_lightning.data.datasets import Split
+from maml_lightning.data.image_files import class_folders, read_picture
+from maml_lightning.data.modules import EpisodicDataModule
 from maml_lightning.data.packs import (
     VERSION,
     Sources,
@@ -29,7 +32,7 @@ from maml_lightning.data.packs import (
     sweep,
     temporary,
 )
-from maml_lightning.data.pictures import class_folders, read_picture
+from maml_lightning.data.random_numbers import choose, random_bits
 from maml_lightning.errors import SettingError
 from maml_lightning.files import shown, write_whole
 
@@ -188,19 +191,6 @@ class ImagesDataModule(EpisodicDataModule):
         size: edge of the pictures in pixels, at least 1; what is not square is cut in the middle.
         channels: 3 for colour, 1 for grey; the network's ``in_channels``.
         split_seed: draws which classes train, validate and test, where there are no folders for them.
-        rotations: whether training adds each class turned by 90, 180 and 270 degrees as further classes; in memory.
-        pretraining: train on all training classes at once, the examples of a meta-batch pooled, for a network
-            with so many outputs in training and ``inner_steps`` 0 (ordinary pre-training, the baseline).
-        ways: classes per episode ``N``, at least 2.
-        shots: support examples per class ``K``, at least 1; a class may have any number from
-            ``shots + query_shots`` on.
-        query_shots: query examples per class ``Q``, at least 1.
-        meta_batch_size: episodes per outer step ``T``, over all processes.
-        train_episodes: episodes per epoch, a multiple of ``meta_batch_size``.
-        val_episodes: episodes per validation, always the same.
-        test_episodes: episodes per test, always the same.
-        seed: seed of the episodes, any integer; it does not move the splits.
-        num_workers: worker processes per data loader; 0 samples in the main process.
 
     Raises:
         SettingError: a setting is out of range, or a folder or a picture cannot be read.
@@ -212,30 +202,14 @@ class ImagesDataModule(EpisodicDataModule):
         size: int = 84,
         channels: Literal[1, 3] = 3,
         split_seed: int = 0,
-        rotations: bool = False,
-        pretraining: bool = False,
-        ways: int = 5,
-        shots: int = 1,
+        *,
         query_shots: int = 15,
         meta_batch_size: int = 4,
         train_episodes: int = 4000,
-        val_episodes: int = 600,
-        test_episodes: int = 1000,
-        seed: int = 0,
-        num_workers: int = 0,
+        **settings: int,
     ):
         super().__init__(
-            ways=ways,
-            shots=shots,
-            query_shots=query_shots,
-            meta_batch_size=meta_batch_size,
-            train_episodes=train_episodes,
-            val_episodes=val_episodes,
-            test_episodes=test_episodes,
-            seed=seed,
-            num_workers=num_workers,
-            rotations=rotations,
-            pretraining=pretraining,
+            query_shots=query_shots, meta_batch_size=meta_batch_size, train_episodes=train_episodes, **settings
         )
         at_least("size", size, 1)
         self.root, self.size, self.channels, self.split_seed = Path(root), size, channels, split_seed

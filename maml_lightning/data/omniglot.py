@@ -15,7 +15,9 @@ from torch import Tensor
 from torchvision.datasets import Omniglot
 from torchvision.datasets.utils import download_and_extract_archive, extract_archive
 
-from maml_lightning.data.episodic import EpisodicDataModule, Split
+from maml_lightning.data.datasets import Split
+from maml_lightning.data.image_files import Pixels
+from maml_lightning.data.modules import EpisodicDataModule
 from maml_lightning.data.packs import (
     VERSION,
     Sources,
@@ -25,7 +27,6 @@ from maml_lightning.data.packs import (
     save_arrays,
     sweep,
 )
-from maml_lightning.data.pictures import Pixels
 from maml_lightning.errors import SettingError
 from maml_lightning.files import shown
 
@@ -254,26 +255,14 @@ def split_characters(scheme: Literal["finn", "lake"]) -> dict[Split, npt.NDArray
 
 
 class OmniglotDataModule(EpisodicDataModule):
-    """Episodes of handwritten characters, ``[1, 28, 28]``, ink = 1 on 0.
+    """Episodes of handwritten characters, 20 drawings of each, ``[1, 28, 28]``, ink = 1 on 0.
 
     Args:
         root: the folder that holds ``omniglot-py/{images_background,images_evaluation}``.
         download: fetch the images if they are missing (16 MB).
         split: ``finn`` mixes all alphabets (1100/100/423 characters), ``lake`` tests on alphabets never trained on.
-        rotations: whether training adds each character turned by 90, 180 and 270 degrees as further classes.
         within_alphabet: whether all classes of an episode are of one alphabet, which is harder; alphabets with fewer
             characters than ``ways`` are left out. Mostly with ``split: lake``, whose alphabets are whole.
-        pretraining: train on all training classes at once, the examples of a meta-batch pooled, for a network
-            with so many outputs in training and ``inner_steps`` 0 (ordinary pre-training, the baseline).
-        ways: classes per episode ``N``, at least 2.
-        shots: support examples per class ``K``, at least 1; ``shots + query_shots`` at most 20.
-        query_shots: query examples per class ``Q``, at least 1.
-        meta_batch_size: episodes per outer step ``T``, over all processes.
-        train_episodes: episodes per epoch, a multiple of ``meta_batch_size``.
-        val_episodes: episodes per validation, always the same.
-        test_episodes: episodes per test, always the same.
-        seed: seed of the episodes, any integer; it does not move the splits.
-        num_workers: worker processes per data loader; 0 samples in the main process.
 
     Raises:
         SettingError: a setting is out of range.
@@ -286,30 +275,9 @@ class OmniglotDataModule(EpisodicDataModule):
         split: Literal["finn", "lake"] = "finn",
         rotations: bool = True,
         within_alphabet: bool = False,
-        pretraining: bool = False,
-        ways: int = 5,
-        shots: int = 1,
-        query_shots: int = 1,
-        meta_batch_size: int = 32,
-        train_episodes: int = 3200,
-        val_episodes: int = 600,
-        test_episodes: int = 1000,
-        seed: int = 0,
-        num_workers: int = 0,
+        **settings: int,
     ):
-        super().__init__(
-            ways=ways,
-            shots=shots,
-            query_shots=query_shots,
-            meta_batch_size=meta_batch_size,
-            train_episodes=train_episodes,
-            val_episodes=val_episodes,
-            test_episodes=test_episodes,
-            seed=seed,
-            num_workers=num_workers,
-            rotations=rotations,
-            pretraining=pretraining,
-        )
+        super().__init__(rotations=rotations, **settings)
         if split not in ("finn", "lake"):
             raise SettingError(f"data.split must be finn or lake (got {split}).")
         self.root, self.download, self.split, self.within_alphabet = root, download, split, within_alphabet

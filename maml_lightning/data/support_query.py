@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from maml_lightning.analysis.drawing import Tile, contact_sheet
 from maml_lightning.analysis.tables import csv_bytes, text_cell, write_file
-from maml_lightning.data.pictures import Pixels, class_folders, pictures_in, read_picture
+from maml_lightning.data.image_files import Pixels, class_folders, pictures_in, read_picture
 from maml_lightning.episodes import Episode, Inputs
 from maml_lightning.errors import SettingError
 from maml_lightning.files import shown

@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw
 
 from cli import main
 from maml_lightning import Inputs, OmniglotDataModule, SettingError, SupportQueryDataModule, load, support_set
+from maml_lightning.data.image_files import class_folders
 from maml_lightning.data.omniglot import character_files, split_characters
-from maml_lightning.data.pictures import class_folders
 from maml_lightning.data.support_query import read_pictures
 from tests.command_line import process, run, words
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from maml_lightning import SettingError
-from maml_lightning.data.pictures import class_folders, pictures_in, read_picture
+from maml_lightning.data.image_files import class_folders, pictures_in, read_picture
 
 
 def half(mode: str, size: tuple[int, int] = (40, 20)) -> Image.Image:
