@@ -9,7 +9,8 @@ from maml_lightning.data import (
     SupportQueryDataModule,
     support_set,
 )
-from maml_lightning.episodes import Episode, Inputs
+from maml_lightning.deprecation import old_names
+from maml_lightning.episodes import Episode, InputSpec
 from maml_lightning.errors import NonFiniteError, SettingError
 from maml_lightning.networks import MLP, ConvNet
 from maml_lightning.trained import load
@@ -28,7 +29,7 @@ __all__ = [
     "GlyphsDataModule",
     "ImagesDataModule",
     "InnerLoop",
-    "Inputs",
+    "InputSpec",
     "Inspection",
     "LastCheckpoint",
     "MetaGradient",
@@ -43,3 +44,5 @@ __all__ = [
     "load",
     "support_set",
 ]
+
+__getattr__ = old_names(__name__, {"Inputs": f"{__name__}.InputSpec"})

@@ -23,7 +23,8 @@ from maml_lightning.algorithms.inner_loop import InnerLoop, MetaGradient, multi_
 from maml_lightning.algorithms.optimizers import Parameters
 from maml_lightning.algorithms.optimizers import inner_optimizer as rule
 from maml_lightning.engine.memory import out_of_memory
-from maml_lightning.episodes import Episode, Inputs
+from maml_lightning.episodes import Episode
+from maml_lightning.episodes import InputSpec as Inputs
 from maml_lightning.errors import NonFiniteError, SettingError
 from maml_lightning.processes import every_process, rows_of_every_process
 from maml_lightning.training import resume
