@@ -27,7 +27,7 @@ from maml_lightning import MAML, ConvNet, CostMonitor, Episode, GlyphsDataModule
 from maml_lightning.algorithms.inner_loop import InnerLoop
 from maml_lightning.analysis.runs import read_scalars
 from maml_lightning.engine.chunks import seconds
-from maml_lightning.training.cost import WARM_UP, now
+from maml_lightning.training.cost import WARM_UP
 
 LR = 0.4
 OURS = "maml_lightning"
@@ -75,12 +75,6 @@ def ours(net: nn.Module, episode: Episode, lr: float, steps: int, **settings: An
 # A fixed chunk size of 4, so that the growth with inner steps does not depend on the measured choice of the chunk size.
 FOUR = partial(ours, tasks_per_chunk=4)
 CONTENDERS = {OURS: ours, "chunks of 4": FOUR, "chunks of 4, flat": partial(FOUR, flat_memory=True), **PEERS}
-
-
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    start = now(device)
-    run()
-    return now(device) - start
 
 
 def disagreement(case: Case, device: str, contenders: dict) -> float:

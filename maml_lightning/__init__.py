@@ -1,8 +1,5 @@
 """The MAML family of meta-learning algorithms as one PyTorch Lightning module with torch.func gradients."""
 
-import warnings
-from typing import Any
-
 from maml_lightning.algorithms.inner_loop import InnerLoop
 from maml_lightning.data import (
     GlyphsDataModule,
@@ -12,8 +9,9 @@ from maml_lightning.data import (
     SupportQueryDataModule,
     support_set,
 )
+from maml_lightning.deprecation import old_names
 from maml_lightning.engine.chunks import MetaGradient
-from maml_lightning.episodes import Episode, Inputs
+from maml_lightning.episodes import Episode, InputSpec
 from maml_lightning.errors import NonFiniteError, SettingError
 from maml_lightning.networks import MLP, ConvNet
 from maml_lightning.trained import load
@@ -35,7 +33,7 @@ __all__ = [
     "GlyphsDataModule",
     "ImagesDataModule",
     "InnerLoop",
-    "Inputs",
+    "InputSpec",
     "LastCheckpoint",
     "MetaGradient",
     "NonFiniteError",
@@ -50,12 +48,11 @@ __all__ = [
     "support_set",
 ]
 
-_RENAMED = {"Cost": "CostMonitor", "Inspection": "AdaptationMonitor"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _RENAMED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    new = _RENAMED[name]
-    warnings.warn(f"maml_lightning.{name} is deprecated; use maml_lightning.{new}.", DeprecationWarning, stacklevel=2)
-    return globals()[new]
+__getattr__ = old_names(
+    __name__,
+    {
+        "Cost": f"{__name__}.CostMonitor",
+        "Inputs": f"{__name__}.InputSpec",
+        "Inspection": f"{__name__}.AdaptationMonitor",
+    },
+)

@@ -1,15 +1,16 @@
-"""Episodes: the tensors of a batch of tasks, and the check of their shapes."""
+"""Episodes: the tensors of a batch of tasks, and what images a network was trained on."""
 
 from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from maml_lightning.deprecation import old_names
 from maml_lightning.errors import SettingError
 
 
 class Episode(NamedTuple):
-    """A batch of ``T`` few-shot tasks: what to adapt on (support) and what to be judged on (query).
+    """A batch of ``T`` few-shot tasks: a support set to adapt on and a query set to evaluate on.
 
     Classification targets are ``int64`` in ``[0, N)``; regression targets are floats shaped like the network's
     output. All four tensors carry the task dimension first.
@@ -27,10 +28,10 @@ class Episode(NamedTuple):
     query_targets: Tensor
 
     def check(self) -> "Episode":
-        """Return the episode itself if its shapes agree.
+        """Return the episode if its shapes agree.
 
         Raises:
-            SettingError: the task counts differ, or inputs and targets of a set differ in number.
+            SettingError: the numbers of tasks differ, or those of inputs and targets in a set.
         """
         shapes = {name: tuple(tensor.shape) for name, tensor in self._asdict().items()}
         if len({shape[:1] for shape in shapes.values()}) != 1 or not self.support_inputs.shape[:1]:
@@ -52,14 +53,14 @@ class Episode(NamedTuple):
         return self.support_inputs.shape[0]
 
 
-class Inputs(NamedTuple):
-    """What pictures a network was trained on; kept in its checkpoints.
+class InputSpec(NamedTuple):
+    """What images a network was trained on; saved in its checkpoints under ``inputs``.
 
     Args:
-        ways: classes that it tells apart.
+        ways: classes that it classifies among.
         channels: 1 or 3.
-        side: edge in pixels.
-        background: what most of the border is, in [0, 1], of drawings on a plain ground; None of photos.
+        side: edge length in pixels.
+        background: for drawings, the value of their plain background in [0, 1]; None for photos.
     """
 
     ways: int
@@ -68,12 +69,15 @@ class Inputs(NamedTuple):
     background: float | None
 
     @classmethod
-    def of(cls, images: Tensor, ways: int) -> "Inputs | None":
-        """Those of images ``[..., C, H, W]`` in [0, 1]; None where they are no square pictures."""
+    def of(cls, images: Tensor, ways: int) -> "InputSpec | None":
+        """The specification of images ``[..., C, H, W]`` in [0, 1]; None if the inputs are not square images."""
         if images.dim() < 4 or images.shape[-3] not in (1, 3) or images.shape[-1] != images.shape[-2]:
             return None
         border = torch.cat([images[..., 0, :], images[..., -1, :], images[..., 0], images[..., -1]], -1).float()
-        ground = border.median().item()
-        plain = ((border - ground).abs() < 0.1).float().mean().item() > 0.8
+        background = border.median().item()
+        plain = ((border - background).abs() < 0.1).float().mean().item() > 0.8
         channels = cast(Literal[1, 3], images.shape[-3])
-        return cls(ways, channels, images.shape[-1], ground if plain else None)
+        return cls(ways, channels, images.shape[-1], background if plain else None)
+
+
+__getattr__ = old_names(__name__, {"Inputs": f"{__name__}.InputSpec"})

@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all."""
+"""Files that are written completely or not at all, and names as they can be printed."""
 
 import contextlib
 import os
@@ -8,29 +8,29 @@ from typing import BinaryIO
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object], temporary: str) -> None:
-    """Write a file so that whatever happens, a crash or a full disk, it is the new one or the old one, never a part.
+    """Write a file atomically: after a crash or on a full disk, it is the new or the old one, never a part.
 
     Args:
-        path: of the file; what is there is replaced.
-        write: writes the content into the open file that it is given.
-        temporary: name beside ``path`` while it grows; one for each of those who may write at once.
+        path: the file; an existing one is replaced.
+        write: writes the content into the open file that it receives.
+        temporary: name of the file while it is written, in the same folder; different for each writer.
 
     Raises:
-        OSError: it could not be written; nothing is left behind and ``path`` is as it was.
+        OSError: it could not be written; no part remains and ``path`` is unchanged.
     """
-    growing = path.with_name(temporary)
+    partial = path.with_name(temporary)
     try:
-        growing.unlink(missing_ok=True)  # what was left there may be a link to another file
-        with growing.open("xb") as file:
+        partial.unlink(missing_ok=True)  # it may be a link to another file
+        with partial.open("xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(growing, path)
+        os.replace(partial, path)
     finally:
-        with contextlib.suppress(OSError):  # a folder that cannot be written holds no temporary file either
-            growing.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only folder holds no temporary file either
+            partial.unlink(missing_ok=True)
 
 
 def shown(name: object) -> str:
-    """A name as it can be printed in one line anywhere: what is not printable is escaped."""
+    """A name that prints in one line anywhere: characters that are not printable are escaped."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(name))

@@ -8,20 +8,20 @@ from maml_lightning.errors import SettingError
 
 
 class ConvNet(nn.Module):
-    """Blocks of 3x3 convolution, batch normalisation and ReLU, a mean over positions, and a linear head.
+    """Blocks of 3x3 convolution, batch normalization and ReLU, a mean over positions, and a linear head.
 
-    The network of Vinyals et al. (2016) as used by Finn et al. (2017, section 5.2). It normalises with the batch's own
-    statistics, in training and in evaluation alike: predictions depend on the other examples of their set
-    (transductive). The convolutions have no bias, which the normalisation would cancel.
+    The network of Vinyals et al. (2016) as used by Finn et al. (2017, section 5.2). It normalizes with the statistics
+    of the current batch, in training and in evaluation: predictions depend on the other examples of their set
+    (transductive). The convolutions have no bias, which the normalization would cancel.
 
     Args:
         in_channels: channels of the images, 1 or more.
         out_features: classes; the command line sets it to the data's ``ways``.
         hidden_channels: filters of each convolution, 1 or more.
         blocks: how many blocks, 1 or more; each halves the image.
-        pooling: halve by 2x2 max-pooling after each block instead of by a stride of 2 in its convolution.
-        pretraining_classes: above 0, the network classifies among so many classes while it trains, with a head of its
-            own, and its other head begins at zero (the baseline of ordinary pre-training, ``data.pretraining``).
+        pooling: halve by 2x2 max pooling in each block instead of by a stride of 2 in its convolution.
+        pretraining_classes: if above 0, the network classifies among this many classes in training, with a separate
+            head, and its other head is initialized with zeros (ordinary pretraining, ``data.pretraining``).
 
     Example:
         >>> ConvNet(out_features=5)(torch.rand(10, 1, 28, 28)).shape
@@ -54,7 +54,7 @@ class ConvNet(nn.Module):
             layers += [
                 nn.Conv2d(channels, hidden_channels, 3, stride=stride, padding=1, bias=False),
                 nn.BatchNorm2d(hidden_channels, track_running_stats=False),
-                *([nn.MaxPool2d(2)] if pooling else []),  # before ReLU, as good and a quarter of the work
+                *([nn.MaxPool2d(2)] if pooling else []),  # before ReLU: the same result for a quarter of the work
                 nn.ReLU(),
             ]
         self.body = nn.Sequential(*layers)
@@ -74,7 +74,7 @@ class MLP(nn.Module):
     """A perceptron with ReLU between its layers; by default that of the paper's sinusoids (Finn et al. 2017, 5.1).
 
     Args:
-        in_features: size of an example, all its dimensions flattened.
+        in_features: size of an example, flattened.
         out_features: size of the output.
         hidden_features: sizes of the hidden layers.
 

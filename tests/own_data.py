@@ -3,7 +3,7 @@
 import torch
 
 from maml_lightning import Episode, GlyphsDataModule
-from maml_lightning.data.episodic import EpisodeDataset
+from maml_lightning.data import EpisodeDataset
 
 
 class BrokenDataset(EpisodeDataset):

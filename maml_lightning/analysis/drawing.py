@@ -1,4 +1,4 @@
-"""Pictures of pictures: tiles with captions, by PIL, for it is a hundred times faster at it than matplotlib."""
+"""Contact sheets: images with captions, by PIL, which is a hundred times faster at it than matplotlib."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,19 +10,19 @@ EDGE, GAP, CAPTION, TITLE = 84, 6, 20, 24  # pixels
 
 
 class Tile(NamedTuple):
-    """A picture ``[C, H, W]`` in [0, 1] with its caption and the caption's colour."""
+    """An image ``[C, H, W]`` in [0, 1] with its caption and the caption's color."""
 
-    picture: Tensor
+    image: Tensor
     caption: str
-    colour: str = "black"
+    color: str = "black"
 
 
 def contact_sheet(parts: Sequence[tuple[str, Sequence[Tile]]], columns: int = 10) -> Image.Image:
-    """Titled parts of tiles, row by row.
+    """Tiles in rows, in parts with titles.
 
     Args:
         parts: title and tiles of each.
-        columns: most tiles in a row.
+        columns: tiles in a row, at most.
     """
     columns = max(1, min(columns, max(len(tiles) for _, tiles in parts)))
     rows = [-(-len(tiles) // columns) for _, tiles in parts]
@@ -33,16 +33,16 @@ def contact_sheet(parts: Sequence[tuple[str, Sequence[Tile]]], columns: int = 10
     for (title, tiles), height in zip(parts, rows, strict=True):
         draw.text((GAP, top + 4), _drawable(title), "black", font)
         top += TITLE
-        for index, (picture, caption, colour) in enumerate(tiles):
+        for index, (image, caption, color) in enumerate(tiles):
             x, y = GAP + index % columns * (EDGE + GAP), top + index // columns * step
-            pixels = (picture.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+            pixels = (image.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
             tile = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels[..., :3]).convert("RGB")
             sheet.paste(tile.resize((EDGE, EDGE), Image.Resampling.NEAREST), (x, y))
-            draw.text((x, y + EDGE + 1), _drawable(caption[:15]), colour, font)
+            draw.text((x, y + EDGE + 1), _drawable(caption[:15]), color, font)
         top += height * step
     return sheet
 
 
 def _drawable(text: str) -> str:
-    """In one line, without what no font has: line ends, control characters, bytes of names that are no text."""
+    """Text in one line, without characters that no font has: line breaks, control characters, undecoded bytes."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)

@@ -1,4 +1,4 @@
-"""Tables as CSV files: written whole, never over another file, and safe to open in a spreadsheet."""
+"""Tables as CSV files: written completely, never over an existing file, and safe to open in a spreadsheet."""
 
 import csv
 import io
@@ -16,32 +16,33 @@ FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")  #
 
 
 def text_cell(name: object) -> str:
-    """A name as a cell: one that a spreadsheet would take for a formula gets a single quote in front (OWASP's advice).
+    """A name as a cell: a single quote goes in front of what a spreadsheet would take for a formula (OWASP's advice).
 
     Args:
-        name: of a file or a class; what does not begin with ``=``, ``+``, ``-``, ``@``, a tab or a line's end stays.
+        name: of a file or a class; it is unchanged unless it begins with ``=``, ``+``, ``-``, ``@``, a tab or a line
+            break.
     """
     return f"'{name}" if str(name).startswith(FORMULAS) else str(name)
 
 
 def free(path: Path) -> Path:
-    """The path itself, or where something is there already, the first of ``NAME-1``, ``NAME-2`` … where nothing is."""
+    """The path itself, or if it exists, the first of ``NAME-1``, ``NAME-2`` … that does not."""
     numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
     return next(name for name in itertools.chain([path], numbered) if not os.path.lexists(name))
 
 
 def write_file(path: Path, content: bytes) -> Path:
-    """Write the outcome of a run: whole, not over a file that is there, and elsewhere where that is impossible.
+    """Write a result of a run: completely, not over an existing file, and elsewhere if that is impossible.
 
     Args:
-        path: of the file; its folder is made.
+        path: the file; its folder is created.
         content: of the file.
 
     Returns:
         where it was written, see `free`.
 
     Raises:
-        SettingError: it was written into a folder for temporary files instead, or nowhere; says which and why.
+        SettingError: it was written into a temporary folder instead, or nowhere; the message says which and why.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +64,7 @@ def _written(path: Path, content: bytes) -> Path:
 
 
 def csv_bytes(rows: Iterable[Sequence[object]]) -> bytes:
-    """Rows as CSV in UTF-8; names of files that are not UTF-8 keep their bytes."""
+    """Rows as CSV in UTF-8; file names that are not UTF-8 keep their bytes."""
     text = io.StringIO()
     csv.writer(text).writerows(rows)
     return text.getvalue().encode(errors="surrogateescape")

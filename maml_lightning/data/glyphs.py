@@ -1,43 +1,47 @@
-"""Glyphs: handwritten characters that nobody wrote, a stand-in for Omniglot that needs no download.
+"""Generated handwriting-like characters ("glyphs"), a stand-in for Omniglot that needs no download.
 
-A class is a program of one to four strokes. A stroke is a pen that sets off with some heading and turns as it goes,
-steadily (lines, arcs, loops), to and fro (S-curves) and at most once sharply (corners):
+A class is a program of one to four strokes. A stroke is the path of a pen that starts in some direction and turns:
+steadily (lines, arcs, loops), to and fro (S-curves) and at most twice sharply (corners):
 
     heading(t) = heading + turn * (t - 1/2) + wave * sin(2 pi t) + corner * [t > corner_at],   t in [0, 1]
 
-and most strokes are fastened to a point of an earlier one. A drawing is the program with noise in all of its numbers,
-a slow tremor, and an affine distortion. It is inked on 105x105 pixels with a round pen and reduced to 28x28 by Lanczos,
-as Omniglot's drawings are. The constants below were fitted by eye and by three figures of Omniglot at 28x28 (mean ink,
-share of pixels above one half, accuracy of 5-way 1-shot nearest neighbours in pixels).
+and most strokes are attached to a point of an earlier one. A drawing is the program with noise in all of its numbers,
+a slow tremor, and an affine distortion. It is rendered on 105x105 pixels with a round pen and resized to 28x28 by
+Lanczos, like Omniglot's drawings. The constants below were fitted by eye and to three statistics of Omniglot at 28x28
+(mean ink, fraction of pixels above one half, accuracy of 5-way 1-shot nearest neighbors in pixels).
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from maml_lightning.data.episodic import EpisodicDataModule, Split, at_least, random_bits
+from maml_lightning.data.checks import at_least
+from maml_lightning.data.datasets import Split
+from maml_lightning.data.modules import EpisodicDataModule
+from maml_lightning.data.random_numbers import random_bits, uniform
 
 Floats = npt.NDArray[np.float64]
 
 Floats32 = npt.NDArray[np.float32]
 
-GLYPHS_SEED = 0  # of the characters themselves, no setting: so that checkpoints and figures compare
-FIRST: dict[Split, int] = {"train": 0, "val": 2**24, "test": 2**25}  # class numbers: no split's size moves another
+GLYPHS_SEED = 0  # of the characters themselves; not a setting, so that checkpoints and results are comparable
+FIRST: dict[Split, int] = {"train": 0, "val": 2**24, "test": 2**25}  # class numbers: splits of any size are disjoint
 STROKES, POINTS = 4, 64
 CANVAS, SIDE = 105, 28
 PEN = 2.5  # half the width of a stroke on the canvas, in pixels
-IMAGES_AT_ONCE = 1280  # bounds the memory (60 MB), changes no pixel
+IMAGES_AT_ONCE = 1280  # limits the memory (60 MB), changes no pixel
 
 
 class _Noise:
-    """Random numbers for each of ``indices`` (any shape), from a stream of its own of at most ``slots`` numbers."""
+    """Random numbers for each of ``indices`` (any shape): each has its own stream of at most ``slots`` numbers."""
 
     def __init__(self, name: str, indices: npt.NDArray[np.int64], slots: int):
         bits = random_bits(GLYPHS_SEED, name, indices.ravel(), slots).reshape(*indices.shape, slots)
-        self._uniform: Floats = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        self._uniform: Floats = uniform(bits)
         self._used = 0
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Floats:
@@ -62,7 +66,7 @@ def _lanczos(size: int, reduced: int) -> Floats32:
 
 
 def _paths(classes: npt.NDArray[np.int64], drawings: int) -> tuple[Floats, npt.NDArray[np.bool_]]:
-    """The way of the pen, ``[n, drawings, STROKES, POINTS, 2]``; which strokes there are, ``[n, 1, STROKES]``."""
+    """The paths of the pen ``[n, drawings, STROKES, POINTS, 2]``, and which strokes exist ``[n, 1, STROKES]``."""
     # the program: [n, 1, STROKES], corners [n, 1, STROKES, 2]
     program = _Noise("program", classes[:, None], 128)
     strokes = 1 + np.searchsorted([0.1, 0.42, 0.77], program.uniform(1), side="right")
@@ -97,6 +101,27 @@ def _paths(classes: npt.NDArray[np.int64], drawings: int) -> tuple[Floats, npt.N
     other = np.clip(other + 0.06 * hand.normal(STROKES), 0, 1)
     tremor, phase = 0.1 * hand.normal(STROKES), hand.uniform(STROKES, high=2 * np.pi)
 
+    points = _pen_path(heading, turn, wave, corner, corner_at, length, tremor, phase)
+    fixed = np.broadcast_to((own * (POINTS - 1)).astype(int)[..., None, None], (*points.shape[:3], 1, 2))
+    points -= np.take_along_axis(points, fixed, -2)
+    rows, columns = np.arange(len(classes))[:, None], np.arange(drawings)
+    for stroke in range(1, STROKES):
+        earlier, place = (host[..., stroke] * stroke).astype(int), (other[..., stroke] * (POINTS - 1)).astype(int)
+        points[:, :, stroke] += (points[rows, columns, earlier, place] + gap[:, :, stroke])[:, :, None]
+    return _placed(points, present, size, hand), present
+
+
+def _pen_path(
+    heading: Floats,
+    turn: Floats,
+    wave: Floats,
+    corner: Floats,
+    corner_at: Floats,
+    length: Floats,
+    tremor: Floats,
+    phase: Floats,
+) -> Floats:
+    """Strokes that begin at the origin, ``[n, drawings, STROKES, POINTS, 2]``: the module's equation, integrated."""
     t = (np.arange(POINTS) + 0.5) / POINTS
     angle = (
         heading[..., None]
@@ -106,34 +131,30 @@ def _paths(classes: npt.NDArray[np.int64], drawings: int) -> tuple[Floats, npt.N
         + tremor[..., None] * np.sin(3 * np.pi * t + phase[..., None])
     )
     steps = np.stack([np.cos(angle), np.sin(angle)], -1) * (length / POINTS)[..., None, None]
-    points = steps.cumsum(-2)
-    fixed = np.broadcast_to((own * (POINTS - 1)).astype(int)[..., None, None], (*points.shape[:3], 1, 2))
-    points -= np.take_along_axis(points, fixed, -2)
-    rows, columns = np.arange(len(classes))[:, None], np.arange(drawings)
-    for stroke in range(1, STROKES):
-        on, at = (host[..., stroke] * stroke).astype(int), (other[..., stroke] * (POINTS - 1)).astype(int)
-        points[:, :, stroke] += (points[rows, columns, on, at] + gap[:, :, stroke])[:, :, None]
+    return steps.cumsum(-2)
 
-    # onto the canvas: slanted, turned, its box made a little squarer and put near the middle
+
+def _placed(points: Floats, present: npt.NDArray[np.bool_], size: Floats, hand: _Noise) -> Floats:
+    """Points in pixels: slanted, rotated, the bounding box a little squarer and placed near the canvas's center."""
     x, y = points[..., 0], points[..., 1]
     x = x + 0.1 * hand.normal(1, 1) * y
     rotation = 0.07 * hand.normal(1, 1)
     points = np.stack([x * np.cos(rotation) - y * np.sin(rotation), x * np.sin(rotation) + y * np.cos(rotation)], -1)
-    there = present[..., None, None]
-    low = np.where(there, points, np.inf).min((2, 3), keepdims=True)
-    high = np.where(there, points, -np.inf).max((2, 3), keepdims=True)
+    exists = present[..., None, None]
+    low = np.where(exists, points, np.inf).min((2, 3), keepdims=True)
+    high = np.where(exists, points, -np.inf).max((2, 3), keepdims=True)
     box = high - low
     stretch = np.clip((box[..., ::-1] / box) ** 0.15, 0.75, 1.33) * np.exp(0.07 * hand.normal(1, 1, 2))
     extent = np.clip(size[..., None] * np.exp(0.1 * hand.normal(1, 1)), 25, 92)[..., None]
     points = (points - (low + high) / 2) * stretch * (extent / (stretch * box).max(-1, keepdims=True))
-    centre = np.clip(50 + 5 * hand.normal(1, 1, 2), extent / 2 + PEN, CANVAS - 1 - PEN - extent / 2)
-    return points + centre, present
+    center = np.clip(50 + 5 * hand.normal(1, 1, 2), extent / 2 + PEN, CANVAS - 1 - PEN - extent / 2)
+    return points + center
 
 
 def glyphs(first: int, classes: int, drawings: int = 20) -> Tensor:
     """Render the classes ``first … first + classes - 1``.
 
-    Drawing ``d`` of class ``c`` is a function of (``c``, ``d``) alone, whatever else is asked for.
+    Drawing ``d`` of class ``c`` is a function of (``c``, ``d``) alone.
 
     Args:
         first: number of the first class, from 0.
@@ -150,9 +171,10 @@ def glyphs(first: int, classes: int, drawings: int = 20) -> Tensor:
 
 def _render(classes: npt.NDArray[np.int64], drawings: int) -> Tensor:
     points, present = _paths(classes, drawings)
-    there = np.broadcast_to(present[..., None], points.shape[:-1])
-    image = np.broadcast_to(np.arange(there[..., 0, 0].size).reshape(len(classes), drawings, 1, 1), there.shape)[there]
-    x, y = np.round(points[there]).astype(np.int64).T  # within the canvas, pen and all
+    exists = np.broadcast_to(present[..., None], points.shape[:-1])
+    numbers = np.arange(len(classes) * drawings).reshape(len(classes), drawings, 1, 1)
+    image = np.broadcast_to(numbers, exists.shape)[exists]
+    x, y = np.round(points[exists]).astype(np.int64).T  # the whole pen stays within the canvas
     canvas = np.zeros((len(classes) * drawings, CANVAS, CANVAS), np.float32)
     reach = range(-math.ceil(PEN), math.ceil(PEN) + 1)
     for dx, dy in ((dx, dy) for dx in reach for dy in reach if dx * dx + dy * dy <= PEN * PEN):
@@ -163,25 +185,13 @@ def _render(classes: npt.NDArray[np.int64], drawings: int) -> Tensor:
 
 
 class GlyphsDataModule(EpisodicDataModule):
-    """Episodes of made-up characters, ``[1, 28, 28]``, ink = 1 on 0; nothing is downloaded or written.
+    """Episodes of generated handwriting-like characters ("glyphs"), ``[1, 28, 28]``, ink = 1 on 0; needs no download.
 
     Args:
-        train_classes: characters to train on, at least 2; 1000 take some 4 seconds to draw.
-        val_classes: characters to validate on, at least 2, others than those.
-        test_classes: characters to test on, at least 2, others again.
+        train_classes: characters for training, at least 2; 1000 take about 4 seconds to generate.
+        val_classes: characters for validation, at least 2, disjoint from those.
+        test_classes: characters for the test, at least 2, disjoint from both.
         drawings: drawings of each character, at least ``shots + query_shots``.
-        rotations: whether training adds each character turned by 90, 180 and 270 degrees as further classes.
-        pretraining: train on all training classes at once, the examples of a meta-batch pooled, for a network
-            with so many outputs in training and ``inner_steps`` 0 (ordinary pre-training, the baseline).
-        ways: classes per episode ``N``, at least 2.
-        shots: support examples per class ``K``, at least 1.
-        query_shots: query examples per class ``Q``, at least 1.
-        meta_batch_size: episodes per outer step ``T``, over all processes.
-        train_episodes: episodes per epoch, a multiple of ``meta_batch_size``.
-        val_episodes: episodes per validation, always the same.
-        test_episodes: episodes per test, always the same.
-        seed: seed of the episodes, any integer; the characters are the same for every seed.
-        num_workers: worker processes per data loader; 0 samples in the main process.
 
     Raises:
         SettingError: a setting is out of range.
@@ -193,31 +203,9 @@ class GlyphsDataModule(EpisodicDataModule):
         val_classes: int = 100,
         test_classes: int = 400,
         drawings: int = 20,
-        rotations: bool = False,
-        pretraining: bool = False,
-        ways: int = 5,
-        shots: int = 1,
-        query_shots: int = 1,
-        meta_batch_size: int = 32,
-        train_episodes: int = 3200,
-        val_episodes: int = 600,
-        test_episodes: int = 1000,
-        seed: int = 0,
-        num_workers: int = 0,
+        **settings: Any,
     ):
-        super().__init__(
-            ways=ways,
-            shots=shots,
-            query_shots=query_shots,
-            meta_batch_size=meta_batch_size,
-            train_episodes=train_episodes,
-            val_episodes=val_episodes,
-            test_episodes=test_episodes,
-            seed=seed,
-            num_workers=num_workers,
-            rotations=rotations,
-            pretraining=pretraining,
-        )
+        super().__init__(**settings)
         at_least("train_classes", train_classes, 2)
         at_least("val_classes", val_classes, 2)
         at_least("test_classes", test_classes, 2)

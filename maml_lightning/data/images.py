@@ -1,4 +1,4 @@
-"""Folders of pictures, a folder a class: one's own, or a published set laid out so (mini-ImageNet, CIFAR-FS, CUB)."""
+"""Images in one folder per class: your own, or a published data set with that layout (mini-ImageNet, CIFAR-FS, CUB)."""
 
 import contextlib
 import hashlib
@@ -8,14 +8,17 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from maml_lightning.data.episodic import EpisodicDataModule, Split, at_least, choose, random_bits
+from maml_lightning.data.checks import at_least
+from maml_lightning.data.datasets import Split
+from maml_lightning.data.image_files import class_folders, read_image
+from maml_lightning.data.modules import EpisodicDataModule
 from maml_lightning.data.packs import (
     VERSION,
     Sources,
@@ -29,30 +32,30 @@ from maml_lightning.data.packs import (
     sweep,
     temporary,
 )
-from maml_lightning.data.pictures import class_folders, read_picture
+from maml_lightning.data.random_numbers import choose, random_bits
 from maml_lightning.errors import SettingError
 from maml_lightning.files import shown, write_whole
 
 SHARES: dict[Split, float] = {"train": 0.64, "val": 0.16, "test": 0.2}  # of the classes; mini-ImageNet's proportions
-Shape = tuple[int, Literal[1, 3], int, int]  # pictures, channels, side, side
+Shape = tuple[int, Literal[1, 3], int, int]  # images, channels, side, side
 
 
 def pack(folder: Path, names: list[str], file: Path, side: int, channels: Literal[1, 3]) -> Tensor:
-    """Every picture as ``[channels, side, side]``, in a file that is mapped into memory, not read.
+    """Every image as ``[channels, side, side]``, in a file that is mapped into memory, not read.
 
     Args:
-        folder: where the pictures lie.
-        names: their paths in it.
-        file: the packed pictures, with what they were made of beside them (``.npz``); made where it is not there, and
-            again where the pictures or the pack have changed. Where it cannot be written they stay in memory.
-        side: edge in pixels; what is not square is cut.
+        folder: holds the images.
+        names: their paths relative to it.
+        file: the pack; the list of its source files is beside it (``.npz``). It is made if it is missing, and again
+            if the images or the pack have changed. If it cannot be written, the images stay in memory.
+        side: edge length in pixels; images that are not square are cropped.
         channels: 1 or 3.
 
     Returns:
-        ``[pictures, channels, side, side]`` uint8.
+        ``[images, channels, side, side]`` uint8.
 
     Raises:
-        SettingError: a picture cannot be read.
+        SettingError: an image cannot be read.
     """
     shape: Shape = (len(names), channels, side, side)
     for part in (file, _about(file)):
@@ -60,18 +63,18 @@ def pack(folder: Path, names: list[str], file: Path, side: int, channels: Litera
     found = _packed(file, folder, names, shape)
     if isinstance(found, Tensor):
         return found
-    again = f"again, for {shown(found)}" if found else "once"
-    rank_zero_info(f"Packing {len(names)} pictures into {shown(file)} ({again})")
+    occasion = f"again: {shown(found)}" if found else "once"
+    rank_zero_info(f"Packing {len(names)} images into {shown(file)} ({occasion})")
     try:
         file.parent.mkdir(exist_ok=True)
         _write(file, folder, names, shape)
         found = _packed(file, folder, names, shape)
     except OSError as error:
         reason = error.strerror or error
-        rank_zero_warn(f"{shown(file)} could not be written ({reason}): the pictures are read at every start.")
+        rank_zero_warn(f"{shown(file)} could not be written ({reason}): all images are read at every start.")
     if isinstance(found, Tensor):
         return found
-    return torch.from_numpy(np.stack([read_picture(folder / name, side, channels, "crop") for name in names]))
+    return torch.from_numpy(np.stack([read_image(folder / name, side, channels, "crop") for name in names]))
 
 
 def _about(file: Path) -> Path:
@@ -83,17 +86,17 @@ def _settings(shape: Shape) -> str:
 
 
 def _packed(file: Path, folder: Path, names: list[str], shape: Shape) -> Tensor | str:
-    """The packed pictures; or what speaks against using them, nothing where there are none."""
+    """The packed images; or why they cannot be used, an empty string if there are none."""
     if not file.exists():
         return ""
     about = load_arrays(_about(file))
     try:
         if about is None:
-            return "it does not say of what it was made"
+            return "it does not list its source files"
         packed, pixels, settings = Sources.of_arrays(about), about["pixels"].tolist(), str(about["settings"])
-        (why, now) = compare(packed, folder, names)
+        why, now = compare(packed, folder, names)
         if why is not None or settings != _settings(shape):
-            return why or "its settings are others"
+            return why or "its settings differ"
         with file.open("rb") as opened:
             found = list(state(os.fstat(opened.fileno())))
             if found != pixels and hashlib.file_digest(opened, new_digest).digest() != about["digest"].tobytes():
@@ -101,20 +104,20 @@ def _packed(file: Path, folder: Path, names: list[str], shape: Shape) -> Tensor 
             opened.seek(0)
             np.lib.format.read_magic(opened)
             np.lib.format.read_array_header_1_0(opened)
-            # c: never written back; torch warns of read-only ones
+            # c: copy on write, because torch warns about read-only arrays
             mapped = np.memmap(opened, np.uint8, "c", opened.tell(), shape)
-    except SettingError:  # of a picture
+    except SettingError:  # an image cannot be read
         raise
     except (OSError, ValueError, KeyError):
         return "it cannot be read"
     if found != pixels or not np.array_equal(now.states, packed.states):
-        with contextlib.suppress(OSError):  # without it the digests are compared at the next start too
+        with contextlib.suppress(OSError):  # if it fails, the next start compares digests again
             _describe(file, now, found, about["digest"].tobytes(), shape)
     return torch.from_numpy(mapped)
 
 
 def _write(file: Path, folder: Path, names: list[str], shape: Shape) -> None:
-    """Pack, and write beside it what it was made of."""
+    """Write the pack, and its description beside it."""
     whole, inode, sources = new_digest(), 0, None
     _, channels, side, _ = shape
 
@@ -131,18 +134,18 @@ def _write(file: Path, folder: Path, names: list[str], shape: Shape) -> None:
         sources = read_sources(
             folder,
             names,
-            lambda picture, content: add(read_picture(Path(picture), side, channels, "crop", content).tobytes()),
+            lambda image, content: add(read_image(Path(image), side, channels, "crop", content).tobytes()),
         )
         inode = os.fstat(growing.fileno()).st_ino
 
     write_whole(file, write, temporary(file))
     assert sources is not None
-    time.sleep(0.02)  # a tick of the clock of file systems: whoever writes to it from now on changes its times
+    time.sleep(0.02)  # a tick of the file system's clock: any later write changes the file's times
     now = state(file.stat())
     try:
         _describe(file, sources, list(now) if now[-1] == inode else [0] * 4, whole.digest(), shape)
     except OSError:
-        file.unlink(missing_ok=True)  # of no use without
+        file.unlink(missing_ok=True)  # useless without its description
         raise
 
 
@@ -157,7 +160,7 @@ def _describe(file: Path, sources: Sources, pixels: list[int], digest: bytes, sh
 
 
 def _superseded(folder: Path, split: Split, side: int, channels: int) -> None:
-    """Remove packs as they were once named, by a checksum of their files' sizes and times."""
+    """Remove packs with the names of earlier versions, which held a checksum of the files' sizes and times."""
     name = re.compile(rf"(\.?){split}_{channels}x{side}_[0-9a-f]{{8}}\.npy(\.[0-9a-f]{{32}})?")
     for file in folder.glob("*") if folder.is_dir() else ():
         if (found := name.fullmatch(file.name)) is not None:
@@ -167,7 +170,7 @@ def _superseded(folder: Path, split: Split, side: int, channels: int) -> None:
 
 
 def split_classes(names: Sequence[str], seed: int) -> dict[Split, list[str]]:
-    """Disjoint classes of each split, 64, 16 and 20 per cent, by a permutation that the seed draws."""
+    """Disjoint classes of each split, 64, 16 and 20 %, by a permutation that the seed draws."""
     order = choose(random_bits(seed, "classes", [0], 2 * len(names)), len(names))[0]
     ends = np.round(np.cumsum([0, *SHARES.values()]) * len(names)).astype(int)
     return {
@@ -177,33 +180,22 @@ def split_classes(names: Sequence[str], seed: int) -> dict[Split, list[str]]:
 
 
 class ImagesDataModule(EpisodicDataModule):
-    """Episodes of your own pictures, ``ROOT/{train,val,test}/CLASS/*.png`` or of any other common format.
+    """Episodes of your own images, ``ROOT/{train,val,test}/CLASS/*.png`` or other common formats.
 
-    Without those three folders, ``ROOT/CLASS/*.png``, classes are split 64/16/20 by ``split_seed``. Pictures are packed
-    once into ``ROOT/.packed``, again when a file's bytes or the pack have changed, and mapped into memory, so they may
-    be larger than it. A start asks each file for its size, times and inode, and reads those where one differs.
+    Without those three folders (``ROOT/CLASS/*.png``) the classes are split 64/16/20 % by ``split_seed``. Classes may
+    differ in size; each needs at least ``shots + query_shots`` images. Images are packed once into ``ROOT/.packed``,
+    again when a file's bytes or the pack have changed, and mapped into memory, so they may be larger than it (with
+    ``rotations`` they are held in memory). A start compares each file's size, times and inode, and reads the files in
+    which one differs.
 
     Args:
         root: the folder of the splits, or of the classes.
-        size: edge of the pictures in pixels, at least 1; what is not square is cut in the middle.
-        channels: 3 for colour, 1 for grey; the network's ``in_channels``.
-        split_seed: draws which classes train, validate and test, where there are no folders for them.
-        rotations: whether training adds each class turned by 90, 180 and 270 degrees as further classes; in memory.
-        pretraining: train on all training classes at once, the examples of a meta-batch pooled, for a network
-            with so many outputs in training and ``inner_steps`` 0 (ordinary pre-training, the baseline).
-        ways: classes per episode ``N``, at least 2.
-        shots: support examples per class ``K``, at least 1; a class may have any number from
-            ``shots + query_shots`` on.
-        query_shots: query examples per class ``Q``, at least 1.
-        meta_batch_size: episodes per outer step ``T``, over all processes.
-        train_episodes: episodes per epoch, a multiple of ``meta_batch_size``.
-        val_episodes: episodes per validation, always the same.
-        test_episodes: episodes per test, always the same.
-        seed: seed of the episodes, any integer; it does not move the splits.
-        num_workers: worker processes per data loader; 0 samples in the main process.
+        size: edge length of the images in pixels, at least 1; images that are not square are cropped at the center.
+        channels: 3 for color, 1 for grayscale; the network's ``in_channels``.
+        split_seed: draws which classes are for training, validation and test, if there are no folders for them.
 
     Raises:
-        SettingError: a setting is out of range, or a folder or a picture cannot be read.
+        SettingError: a setting is out of range, or a folder or an image cannot be read.
     """
 
     def __init__(
@@ -212,66 +204,50 @@ class ImagesDataModule(EpisodicDataModule):
         size: int = 84,
         channels: Literal[1, 3] = 3,
         split_seed: int = 0,
-        rotations: bool = False,
-        pretraining: bool = False,
-        ways: int = 5,
-        shots: int = 1,
+        *,
         query_shots: int = 15,
         meta_batch_size: int = 4,
         train_episodes: int = 4000,
-        val_episodes: int = 600,
-        test_episodes: int = 1000,
-        seed: int = 0,
-        num_workers: int = 0,
+        **settings: Any,
     ):
         super().__init__(
-            ways=ways,
-            shots=shots,
-            query_shots=query_shots,
-            meta_batch_size=meta_batch_size,
-            train_episodes=train_episodes,
-            val_episodes=val_episodes,
-            test_episodes=test_episodes,
-            seed=seed,
-            num_workers=num_workers,
-            rotations=rotations,
-            pretraining=pretraining,
+            query_shots=query_shots, meta_batch_size=meta_batch_size, train_episodes=train_episodes, **settings
         )
         at_least("size", size, 1)
         self.root, self.size, self.channels, self.split_seed = Path(root), size, channels, split_seed
 
     def classes_of(self, split: Split) -> dict[str, list[Path]]:
-        """The pictures of each class of a split.
+        """The image files of each class of a split.
 
         Raises:
-            SettingError: there are none, or only some of the three folders are there.
+            SettingError: there are none, or only some of the three folders exist.
         """
-        there = [name for name in SHARES if (self.root / name).is_dir()]
-        if len(there) == len(SHARES):
+        present = [name for name in SHARES if (self.root / name).is_dir()]
+        if len(present) == len(SHARES):
             found = class_folders(self.root / split)
-        elif there:
-            missing = next(name for name in SHARES if name not in there)
+        elif present:
+            missing = next(name for name in SHARES if name not in present)
             raise SettingError(
-                f"data.root {shown(self.root)} has {', '.join(there)} but no folder {missing}; give all of train, val "
-                "and test, or the classes alone."
+                f"data.root {shown(self.root)} has {', '.join(present)} but no folder {missing}; give all of train, "
+                "val and test, or only the classes."
             )
         else:
-            every = class_folders(self.root)
-            found = {name: every[name] for name in split_classes(list(every), self.split_seed)[split]}
+            classes = class_folders(self.root)
+            found = {name: classes[name] for name in split_classes(list(classes), self.split_seed)[split]}
         if not found:
             raise SettingError(
-                f"data.root {shown(self.root)} has no folders of pictures for {split}; give one a class."
+                f"data.root {shown(self.root)} has no folders of images for {split}; add one for each class."
             )
         return found
 
     def load_split(self, split: Split) -> tuple[Tensor, list[int]]:
-        """The pictures of a split, ``[pictures, channels, size, size]`` uint8, and how many each class has."""
+        """The images of a split, ``[images, channels, size, size]`` uint8, and how many each class has."""
         classes = self.classes_of(split)
         separate = (self.root / split).is_dir()
         folder, packs = self.root / split if separate else self.root, self.root / ".packed"
-        drawn = "" if separate else f"_seed{self.split_seed}"  # which classes are the split's
-        names = [os.path.join(name, picture.name) for name, pictures in classes.items() for picture in pictures]
+        seed = "" if separate else f"_seed{self.split_seed}"  # draws the split's classes
+        names = [os.path.join(name, image.name) for name, files in classes.items() for image in files]
         _superseded(packs, split, self.size, self.channels)
-        file = packs / f"{split}{drawn}_{self.channels}x{self.size}.npy"
+        file = packs / f"{split}{seed}_{self.channels}x{self.size}.npy"
         images = pack(folder, names, file, self.size, self.channels)
-        return images, [len(pictures) for pictures in classes.values()]
+        return images, [len(files) for files in classes.values()]

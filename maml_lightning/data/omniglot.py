@@ -1,21 +1,21 @@
 """Omniglot: 1623 handwritten characters of 50 alphabets, 20 drawings each (Lake, Salakhutdinov and Tenenbaum 2015)."""
 
 import io
-import os
 import zipfile
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from PIL import Image
 from torch import Tensor
 from torchvision.datasets import Omniglot
 from torchvision.datasets.utils import download_and_extract_archive, extract_archive
 
-from maml_lightning.data.episodic import EpisodicDataModule, Split
+from maml_lightning.data.datasets import Split
+from maml_lightning.data.image_files import DecodeError, Pixels, decode, entries
+from maml_lightning.data.modules import EpisodicDataModule
 from maml_lightning.data.packs import (
     VERSION,
     Sources,
@@ -25,7 +25,6 @@ from maml_lightning.data.packs import (
     save_arrays,
     sweep,
 )
-from maml_lightning.data.pictures import Pixels
 from maml_lightning.errors import SettingError
 from maml_lightning.files import shown
 
@@ -57,7 +56,7 @@ _NO_DATA = "or use configs/glyphs_5way_1shot.yaml, which needs no data"
 
 
 def character_files(folder: Path) -> list[list[Path]]:
-    """The 20 drawings of each character of a complete tree, sorted by part, alphabet and character.
+    """The 20 drawings of each character of a complete folder tree, sorted by part, alphabet and character.
 
     Args:
         folder: ``ROOT/omniglot-py``.
@@ -70,7 +69,7 @@ def character_files(folder: Path) -> list[list[Path]]:
 
 
 def drawings(folder: Path) -> list[str]:
-    """The drawings of `character_files` one after another, as names in the folder: text, for there are 32,460.
+    """The paths of all 32,460 drawings relative to the folder, as text (faster than `Path`), in the same order.
 
     Raises:
         SettingError: the tree is missing or incomplete; says what is missing.
@@ -84,23 +83,13 @@ def drawings(folder: Path) -> list[str]:
             )
         for alphabet, expected in alphabets.items():
             where = folder / part / alphabet
-            characters = [entry.name for entry in _entries(where) if entry.is_dir()]
+            characters = [entry.name for entry in entries(where) if entry.is_dir()] if where.is_dir() else []
             _complete(where, "characters", len(characters), expected)
             for character in characters:
-                found = [entry.name for entry in _entries(where / character) if entry.name.endswith(".png")]
+                found = [entry.name for entry in entries(where / character) if entry.name.endswith(".png")]
                 _complete(where / character, "drawings", len(found), DRAWINGS)
                 names += [f"{part}/{alphabet}/{character}/{name}" for name in found]
     return names
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise SettingError(f"{shown(folder)} cannot be read ({error.strerror}); give a folder that can.") from error
 
 
 def _complete(folder: Path, what: str, found: int, expected: int) -> None:
@@ -112,7 +101,7 @@ def _complete(folder: Path, what: str, found: int, expected: int) -> None:
 
 
 def fetch(folder: Path) -> None:
-    """Unzip both archives in ``folder``, downloading those that are not there.
+    """Unzip both archives in ``folder``, and download those that are missing.
 
     Raises:
         SettingError: there is no network, or the disk is full.
@@ -130,39 +119,33 @@ def fetch(folder: Path) -> None:
         raise SettingError(f"Omniglot could not be fetched into {folder} ({reason}); try again, {_NO_DATA}.") from error
 
 
-def _reduced(file: str, content: bytes) -> Pixels:
+def _resized(file: str, content: bytes) -> Pixels:
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            if image.size != (DRAWN_SIDE, DRAWN_SIDE):
-                raise ValueError(f"its size is {image.size}, not {(DRAWN_SIDE, DRAWN_SIDE)}")
-            return 255 - np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.LANCZOS))
-    except Exception as error:  # PIL's readers raise whatever a damaged file makes them trip over
-        reason = " ".join(str(error).split())
-        raise SettingError(
-            f"{shown(file)} is not a whole Omniglot image ({reason}); unzip the archive again."
-        ) from error
+        return 255 - decode(io.BytesIO(content), SIDE, 1, "crop", (DRAWN_SIDE, DRAWN_SIDE))[0]
+    except DecodeError as error:
+        raise SettingError(f"{shown(file)} {error}; unzip the Omniglot archive again.") from error
 
 
 class Pack(NamedTuple):
-    """The packed images ``[1623, 20, 28, 28]``, and the files that they were made of."""
+    """The packed images ``[1623, 20, 28, 28]``, and the files that they were made from."""
 
     images: Pixels
     sources: Sources
 
 
 def pack(folder: Path) -> Pack:
-    """Reduce every drawing of the tree to 28x28 by Lanczos, ink = 255, in the order of `character_files`.
+    """Resize every drawing of the tree to 28x28 by Lanczos, ink = 255, in the order of `character_files`.
 
     Raises:
         SettingError: the tree is missing or incomplete, or an image is damaged.
     """
     images: list[Pixels] = []
-    sources = read_sources(folder, drawings(folder), lambda file, content: images.append(_reduced(file, content)))
+    sources = read_sources(folder, drawings(folder), lambda file, content: images.append(_resized(file, content)))
     return Pack(np.stack(images).reshape(-1, DRAWINGS, SIDE, SIDE), sources)
 
 
 def read_cache(cache: Path) -> Pack | None:
-    """The packed images, or None where there is no cache or a damaged one (a zip: its checksum is verified)."""
+    """The packed images, or None if there is no cache or it is damaged (a zip: its checksum is verified)."""
     arrays = load_arrays(cache)
     try:
         if arrays is None or arrays["version"].tolist() != VERSION:
@@ -175,7 +158,7 @@ def read_cache(cache: Path) -> Pack | None:
 
 
 def write_cache(cache: Path, packed: Pack) -> None:
-    """Write the packed images, whole or not at all; where that is impossible, warn."""
+    """Write the packed images, completely or not at all; warn if that is impossible."""
     arrays = {"images": packed.images, "version": np.array(VERSION), **packed.sources.arrays()}
     try:
         save_arrays(cache, arrays)
@@ -184,10 +167,10 @@ def write_cache(cache: Path, packed: Pack) -> None:
 
 
 def load_characters(root: str | Path, download: bool = False) -> Pixels:
-    """All of Omniglot, from the cache ``ROOT/omniglot-py/packed_28.npz``, made where it is not or the tree has changed.
+    """All of Omniglot, from the cache ``ROOT/omniglot-py/packed_28.npz``, made if it is missing or the tree changed.
 
-    A start asks each file of the tree for its size, times and inode, and reads those where one differs. Where both
-    parts of the tree are gone, the cache alone is used.
+    A start compares each file's size, times and inode, and reads the files in which one differs. If both parts of the
+    tree are missing, the cache alone is used.
 
     Args:
         root: the folder that holds ``omniglot-py``.
@@ -219,8 +202,8 @@ def load_characters(root: str | Path, download: bool = False) -> Pixels:
             if not np.array_equal(sources.states, cached.sources.states):
                 write_cache(cache, cached._replace(sources=sources))
             return cached.images
-    again = f"again, for {shown(why)}" if why else "once, some seconds"
-    rank_zero_info(f"Packing the {len(names)} images of {shown(folder)} ({again})")
+    occasion = f"again: {shown(why)}" if why else "once, some seconds"
+    rank_zero_info(f"Packing the {len(names)} images of {shown(folder)} ({occasion})")
     packed = pack(folder)
     write_cache(cache, packed)
     return packed.images
@@ -232,7 +215,7 @@ def alphabet_names() -> list[str]:
 
 
 def split_characters(scheme: Literal["finn", "lake"]) -> dict[Split, npt.NDArray[np.int64]]:
-    """The characters of each split, as indices into the packed images; fixed, whatever the seeds.
+    """The characters of each split, as indices into the packed images; the same for all seeds.
 
     Args:
         scheme: ``finn``, 1100, 100 and 423 characters by a fixed permutation over all (Finn et al. 2017 give the
@@ -240,7 +223,7 @@ def split_characters(scheme: Literal["finn", "lake"]) -> dict[Split, npt.NDArray
             validation, and all 20 evaluation alphabets for the test.
     """
     if scheme == "finn":
-        # RandomState, for its stream is frozen across NumPy versions
+        # RandomState, because its stream is the same in all NumPy versions
         permutation = np.random.RandomState(1623).permutation(SHAPE[0])
         return {"train": permutation[:1100], "val": permutation[1100:1200], "test": permutation[1200:]}
     held_out = np.isin(alphabet_names(), LAKE_VAL_ALPHABETS)
@@ -254,26 +237,14 @@ def split_characters(scheme: Literal["finn", "lake"]) -> dict[Split, npt.NDArray
 
 
 class OmniglotDataModule(EpisodicDataModule):
-    """Episodes of handwritten characters, ``[1, 28, 28]``, ink = 1 on 0.
+    """Episodes of handwritten characters, 20 drawings of each, ``[1, 28, 28]``, ink = 1 on 0.
 
     Args:
         root: the folder that holds ``omniglot-py/{images_background,images_evaluation}``.
         download: fetch the images if they are missing (16 MB).
         split: ``finn`` mixes all alphabets (1100/100/423 characters), ``lake`` tests on alphabets never trained on.
-        rotations: whether training adds each character turned by 90, 180 and 270 degrees as further classes.
         within_alphabet: whether all classes of an episode are of one alphabet, which is harder; alphabets with fewer
-            characters than ``ways`` are left out. Mostly with ``split: lake``, whose alphabets are whole.
-        pretraining: train on all training classes at once, the examples of a meta-batch pooled, for a network
-            with so many outputs in training and ``inner_steps`` 0 (ordinary pre-training, the baseline).
-        ways: classes per episode ``N``, at least 2.
-        shots: support examples per class ``K``, at least 1; ``shots + query_shots`` at most 20.
-        query_shots: query examples per class ``Q``, at least 1.
-        meta_batch_size: episodes per outer step ``T``, over all processes.
-        train_episodes: episodes per epoch, a multiple of ``meta_batch_size``.
-        val_episodes: episodes per validation, always the same.
-        test_episodes: episodes per test, always the same.
-        seed: seed of the episodes, any integer; it does not move the splits.
-        num_workers: worker processes per data loader; 0 samples in the main process.
+            characters than ``ways`` are left out. Best with ``split: lake``, which keeps alphabets complete.
 
     Raises:
         SettingError: a setting is out of range.
@@ -286,37 +257,16 @@ class OmniglotDataModule(EpisodicDataModule):
         split: Literal["finn", "lake"] = "finn",
         rotations: bool = True,
         within_alphabet: bool = False,
-        pretraining: bool = False,
-        ways: int = 5,
-        shots: int = 1,
-        query_shots: int = 1,
-        meta_batch_size: int = 32,
-        train_episodes: int = 3200,
-        val_episodes: int = 600,
-        test_episodes: int = 1000,
-        seed: int = 0,
-        num_workers: int = 0,
+        **settings: Any,
     ):
-        super().__init__(
-            ways=ways,
-            shots=shots,
-            query_shots=query_shots,
-            meta_batch_size=meta_batch_size,
-            train_episodes=train_episodes,
-            val_episodes=val_episodes,
-            test_episodes=test_episodes,
-            seed=seed,
-            num_workers=num_workers,
-            rotations=rotations,
-            pretraining=pretraining,
-        )
+        super().__init__(rotations=rotations, **settings)
         if split not in ("finn", "lake"):
             raise SettingError(f"data.split must be finn or lake (got {split}).")
         self.root, self.download, self.split, self.within_alphabet = root, download, split, within_alphabet
         self._images: Pixels | None = None
 
     def prepare_data(self) -> None:
-        """Fetch and pack the images, if that is still to be done."""
+        """Fetch and pack the images, unless that is done already."""
         self._images = load_characters(self.root, self.download)
         super().prepare_data()
 
@@ -327,7 +277,7 @@ class OmniglotDataModule(EpisodicDataModule):
         return torch.from_numpy(self._images[split_characters(self.split)[split]])
 
     def groups_of(self, split: Split) -> list[int] | None:
-        """The alphabet of each character of a split, as a number, where episodes keep to one."""
+        """The alphabet of each character of a split, as a number, if an episode's classes are of one alphabet."""
         if not self.within_alphabet:
             return None
         _, alphabets = np.unique(alphabet_names(), return_inverse=True)

@@ -1,8 +1,8 @@
-"""Packs: what was read from many files, kept in one, and used again only while it is known to be theirs.
+"""Packs: the content of many files in one, used again only while the files are unchanged.
 
-A pack keeps of each file its size, its times, its inode and a digest of its bytes. At a start the files are asked for
-the former, which costs microseconds; only those that differ are read again and their digests compared. A rewrite that
-restores size and modification time still changes ``ctime``, so other pixels are never taken for those packed.
+A pack records each source file's size, times, inode and a digest of its bytes. A start compares the former, which
+takes microseconds; only files in which one differs are read again and their digests compared. A rewrite that
+restores size and modification time still changes ``ctime``, so a pack never passes for changed files.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ import psutil
 from maml_lightning.errors import SettingError
 from maml_lightning.files import shown, write_whole
 
-VERSION = 1  # of what a pack holds; another one is packed again
-GRAIN = 2_000_000_000  # ns; a file written so shortly before may be written again without a change of its times
-ABANDONED = 3600  # seconds; a writer writes all the time
+VERSION = 1  # of the format; a pack of another version is made again
+GRAIN = 2_000_000_000  # ns; a file written less than this ago may be rewritten without a change of its times
+ABANDONED = 3600  # seconds without a write
 DIGEST = 16  # bytes
 
 NODE = platform.node().replace("/", "")
@@ -33,21 +33,21 @@ State = tuple[int, int, int, int]
 
 
 def new_digest() -> hashlib.blake2b:
-    """A hash of ``DIGEST`` bytes, to be fed."""
+    """An empty hash of ``DIGEST`` bytes."""
     return hashlib.blake2b(digest_size=DIGEST)
 
 
 def state(file: os.stat_result) -> State:
-    """What changes when a file does: size, modification time, change time and inode."""
+    """What changes with a file: size, modification time, change time and inode."""
     return file.st_size, file.st_mtime_ns, file.st_ctime_ns, file.st_ino
 
 
 class Sources(NamedTuple):
-    """The files that a pack was made of.
+    """The files that a pack was made from.
 
     Args:
-        names: of the files, as paths in their folder.
-        states: ``[files, 4]``, the `state` of each; a change time 0 is never met again, and asks for the digest.
+        names: the files' paths relative to their folder.
+        states: ``[files, 4]``, the `state` of each; a change time of 0 matches none, so that the digest decides.
         digests: ``[files, DIGEST]`` uint8.
     """
 
@@ -56,32 +56,32 @@ class Sources(NamedTuple):
     digests: npt.NDArray[np.uint8]
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """As arrays, for `numpy.savez`."""
+        """Convert to arrays for `numpy.savez`."""
         names = np.frombuffer("\0".join(self.names).encode(errors="surrogateescape"), np.uint8)
         return {"names": names, "states": self.states, "digests": self.digests}
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> "Sources":
-        """Those of `arrays`.
+        """Convert back from `arrays`.
 
         Raises:
-            ValueError, KeyError: they are no such arrays.
+            ValueError, KeyError: these are not such arrays.
         """
         names = arrays["names"].tobytes().decode(errors="surrogateescape").split("\0")
         states, digests = arrays["states"], arrays["digests"]
         for array, dtype, width in ((states, np.int64, 4), (digests, np.uint8, DIGEST)):
             if array.dtype != dtype or array.shape != (len(names), width):
-                raise ValueError("no sources of a pack")
+                raise ValueError("these are not the sources of a pack")
         return cls(names, states, digests)
 
 
 def read_sources(folder: Path, names: Sequence[str], use: Callable[[str, bytes], object]) -> Sources:
-    """Read files one after another, and keep what they were.
+    """Read files one after another, and record their states and digests.
 
     Args:
-        folder: where the files lie.
-        names: their paths in it.
-        use: takes each file's path and its bytes.
+        folder: holds the files.
+        names: their paths relative to it.
+        use: receives each file's path and its bytes.
 
     Raises:
         SettingError: a file cannot be read.
@@ -121,22 +121,22 @@ def _state(file: str) -> State:
 
 
 def compare(packed: Sources, folder: Path, names: Sequence[str]) -> tuple[str | None, Sources]:
-    """Whether files are still those that were packed.
+    """Whether files are unchanged since they were packed.
 
     Args:
-        packed: what they were.
-        folder: where the files lie.
-        names: their paths in it.
+        packed: the pack's sources.
+        folder: holds the files.
+        names: their paths relative to it.
 
     Returns:
-        what has changed, None where nothing has; and the sources with what is known of them now.
+        what has changed, None if nothing has; and the sources with their current states.
 
     Raises:
         SettingError: a file cannot be read.
     """
     if list(packed.names) != list(names):
         new, gone = sorted(set(names) - set(packed.names)), sorted(set(packed.names) - set(names))
-        return (f"{new[0]} is new" if new else f"{gone[0]} is gone" if gone else "their order is another"), packed
+        return (f"{new[0]} is new" if new else f"{gone[0]} is gone" if gone else "their order differs"), packed
     start = os.path.join(folder, "")
     states = np.array([_state(start + name) for name in names], np.int64)
     differ = np.flatnonzero((states != packed.states).any(1))
@@ -151,16 +151,16 @@ def compare(packed: Sources, folder: Path, names: Sequence[str]) -> tuple[str | 
 
 
 def load_arrays(path: Path) -> dict[str, npt.NDArray[Any]] | None:
-    """The arrays of an ``.npz``, their checksums verified; None where it is not there or damaged."""
+    """The arrays of an ``.npz``, their checksums verified; None if it is missing or damaged."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
-    except Exception:  # zipfile and NumPy raise whatever a damaged file makes them trip over
+    except Exception:  # zipfile and NumPy raise anything on a damaged file
         return None
 
 
 def save_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Write an ``.npz``, whole or not at all.
+    """Write an ``.npz``, completely or not at all.
 
     Raises:
         OSError: it could not be written.
@@ -169,22 +169,22 @@ def save_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
 
 
 def temporary(path: Path) -> str:
-    """A name beside ``path`` for it to grow under, which says by which process."""
+    """A name for ``path`` while this process writes it, in the same folder."""
     return f".{path.name}.{NODE}.{os.getpid()}.{uuid.uuid4().hex}"
 
 
 def sweep(path: Path) -> None:
-    """Remove what killed writers of ``path`` left: their process is gone, or wrote nothing for an hour."""
+    """Remove temporary files that killed writers of ``path`` left: their process has ended, or an hour passed."""
     prefix = f".{path.name}."
     for file in path.parent.glob("*") if path.parent.is_dir() else ():
         if file.name.startswith(prefix):
             writer = file.name.removeprefix(prefix).rsplit(".", 2)
-            here = len(writer) == 3 and writer[0] == NODE and writer[1].isdecimal()
-            with contextlib.suppress(OSError):  # another has removed it, or the folder cannot be written
-                if (here and not psutil.pid_exists(int(writer[1]))) or abandoned(file):
+            local = len(writer) == 3 and writer[0] == NODE and writer[1].isdecimal()
+            with contextlib.suppress(OSError):  # another process removed it, or the folder is read-only
+                if (local and not psutil.pid_exists(int(writer[1]))) or abandoned(file):
                     file.unlink()
 
 
 def abandoned(file: Path) -> bool:
-    """Whether nothing was written for an hour."""
+    """Whether nothing was written to the file for an hour."""
     return file.stat().st_mtime < time.time() - ABANDONED

@@ -1,6 +1,6 @@
 """Sinusoids: the regression tasks of the MAML paper (Finn, Abbeel and Levine 2017, section 5.1).
 
-A task is ``y = A sin(x + phase)`` with its own amplitude ``A`` and phase, known by a few points ``(x, y)``.
+A task is ``y = A sin(x + phase)`` with its own amplitude ``A`` and phase; its examples are points ``(x, y)``.
 """
 
 import math
@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maml_lightning.data.episodic import Split, TaskDataModule, TaskDataset, random_bits
+from maml_lightning.data.datasets import Split, TaskDataset
+from maml_lightning.data.modules import TaskDataModule
+from maml_lightning.data.random_numbers import random_bits, uniform
 from maml_lightning.episodes import Episode
 
 AMPLITUDES, PHASES, INPUTS = (0.1, 5.0), (0.0, math.pi), (-5.0, 5.0)
@@ -20,19 +22,18 @@ class SinusoidDataset(TaskDataset):
     """Sinusoids of one split: amplitude, phase and every ``x`` uniform in the paper's ranges.
 
     Args:
-        split: name of the split, a part of what an episode depends on.
+        split: name of the split; its episodes depend on it.
         episodes: the length reported to a ``DataLoader``; any index from 0 is an episode.
         shots: support points ``K``, at least 1.
         query_shots: query points ``Q``, at least 1.
-        seed: the data seed.
+        seed: seed of the episodes.
     """
 
     def __getitems__(self, indices: Sequence[int]) -> Episode:
         """The episodes with these indices as one batch: ``[T, K, 1]`` and ``[T, Q, 1]``, float32."""
         bits = random_bits(self.seed, self.split, indices, 2 + self.shots + self.query_shots)
-        uniform = (bits >> np.uint64(11)) * 2.0**-53  # the 53 bits that a double holds, in [0, 1)
         lowest, highest = np.array([AMPLITUDES, PHASES] + [INPUTS] * (self.shots + self.query_shots)).T
-        amplitude, phase, x = np.split(lowest + (highest - lowest) * uniform, [1, 2], axis=1)
+        amplitude, phase, x = np.split(lowest + (highest - lowest) * uniform(bits), [1, 2], axis=1)
         y = amplitude * np.sin(x + phase)
         tensors: list[Tensor] = []
         for part in (slice(self.shots), slice(self.shots, None)):
@@ -46,12 +47,6 @@ class SinusoidsDataModule(TaskDataModule):
     Args:
         shots: support points ``K``, at least 1.
         query_shots: query points ``Q``, at least 1.
-        meta_batch_size: episodes per outer step ``T``, over all processes.
-        train_episodes: episodes per epoch, a multiple of ``meta_batch_size``.
-        val_episodes: episodes per validation, always the same.
-        test_episodes: episodes per test, always the same.
-        seed: seed of the episodes, any integer.
-        num_workers: worker processes per data loader; 0 samples in the main process.
 
     Raises:
         SettingError: a setting is out of range.
@@ -65,20 +60,16 @@ class SinusoidsDataModule(TaskDataModule):
         query_shots: int = 10,
         meta_batch_size: int = 25,
         train_episodes: int = 25000,
-        val_episodes: int = 600,
         test_episodes: int = 600,
-        seed: int = 0,
-        num_workers: int = 0,
+        **settings: int,
     ):
         super().__init__(
             shots=shots,
             query_shots=query_shots,
             meta_batch_size=meta_batch_size,
             train_episodes=train_episodes,
-            val_episodes=val_episodes,
             test_episodes=test_episodes,
-            seed=seed,
-            num_workers=num_workers,
+            **settings,
         )
 
     def make_dataset(self, split: Split) -> SinusoidDataset:

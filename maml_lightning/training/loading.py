@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 
-from maml_lightning.episodes import Inputs
+from maml_lightning.episodes import InputSpec
 from maml_lightning.errors import SettingError
 from maml_lightning.training.checkpoints import read_checkpoint, settings_of
 from maml_lightning.training.trust import build, check_settings
@@ -47,8 +47,8 @@ def load_module(
     return module if map_location is None else module.to(map_location)
 
 
-def measured(checkpoint: dict[str, Any]) -> tuple[dict[Any, int], Inputs | None]:
+def measured(checkpoint: dict[str, Any]) -> tuple[dict[Any, int], InputSpec | None]:
     """The chunk sizes that a checkpoint's run measured, and the pictures that it was trained on."""
     chosen, inputs = checkpoint.get("tasks_per_chunk"), checkpoint.get("inputs")
-    known = isinstance(inputs, dict) and set(inputs) == set(Inputs._fields)
-    return dict(chosen) if isinstance(chosen, dict) else {}, Inputs(**inputs) if known else None  # type: ignore[arg-type]
+    known = isinstance(inputs, dict) and set(inputs) == set(InputSpec._fields)
+    return dict(chosen) if isinstance(chosen, dict) else {}, InputSpec(**inputs) if known else None  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from maml_lightning.algorithms.optimizers import inner_optimizer as optimizer_of
 from maml_lightning.algorithms.registry import find_algorithm
 from maml_lightning.algorithms.unrolled import multi_step_weights
 from maml_lightning.engine.chunks import MetaGradient
-from maml_lightning.episodes import Episode, Inputs
+from maml_lightning.episodes import Episode, InputSpec
 from maml_lightning.processes import every_process, rows_of_every_process
 from maml_lightning.training import checks, chunks, loading, non_finite, resume, scores
 from maml_lightning.training.normalization import use_batch_statistics
@@ -123,7 +123,7 @@ class MAML(LightningModule):
         proximal = proximal if find_algorithm(algorithm).proximal else 0.0
         self._loop = InnerLoop(net, loss, tasks_per_chunk, flat_memory, compile, optimizer, proximal)
         self._checked = False  # whether the network was found to fit the data
-        self.inputs: Inputs | None = None  # the pictures that it was trained on
+        self.inputs: InputSpec | None = None  # the pictures that it was trained on
         self._rows: list[Tensor] = []  # of each batch's episodes, see training/scores.py
         self.test_scores: Tensor | None = None  # of the last test
         self.skipped_episodes = self._skipped = 0  # of the last validation or test; meta-steps
@@ -298,7 +298,7 @@ class MAML(LightningModule):
             self._checked = True
         if self.inputs is None and self.training and episode.support_targets.dtype == torch.int64:
             ways = getattr(getattr(self._trainer, "datamodule", None), "ways", int(episode.query_targets.max()) + 1)
-            self.inputs = Inputs.of(episode.query_inputs, ways)
+            self.inputs = InputSpec.of(episode.query_inputs, ways)
         return episode
 
     @classmethod

@@ -150,7 +150,7 @@ def test_training_never_reads_test_classes(monkeypatch):
 BAD_SETTINGS = [
     ({"data.ways": 30}, r"data.ways is 30, but the train split has 8 classes; lower"),
     ({"data.ways": 1}, r"data.ways must be at least 2 \(got 1\)"),
-    ({"data.shots": 15, "data.query_shots": 15}, r"data.shots \+ data.query_shots is 15 \+ 15.* 20\s+drawings; lower"),
+    ({"data.shots": 15, "data.query_shots": 15}, r"data.shots \+ data.query_shots is 15 \+ 15.* 20\s+examples; lower"),
     ({"data.shots": 0}, r"data.shots must be at least 1 \(got 0\)"),
     ({"data.query_shots": -1}, r"data.query_shots must be at least 1 \(got -1\)"),
     ({"data.meta_batch_size": 0}, r"data.meta_batch_size must be at least 1 \(got 0\)"),

@@ -68,7 +68,7 @@ def test_a_truncated_picture_is_named(folder, omniglot_root):
     ended = run(*omniglot(folder / "data"))
     last = ended.stderr.splitlines()[-1]
     assert ended.returncode == 1
-    assert last.startswith(f"error: {broken} is not a whole Omniglot image")
+    assert last.startswith(f"error: {broken} cannot be read (it is not a complete image)")
     assert "Traceback" not in ended.stderr
     assert not (folder / "lightning_logs").exists()
 

@@ -6,8 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maml_lightning.data import GlyphsDataModule
-from maml_lightning.data.episodic import EpisodeDataset
+from maml_lightning.data import EpisodeDataset, GlyphsDataModule
 from maml_lightning.data.glyphs import _lanczos, glyphs
 
 

@@ -23,13 +23,13 @@ SMALL = {"size": 12, "ways": 2, "query_shots": 1, "meta_batch_size": 2, "train_e
 
 
 def make(folder: Path, classes: int, start: int = 0) -> None:
-    """Classes of 2, 3, 4, 2 … grey pictures of different sizes; the grey tells class and picture."""
+    """Classes of 2, 3, 4, 2 … gray images of different sizes; the gray value gives class and image."""
     for index in range(start, start + classes):
         (folder / f"class {index:02d}").mkdir(parents=True)
-        for picture in range(2 + index % 3):
-            shade = 10 * index + picture
-            Image.new("RGB", (20 + index, 15 + picture), (shade, shade, shade)).save(
-                folder / f"class {index:02d}" / f"{picture}.png"
+        for number in range(2 + index % 3):
+            shade = 10 * index + number
+            Image.new("RGB", (20 + index, 15 + number), (shade, shade, shade)).save(
+                folder / f"class {index:02d}" / f"{number}.png"
             )
 
 
@@ -53,12 +53,12 @@ def test_episodes_are_of_the_splits_folders(tree: Path):
         found = torch.cat([shades(batch.support_inputs), shades(batch.query_inputs)], 1)
         assert set((found // 10).flatten().tolist()) == set(range(4 * number, 4 * number + 4))
         assert torch.equal(found[:, :2] // 10, found[:, 2:] // 10)  # query classes are the support's
-        assert (found[:, :2] != found[:, 2:]).all()  # in other pictures
-        assert set((found % 10).flatten().tolist()) == {0, 1, 2, 3}  # all pictures of the classes that have more
+        assert (found[:, :2] != found[:, 2:]).all()  # in other images
+        assert set((found % 10).flatten().tolist()) == {0, 1, 2, 3}  # all images of the classes that have more
 
 
 def loaded(root: Path, split: str = "train", **settings: object) -> torch.Tensor:
-    """The pictures of a split as a start finds them."""
+    """The images of a split as a start finds them."""
     return ImagesDataModule(str(root), **{**SMALL, **settings}).load_split(split)[0].clone()  # type: ignore[arg-type]
 
 
@@ -68,8 +68,8 @@ def packs(root: Path) -> dict[str, int]:
 
 
 def only_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on no picture may be read."""
-    monkeypatch.setattr(images, "read_picture", None)
+    """From now on no image may be read."""
+    monkeypatch.setattr(images, "read_image", None)
 
 
 def test_packed_once_and_again_when_a_file_changes(
@@ -91,9 +91,9 @@ def test_packed_once_and_again_when_a_file_changes(
     later = ImagesDataModule(str(tree), **SMALL)  # type: ignore[arg-type]
     later.setup("fit")
     assert later.datasets["train"].counts.tolist() == [3, 3, 4, 2]  # type: ignore[attr-defined]
-    (told,) = set(caplog.messages)
-    assert told.startswith("Packing 12 pictures into")
-    assert told.endswith("(again, for class 00/new.png is new)")
+    (message,) = set(caplog.messages)
+    assert message.startswith("Packing 12 images into")
+    assert message.endswith("(again: class 00/new.png is new)")
     after = packs(tree)
     assert sorted(after) == sorted(before)  # the superseded one is gone
     assert after["val_3x12.npy"] == before["val_3x12.npy"]
@@ -118,8 +118,8 @@ def test_other_pixels_of_the_same_size_and_time_are_packed_again(tree: Path, cap
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
         assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
         assert (loaded(tree)[4] == shade).all()
-    assert "Packing 12 pictures" in caplog.text
-    assert "(again, for class 01/2.bmp has changed)" in caplog.text
+    assert "Packing 12 images" in caplog.text
+    assert "(again: class 01/2.bmp has changed)" in caplog.text
 
 
 def test_the_same_bytes_at_another_time_are_not_packed_again(tree: Path, monkeypatch: pytest.MonkeyPatch):
@@ -191,7 +191,7 @@ PACKING = """
 import os, signal, sys
 from maml_lightning.data import images
 from maml_lightning.data import packs as data_packs
-read, count = images.read_picture, 0
+read, count = images.read_image, 0
 def last(*given):
     global count
     count += 1
@@ -201,7 +201,7 @@ def last(*given):
         print("packing", flush=True)
         sys.stdin.readline()
     return read(*given)
-images.read_picture = last
+images.read_image = last
 images.ImagesDataModule(sys.argv[1], size=12).load_split("train")
 """
 
@@ -243,7 +243,7 @@ def test_a_pack_without_room_for_its_description_is_not_kept(tree: Path, monkeyp
     assert torch.equal(loaded(tree), pictures)
 
 
-def test_pictures_are_mapped_not_read(tree: Path):
+def test_images_are_mapped_not_read(tree: Path):
     data = ImagesDataModule(str(tree), **SMALL)  # type: ignore[arg-type]
     data.setup("test")
     mapped = Path("/proc/self/maps")
@@ -282,7 +282,7 @@ def test_bad_trees_are_named(tmp_path: Path):
     with pytest.raises(SettingError, match=rf"{tmp_path / 'nothing'} is not a folder"):
         ImagesDataModule(str(tmp_path / "nothing")).setup("fit")
     (tmp_path / "none").mkdir()
-    with pytest.raises(SettingError, match=rf"data.root {tmp_path / 'none'} has no folders of pictures for train"):
+    with pytest.raises(SettingError, match=rf"data.root {tmp_path / 'none'} has no folders of images for train"):
         ImagesDataModule(str(tmp_path / "none")).setup("fit")
     with pytest.raises(SettingError, match=r"data.size must be at least 1 \(got 0\)"):
         ImagesDataModule(str(tmp_path), size=0)

@@ -69,7 +69,7 @@ def test_a_tree_with_other_contents_is_packed_again(small_root: Path, caplog: py
     assert not np.array_equal(after[0], before[0])
     assert np.array_equal(after[0], before[1])
     assert np.array_equal(after[1:], before[1:])
-    assert "again, for images_background/Greek/character01/0000_01.png has changed" in caplog.text
+    assert "again: images_background/Greek/character01/0000_01.png has changed" in caplog.text
     (other / "0001_01.png").rename(other / "0001_00.png")
     assert np.array_equal(load_characters(small_root), after)
     assert "character02/0001_00.png is new" in caplog.text
@@ -200,13 +200,13 @@ def test_a_truncated_image_is_named(small_root: Path):
     file = small_root / "omniglot-py/images_background/Greek/character01/0000_03.png"
     for content in (file.read_bytes()[:-40], file.read_bytes()[:20], b""):
         file.write_bytes(content)
-        assert f"{file} is not a whole Omniglot image" in refusal(small_root)
+        assert f"{file} cannot be read (it is not a complete image); unzip the Omniglot archive" in refusal(small_root)
 
 
 def test_an_image_of_another_size_is_named(small_root: Path):
     file = small_root / "omniglot-py/images_background/Greek/character01/0000_03.png"
     Image.new("1", (28, 28)).save(file)
-    assert f"{file} is not a whole Omniglot image (its size is (28, 28)" in refusal(small_root)
+    assert f"{file} is (28, 28) pixels large, not (105, 105); unzip the Omniglot archive" in refusal(small_root)
 
 
 def test_a_failed_download_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

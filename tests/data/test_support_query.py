@@ -13,15 +13,15 @@ import torch
 from PIL import Image, ImageDraw
 
 from cli import main
-from maml_lightning import Inputs, OmniglotDataModule, SettingError, SupportQueryDataModule, load, support_set
+from maml_lightning import InputSpec, OmniglotDataModule, SettingError, SupportQueryDataModule, load, support_set
+from maml_lightning.data.image_files import class_folders
 from maml_lightning.data.omniglot import character_files, split_characters
-from maml_lightning.data.pictures import class_folders
-from maml_lightning.data.support_query import read_pictures
+from maml_lightning.data.support_query import read_images
 from tests.runs import process, run, words
 
 pytestmark = pytest.mark.usefixtures("folder")
 
-OMNIGLOT = Inputs(ways=5, channels=1, side=28, background=0.0)
+OMNIGLOT = InputSpec(ways=5, channels=1, side=28, background=0.0)
 
 
 def predict(support: Path, query: Path, output: object = "out.csv", checkpoint: object = "omniglot_5way_1shot") -> list:
@@ -101,7 +101,7 @@ LOOKS = {
 
 
 @pytest.mark.parametrize("look", LOOKS)
-def test_drawn_symbols_are_told_apart_whatever_their_look(tmp_path: Path, look: str):
+def test_drawn_symbols_are_classified_whatever_their_look(tmp_path: Path, look: str):
     draw_folder(tmp_path / "support", plain, 1, each=2)
     draw_folder(tmp_path / "query", LOOKS[look], 2, each=2)
     rows = predict(tmp_path / "support", tmp_path / "query")[1:]
@@ -126,11 +126,11 @@ def test_the_table_and_the_sheet(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     with Image.open(tmp_path / "new" / "out.png") as sheet:
         assert sheet.width > 600
         assert len({tuple(pixel) for pixel in np.asarray(sheet).reshape(-1, 3)}) > 10
-    assert "7 support and 4 query pictures, each brought to 1 x 28 x 28; 8 inverted" in caplog.text
-    assert "of 3 pictures in folders of classes" in caplog.text
+    assert "7 support and 4 query images, resized to 1 x 28 x 28; 8 inverted" in caplog.text
+    assert "of 3 images in folders named as classes" in caplog.text
 
 
-def test_queries_of_one_class_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_queries_of_one_class_are_classified(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     draw_folder(tmp_path / "support", plain, 1, each=2)
     maml = load("omniglot_5way_1shot")
     inputs, targets, _ = support_set(tmp_path / "support", maml.inputs)
@@ -142,12 +142,14 @@ def test_queries_of_one_class_are_told(tmp_path: Path, caplog: pytest.LogCapture
             plain(kind, 70 + number).save(query / f"{number}.png")
         rows = predict(tmp_path / "support", query, f"{name}.csv")[1:]
         assert [predicted for _, predicted, *_ in rows] == [name] * (kind + 1)
-        seen = read_pictures(sorted(query.iterdir()), maml.inputs).inputs
+        seen = read_images(sorted(query.iterdir()), maml.inputs).inputs
         with torch.no_grad():
             expected = classifier(torch.cat([inputs, seen]))[len(inputs) :].softmax(-1)
         found = torch.tensor([[float(value) for value in row[2:]] for row in rows])
         assert torch.allclose(found, expected, atol=2e-6)
-    together = {text for text in caplog.messages if "queries are seen together with the support pictures" in text}
+    together = {
+        text for text in caplog.messages if "queries are evaluated in one batch with the support images" in text
+    }
     assert len(together) == 5  # each run tells its own number of queries
     alone = SupportQueryDataModule(str(tmp_path / "support"), str(tmp_path / "only cross"), beside_support=False)
     alone.trainer = SimpleNamespace(lightning_module=maml)  # type: ignore[assignment]
@@ -156,7 +158,7 @@ def test_queries_of_one_class_are_told(tmp_path: Path, caplog: pytest.LogCapture
     assert episode.query_inputs.shape == (1, 1, 1, 28, 28)
 
 
-def test_real_characters_as_folders_are_judged_as_in_a_test(
+def test_real_characters_as_folders_are_evaluated_as_in_a_test(
     tmp_path: Path, omniglot_root: Path, caplog: pytest.LogCaptureFixture
 ):
     flags = {
@@ -198,7 +200,7 @@ def spoil(root: Path, how: str) -> None:
     if how == "empty class":
         (support / "empty").mkdir()
     elif how == "text":
-        (query / "cross" / "note.png").write_text("no picture")
+        (query / "cross" / "note.png").write_text("no image")
     elif how == "cut":
         whole = (support / "ring" / "0.png").read_bytes()
         (support / "ring" / "0.png").write_bytes(whole[:100])
@@ -213,7 +215,7 @@ def spoil(root: Path, how: str) -> None:
         draw_folder(root / "more", plain, 3)
         for kind in range(4):
             (root / "more" / SYMBOLS[kind]).rename(support / f"other {kind}")
-    elif how == "nothing to tell":
+    elif how == "no queries":
         for file in query.rglob("*.png"):
             file.unlink()
     elif how in ("there", "sheet there"):
@@ -221,16 +223,16 @@ def spoil(root: Path, how: str) -> None:
 
 
 BAD = {
-    "empty class": r"support/empty holds no pictures",
-    "text": r"query/cross/note.png cannot be read \(no whole picture\)",
-    "cut": r"support/ring/0.png cannot be read \(no whole picture\)",
-    "bomb": r"query/huge.png is too large a picture",
-    "one class": r"support holds 1 folder of pictures; give one for each of at least 2 classes",
-    "inside": r"query/support and data.query .*query must not lie in one another",
-    "too many": r"support holds 6 classes, but the checkpoint tells 5 apart; .* train one with --data.ways 6",
-    "nothing to tell": r"query holds no pictures",
-    "there": r"out.csv is there already; remove it or give another name",
-    "sheet there": r"out.png is there already; remove it or give another name",
+    "empty class": r"support/empty holds no images",
+    "text": r"query/cross/note.png cannot be read \(it is not a complete image\)",
+    "cut": r"support/ring/0.png cannot be read \(it is not a complete image\)",
+    "bomb": r"query/huge.png is too large an image",
+    "one class": r"support holds 1 folder of images; give one for each of at least 2 classes",
+    "inside": r"query/support and data.query .*query must not contain one another",
+    "too many": r"support holds 6 classes, but the checkpoint classifies among 5; .* train one with --data.ways 6",
+    "no queries": r"query holds no images",
+    "there": r"out.csv exists already; remove it or give another name",
+    "sheet there": r"out.png exists already; remove it or give another name",
 }
 
 
@@ -284,7 +286,7 @@ ODD = ["[", "=cmd()", "a|b$x$_", "-dash %s", "日本"]
 
 @pytest.fixture
 def odd(tmp_path: Path) -> Path:
-    """Classes and pictures with names that mean something to a spreadsheet, a terminal, rich or a font."""
+    """Classes and images with names that mean something to a spreadsheet, a terminal, rich or a font."""
     for number, name in enumerate(ODD):
         for part, file in (("support", "1.png"), ("query", "x].png")):
             (tmp_path / part / name).mkdir(parents=True)
@@ -374,7 +376,7 @@ def test_what_is_not_finite_is_not_predicted(ready: SupportQueryDataModule, capl
     logging.getLogger("lightning.pytorch").propagate = True  # to pytest
     ready.report(torch.tensor([[0.25, 0.75], [torch.nan, torch.nan]]))
     assert ready.output.read_text().splitlines()[1:] == ["cross/0.png,ring,0.250000,0.750000", "ring/0.png,,nan,nan"]
-    assert "1 pictures are not predicted" in caplog.text
+    assert "1 images are not predicted" in caplog.text
     assert "Accuracy: 0.0000 (0 of 2" in caplog.text
 
 
@@ -421,21 +423,21 @@ def test_python_gives_a_plain_network_that_exports(good: Path):
     assert torch.allclose(torch.load(good / "out.pt"), classifier(query), atol=1e-5)
 
 
-def test_pictures_of_the_training_set_are_left_as_they_are(tmp_path: Path):
+def test_images_of_the_training_set_are_unchanged(tmp_path: Path):
     pixels = np.random.RandomState(0).randint(0, 256, (28, 28)).astype(np.uint8)
     pixels[[0, -1]] = pixels[:, [0, -1]] = 0
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    reading = read_pictures([tmp_path / "a.png"], OMNIGLOT)
+    reading = read_images([tmp_path / "a.png"], OMNIGLOT)
     assert torch.equal(reading.inputs, torch.from_numpy(pixels)[None, None] / 255)
-    assert not any(reading.done.values())
-    photo = read_pictures([tmp_path / "a.png"], OMNIGLOT._replace(background=None, channels=3))
+    assert not any(reading.changes.values())
+    photo = read_images([tmp_path / "a.png"], OMNIGLOT._replace(background=None, channels=3))
     assert torch.equal(photo.inputs, reading.inputs.expand(1, 3, 28, 28))
 
 
-def test_inputs_know_drawings_from_photos():
+def test_an_input_spec_distinguishes_drawings_from_photos():
     drawings = torch.zeros(6, 1, 9, 9)
     drawings[:, :, 3:6, 3:6] = 1
-    assert Inputs.of(drawings, 5) == Inputs(5, 1, 9, 0.0)
-    assert Inputs.of(1 - drawings, 5) == Inputs(5, 1, 9, 1.0)
-    assert Inputs.of(torch.rand(2, 4, 3, 9, 9), 5) == Inputs(5, 3, 9, None)
-    assert Inputs.of(torch.rand(6, 7), 5) is None
+    assert InputSpec.of(drawings, 5) == InputSpec(5, 1, 9, 0.0)
+    assert InputSpec.of(1 - drawings, 5) == InputSpec(5, 1, 9, 1.0)
+    assert InputSpec.of(torch.rand(2, 4, 3, 9, 9), 5) == InputSpec(5, 3, 9, None)
+    assert InputSpec.of(torch.rand(6, 7), 5) is None

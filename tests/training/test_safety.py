@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cli import main
 from maml_lightning import MAML, NonFiniteError, SettingError
-from maml_lightning.data.episodic import EpisodeDataset
+from maml_lightning.data import EpisodeDataset
 from tests.reference import images
 from tests.runs import DATA, ROOT, TINY, words
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from maml_lightning import SettingError
-from maml_lightning.data.pictures import class_folders, pictures_in, read_picture
+from maml_lightning.data.image_files import class_folders, image_files, read_image
 
 
 def half(mode: str, size: tuple[int, int] = (40, 20)) -> Image.Image:
@@ -23,7 +23,7 @@ def test_every_mode_gives_the_same_pixels(tmp_path: Path, mode: str, channels: i
         Image.fromarray(np.asarray(half("L")).astype(np.uint16) * 257).save(file)
     else:
         half(mode).save(file)
-    pixels = read_picture(file, 10, channels, "crop")  # type: ignore[arg-type]
+    pixels = read_image(file, 10, channels, "crop")  # type: ignore[arg-type]
     assert pixels.shape == (channels, 10, 10)
     assert pixels[:, :, :3].max() <= 12  # Lanczos rings beside the edge
     assert pixels[:, :, -3:].min() >= 243
@@ -31,30 +31,30 @@ def test_every_mode_gives_the_same_pixels(tmp_path: Path, mode: str, channels: i
 
 def test_transparency_is_white(tmp_path: Path):
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "a.png")
-    assert (read_picture(tmp_path / "a.png", 4, 3, "crop") == 255).all()
-    picture = Image.new("P", (8, 8), 0)
-    picture.putpalette([0, 0, 0, 255, 0, 0])
-    picture.save(tmp_path / "b.png", transparency=0)
-    assert (read_picture(tmp_path / "b.png", 4, 3, "crop") == 255).all()
+    assert (read_image(tmp_path / "a.png", 4, 3, "crop") == 255).all()
+    image = Image.new("P", (8, 8), 0)
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    image.save(tmp_path / "b.png", transparency=0)
+    assert (read_image(tmp_path / "b.png", 4, 3, "crop") == 255).all()
 
 
-def test_what_is_not_square_is_cut_or_added_to(tmp_path: Path):
+def test_images_that_are_not_square_are_cropped_or_padded(tmp_path: Path):
     pixels = np.full((10, 30), 200, np.uint8)
     pixels[:, 10:20] = 0
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    assert (read_picture(tmp_path / "a.png", 10, 1, "crop") == 0).all()
-    padded = read_picture(tmp_path / "a.png", 30, 1, "pad")
+    assert (read_image(tmp_path / "a.png", 10, 1, "crop") == 0).all()
+    padded = read_image(tmp_path / "a.png", 30, 1, "pad")
     assert (padded[0, 10:20, 10:20] == 0).all()
-    assert (padded[0, :10] == 200).all()  # the border's colour
+    assert (padded[0, :10] == 200).all()  # the border's color
     assert (padded[0, 20:] == 200).all()
 
 
-def test_a_turned_photo_is_turned_back(tmp_path: Path):
-    picture = half("L", (20, 20))
+def test_a_rotated_photo_is_rotated_back(tmp_path: Path):
+    image = half("L", (20, 20))
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
-    picture.save(tmp_path / "a.jpg", exif=exif)
-    pixels = read_picture(tmp_path / "a.jpg", 20, 1, "crop")
+    image.save(tmp_path / "a.jpg", exif=exif)
+    pixels = read_image(tmp_path / "a.jpg", 20, 1, "crop")
     assert pixels[0, :, :5].min() > 200
     assert pixels[0, :, -5:].max() < 50
 
@@ -62,9 +62,9 @@ def test_a_turned_photo_is_turned_back(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("text", "no whole picture"),
-        ("cut", "no whole picture"),
-        ("empty", "no whole picture"),
+        ("text", "it is not a complete image"),
+        ("cut", "it is not a complete image"),
+        ("empty", "it is not a complete image"),
         ("bomb", "is too large"),
     ],
 )
@@ -75,9 +75,9 @@ def test_bad_files_are_named(tmp_path: Path, content: str, reason: str):
     else:
         half("RGB", (200, 200)).save(file)
         whole = file.read_bytes()
-        file.write_bytes({"text": b"no picture", "cut": whole[: len(whole) // 2], "empty": b""}[content])
+        file.write_bytes({"text": b"no image", "cut": whole[: len(whole) // 2], "empty": b""}[content])
     with pytest.raises(SettingError, match=rf"{file} .*{reason}"):
-        read_picture(file, 10, 1, "crop")
+        read_image(file, 10, 1, "crop")
 
 
 def test_folders(tmp_path: Path):
@@ -91,54 +91,54 @@ def test_folders(tmp_path: Path):
         "a": ["1.jpg", "2.PNG"],
         "b": ["1.jpg", "2.PNG"],
     }
-    assert [str(file.relative_to(tmp_path)) for file in pictures_in(tmp_path, nested=True)] == [
+    assert [str(file.relative_to(tmp_path)) for file in image_files(tmp_path, nested=True)] == [
         "a/1.jpg",
         "a/2.PNG",
         "b/1.jpg",
         "b/2.PNG",
     ]
-    assert pictures_in(tmp_path) == []
+    assert image_files(tmp_path) == []
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SettingError, match=rf"{tmp_path / 'empty'} holds no pictures"):
+    with pytest.raises(SettingError, match=rf"{tmp_path / 'empty'} holds no images"):
         class_folders(tmp_path)
     with pytest.raises(SettingError, match=rf"{tmp_path / 'missing'} is not a folder"):
         class_folders(tmp_path / "missing")
 
 
-def test_an_animation_is_its_first_picture(tmp_path: Path):
+def test_of_an_animation_the_first_frame_is_read(tmp_path: Path):
     half("L").save(tmp_path / "a.gif", save_all=True, append_images=[Image.new("L", (40, 20), 255)])
     half("L").save(tmp_path / "b.gif")
-    first, alone = (read_picture(tmp_path / f"{name}.gif", 10, 1, "crop") for name in "ab")
+    first, alone = (read_image(tmp_path / f"{name}.gif", 10, 1, "crop") for name in "ab")
     assert np.array_equal(first, alone)
     assert first[0, :, 0].max() < 20
 
 
-def test_floats_that_are_no_grey_become_black(tmp_path: Path):
+def test_values_that_are_not_finite_become_black(tmp_path: Path):
     values = np.array([[-1.0, np.nan], [0.5, 1.0]], np.float32)
     Image.fromarray(values).save(tmp_path / "a.tif")
-    assert read_picture(tmp_path / "a.tif", 2, 1, "pad").tolist() == [[[0, 0], [127, 255]]]
+    assert read_image(tmp_path / "a.tif", 2, 1, "pad").tolist() == [[[0, 0], [127, 255]]]
 
 
 def test_a_strip_that_would_not_fit_into_memory_as_a_square_is_named(tmp_path: Path):
     Image.new("L", (60_000, 1)).save(tmp_path / "a.png")
-    assert read_picture(tmp_path / "a.png", 4, 1, "crop").shape == (1, 4, 4)
-    with pytest.raises(SettingError, match=r"a.png is too large a picture \(60000 x 1 pixels, 60000 x 60000 when"):
-        read_picture(tmp_path / "a.png", 4, 1, "pad")
+    assert read_image(tmp_path / "a.png", 4, 1, "crop").shape == (1, 4, 4)
+    with pytest.raises(SettingError, match=r"a.png is too large an image \(60000 x 1 pixels, 60000 x 60000 when"):
+        read_image(tmp_path / "a.png", 4, 1, "pad")
 
 
 def test_links(tmp_path: Path):
-    folder, elsewhere = tmp_path / "pictures", tmp_path / "elsewhere"
+    folder, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
     for place in (folder / "a", elsewhere):
         place.mkdir(parents=True)
         half("L").save(place / "1.png")
     (folder / "a" / "up").symlink_to(folder)  # a loop
     (folder / "linked").symlink_to(elsewhere)
     (folder / "notes.txt").symlink_to("nowhere")
-    assert [str(file.relative_to(folder)) for file in pictures_in(folder, nested=True)] == ["a/1.png", "linked/1.png"]
+    assert [str(file.relative_to(folder)) for file in image_files(folder, nested=True)] == ["a/1.png", "linked/1.png"]
     for name, target, why in (("b.png", "nowhere", "No such file"), ("c.png", "c.png", "Too many levels")):
         (folder / "a" / name).symlink_to(target)
         with pytest.raises(SettingError, match=rf"a/{name} cannot be read \({why}.*\); give a folder that can"):
-            pictures_in(folder, nested=True)
+            image_files(folder, nested=True)
         (folder / "a" / name).unlink()
     (elsewhere / "class").symlink_to("nowhere")
     with pytest.raises(SettingError, match=r"elsewhere/class cannot be read \(No such file"):
@@ -148,6 +148,8 @@ def test_links(tmp_path: Path):
 def test_a_message_about_an_odd_name_is_one_line(tmp_path: Path):
     file = tmp_path / "two\nlines\x1b[2J.png"
     file.write_bytes(b"")
-    with pytest.raises(SettingError, match=r"two\\nlines\\x1b\[2J.png cannot be read \(no whole picture\)") as error:
-        read_picture(file, 4, 1, "crop")
+    with pytest.raises(
+        SettingError, match=r"two\\nlines\\x1b\[2J.png cannot be read \(it is not a complete image\)"
+    ) as error:
+        read_image(file, 4, 1, "crop")
     assert str(error.value).isprintable()

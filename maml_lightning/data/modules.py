@@ -1,0 +1,193 @@
+"""What data modules of episodes share: their settings, described once, and their data loaders."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from maml_lightning.data.checks import at_least, whole_meta_batches, whole_shares
+from maml_lightning.data.datasets import EpisodeDataset, Split, TaskDataset
+from maml_lightning.data.inherited_settings import full_docstring, full_signature
+from maml_lightning.data.loading import EpisodeLoader, EpisodeSampler
+from maml_lightning.episodes import Episode
+
+
+class TaskDataModule(LightningDataModule, ABC):
+    """Data loaders of episodes; a kind of task adds `make_dataset`.
+
+    A subclass's ``__init__`` takes its own settings and ``**settings``, which it passes on. To give a shared setting
+    another default, it names that one too. Help, signature and docstring then show them all.
+
+    Args:
+        shots: support examples per class ``K``, at least 1.
+        query_shots: query examples per class ``Q``, at least 1.
+        meta_batch_size: episodes per outer step ``T``, over all processes.
+        train_episodes: episodes per epoch, a multiple of ``meta_batch_size``.
+        val_episodes: episodes per validation, always the same.
+        test_episodes: episodes per test, always the same.
+        seed: seed of the episodes, any integer; classes and splits do not depend on it.
+        num_workers: worker processes per data loader; 0 samples in the main process.
+
+    Attributes:
+        score: what is logged of these tasks, ``accuracy`` or ``mse``; the best checkpoint is the best by it.
+
+    Raises:
+        SettingError: a setting is out of range.
+    """
+
+    score: Literal["accuracy", "mse"] = "accuracy"
+
+    def __init__(
+        self,
+        *,
+        shots: int = 1,
+        query_shots: int = 1,
+        meta_batch_size: int = 32,
+        train_episodes: int = 3200,
+        val_episodes: int = 600,
+        test_episodes: int = 1000,
+        seed: int = 0,
+        num_workers: int = 0,
+    ):
+        super().__init__()
+        at_least("shots", shots, 1)
+        at_least("query_shots", query_shots, 1)
+        at_least("meta_batch_size", meta_batch_size, 1)
+        at_least("train_episodes", train_episodes, 1)
+        at_least("val_episodes", val_episodes, 1)
+        at_least("test_episodes", test_episodes, 1)
+        at_least("num_workers", num_workers, 0)
+        whole_meta_batches(train_episodes, meta_batch_size)
+        self.shots, self.query_shots = shots, query_shots
+        self.meta_batch_size, self.seed, self.num_workers = meta_batch_size, seed, num_workers
+        self.episodes: dict[Split, int] = {"train": train_episodes, "val": val_episodes, "test": test_episodes}
+        self.datasets: dict[Split, TaskDataset] = {}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.__signature__ = full_signature(cls)  # type: ignore[attr-defined]
+        cls.__doc__ = full_docstring(cls)
+
+    @abstractmethod
+    def make_dataset(self, split: Split) -> TaskDataset:
+        """The episodes of a split."""
+
+    def prepare_data(self) -> None:
+        """Make the datasets before Lightning writes anything, so that a setting out of range leaves no files."""
+        if self.trainer is not None and self.trainer.state.fn is not None:
+            self.setup(self.trainer.state.fn)
+            for split, dataset in self.datasets.items():
+                processes = self.trainer.num_devices * self.trainer.num_nodes
+                whole_shares(dataset.split, len(dataset), self.meta_batch_size, processes, self._fixed(split))
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the splits that the stage needs: ``fit``, ``validate``, ``test``, ``predict``, or None for all."""
+        needed: dict[str | None, tuple[Split, ...]] = {
+            "fit": ("train", "val"),
+            "validate": ("val",),
+            "test": ("test",),
+            "predict": ("test",),
+        }
+        for split in needed.get(stage, ("train", "val", "test")):
+            self._dataset(split)
+
+    def train_dataloader(self) -> DataLoader[Episode]:
+        """Meta-batches of new episodes at every epoch."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader[Episode]:
+        """Meta-batches of the fixed validation episodes."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[Episode]:
+        """Meta-batches of the fixed test episodes."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Episode]:
+        """Meta-batches of the fixed test episodes."""
+        return self._loader("test")
+
+    def _fixed(self, split: Split) -> bool:
+        """Whether every epoch has the same episodes of the split."""
+        return split != "train" or bool(getattr(self.trainer, "overfit_batches", 0))
+
+    def _dataset(self, split: Split) -> TaskDataset:
+        if split not in self.datasets:
+            self.datasets[split] = self.make_dataset(split)
+        return self.datasets[split]
+
+    def _loader(self, split: Split) -> DataLoader[Episode]:
+        dataset = self._dataset(split)
+        sampler = EpisodeSampler(dataset, self.meta_batch_size, fixed=self._fixed(split))
+        options: dict[str, Any] = {
+            "batch_size": self.meta_batch_size // sampler.num_replicas,
+            "sampler": sampler,
+            "num_workers": self.num_workers,
+            "collate_fn": _identity,  # __getitems__ returns the batch as it is
+            "pin_memory": torch.cuda.is_available(),
+            "persistent_workers": self.num_workers > 0,
+            "generator": torch.Generator(),  # so that starting a loader draws nothing from torch's global generator
+        }
+        if split != "train":
+            return DataLoader(dataset, **options)
+        loader = EpisodeLoader(dataset, **options)
+        loader.trainer = self.trainer
+        return loader
+
+
+class EpisodicDataModule(TaskDataModule):
+    """Data loaders of episodes of classified images; a data set adds `load_split`.
+
+    Args:
+        rotations: whether training adds each class rotated by 90, 180 and 270 degrees as further classes.
+        pretraining: train on all training classes at once, the examples of a meta-batch pooled, for a network
+            with that many outputs in training and ``inner_steps`` 0 (ordinary pretraining, the baseline).
+        ways: classes per episode ``N``, at least 2.
+
+    Raises:
+        SettingError: a setting is out of range.
+    """
+
+    def __init__(self, *, rotations: bool = False, pretraining: bool = False, ways: int = 5, **settings: int):
+        super().__init__(**settings)
+        at_least("ways", ways, 2)
+        self.ways, self.rotations, self.pretraining = ways, rotations, pretraining
+
+    @property
+    def pretraining_classes(self) -> int:
+        """How many classes a network is pretrained on, including the rotated ones."""
+        return cast(EpisodeDataset, self._dataset("train")).classes
+
+    @abstractmethod
+    def load_split(self, split: Split) -> Tensor | tuple[Tensor, Sequence[int]]:
+        """The images of a split: ``[classes, examples, (C,) H, W]``, uint8; or ``[n, C, H, W]`` and classes' counts."""
+
+    def groups_of(self, split: Split) -> Sequence[int] | None:
+        """A group number for each class of a split, if all classes of an episode must be of one group."""
+        return None
+
+    def make_dataset(self, split: Split) -> EpisodeDataset:
+        """Episodes of the split's images."""
+        loaded = self.load_split(split)
+        images, counts = (loaded, None) if isinstance(loaded, Tensor) else loaded
+        return EpisodeDataset(
+            images,
+            split,
+            self.episodes[split],
+            ways=self.ways,
+            shots=self.shots,
+            query_shots=self.query_shots,
+            seed=self.seed,
+            rotations=self.rotations and split == "train",
+            pretraining=self.pretraining and split == "train",
+            counts=counts,
+            groups=self.groups_of(split),
+        )
+
+
+def _identity(batch: Any) -> Any:
+    return batch
