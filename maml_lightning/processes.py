@@ -2,12 +2,22 @@
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 
 def _several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def reduce_logged(trainer: Trainer) -> None:
+    """Reduce what was logged with ``sync_dist`` in this epoch, in every process, before they ask one another.
+
+    Lightning reduces such a metric when it is read: one process alone reads it, for its progress bar, and would wait
+    for the others in that collective while they wait for it in ours.
+    """
+    _ = trainer.callback_metrics
 
 
 def every_process(values: Tensor) -> Tensor:

@@ -72,6 +72,7 @@ class MAMLCommandLine(LightningCLI):
     """LightningCLI with its links and defaults: output size and best checkpoint follow the data."""
 
     checkpoint: dict[str, Any] | None = None
+    resumed_step = 0
     run_folder: Path | None = None  # of the run that ckpt_path last resumes
     given: Namespace = Namespace()  # by hand
     optimizer_follows = False  # from model.outer_lr
@@ -240,12 +241,17 @@ class MAMLCommandLine(LightningCLI):
         """Check everything before other processes are started or anything is written; leave no process behind."""
         if self.trainer.local_rank == 0:
             self._check(TrainerFn(subcommand))
+        places = [Path(place) for logger in self.trainer.loggers if (place := getattr(logger, "log_dir", None))]
+        new = [place for place in places if not place.exists()]
         try:
             super()._run_subcommand(subcommand)
             if dist.is_available() and dist.is_initialized():
                 dist.destroy_process_group()  # its threads abort a process that ends with them
         except BaseException as error:
             self._end_children(patience=SECONDS_TO_LEAVE if isinstance(error, SystemExit) else 0)
+            began = self.trainer.global_step > self.resumed_step
+            if isinstance(error, Exception) and self.trainer.is_global_zero and not began:
+                resuming.remove_empty_runs(new)
             raise
 
     def _end_children(self, patience: float) -> None:
@@ -292,6 +298,7 @@ class MAMLCommandLine(LightningCLI):
         elif self.checkpoint:
             self.model.on_load_checkpoint(self.checkpoint)
             if self.subcommand == "fit":
+                self.resumed_step = self.checkpoint["global_step"]
                 resuming.check_resumed(self.model, self.checkpoint, config)
                 if self.run_folder is not None:
                     given, step = self.config[self.subcommand].trainer.logger, self.checkpoint["global_step"]

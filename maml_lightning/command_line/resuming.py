@@ -1,5 +1,7 @@
 """What concerns checkpoints on the command line: settings that come from them, and runs that are resumed."""
 
+import contextlib
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -129,9 +131,23 @@ def log_into(folder: Path, trainer: Trainer, given: Any, step: int) -> None:
     """
     loggers = list(trainer.loggers)
     for index, logger in enumerate(loggers):
-        if isinstance(logger, TensorBoardLogger) and Path(logger.root_dir) == folder.parent:
+        if isinstance(logger, TensorBoardLogger) and Path(logger.root_dir).resolve() == folder.parent.resolve():
             by_hand = given[index] if isinstance(given, list) else given
             settings = by_hand.init_args.as_dict() if isinstance(by_hand, Namespace) else {}
             place = {"save_dir": logger.save_dir, "name": logger.name, **settings}
             loggers[index] = TensorBoardLogger(**{**place, "version": folder.name, "purge_step": step})
     trainer.loggers = loggers
+
+
+def remove_empty_runs(folders: list[Path]) -> None:
+    """Remove the log folders of a run that failed before its first meta-step.
+
+    Args:
+        folders: that the run made. One that holds more than its settings and logs stays.
+    """
+    for folder in folders:
+        files = {file.name for file in folder.rglob("*") if file.is_file()}
+        if all(name in ("config.yaml", "hparams.yaml") or name.startswith("events.out.tfevents.") for name in files):
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it holds other runs
+                folder.parent.rmdir()

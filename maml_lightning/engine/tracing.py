@@ -50,7 +50,7 @@ def trace(function: Callable[..., list], leaves: list[Tensor], compiled: bool) -
 
     # detach() makes every input an object of its own: make_fx would take two uses of one tensor for one input.
     def traced(function: Callable[..., list]) -> fx.GraphModule:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autograd.set_detect_anomaly(False):  # a function that fails here runs untraced
             graph = make_fx(function, COMPILED if compiled else None, tracing_mode="fake")(
                 *(leaf.detach() for leaf in leaves)
             )

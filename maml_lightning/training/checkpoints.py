@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from maml_lightning.errors import SettingError
 from maml_lightning.files import write_whole
-from maml_lightning.processes import every_process
+from maml_lightning.processes import every_process, reduce_logged
 
 LAST = "last.ckpt"
 _DAMAGED = (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)
@@ -146,6 +146,7 @@ class LastCheckpoint(Checkpoint):
         if self._whole:
             self._save(trainer)
         received = torch.tensor([max(self._received, default=0)], device=trainer.strategy.root_device)
+        reduce_logged(trainer)
         self._act_on(trainer, int(every_process(received).max()))
 
     def _save(self, trainer: Trainer) -> None:
@@ -198,9 +199,13 @@ def read_checkpoint(path: Path, setting: str = "ckpt_path") -> dict[str, Any]:
         remedy = f"give {others[0]}, which is whole" if others else "give a checkpoint that fit wrote"
         raise SettingError(f"{setting} {path} was not loaded: {reason}; {remedy}.") from error
     weights = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise SettingError(f"{setting} {path} holds no state_dict of tensors; give a checkpoint that fit wrote.")
+    if not isinstance(weights, dict) or not all(map(_is_dense, weights.values())):
+        raise SettingError(f"{setting} {path} holds no state_dict of dense tensors; give a checkpoint that fit wrote.")
     return checkpoint
+
+
+def _is_dense(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided and value.device.type != "meta"
 
 
 def settings_of(checkpoint: dict[str, Any], module: type[LightningModule]) -> dict[str, Any]:

@@ -42,8 +42,18 @@ def check_fit(
         )
     inputs, targets = (part[0] for part in (episode[2:] if pretraining else episode[:2]))
     outputs = _outputs(net, inputs, pretraining)
+    _check_outputs(outputs, targets, pretraining, trainer)
+    _check_loss(loss, outputs, targets)
+
+
+def _check_outputs(outputs: Tensor, targets: Tensor, pretraining: bool, trainer: Trainer | None) -> None:
+    """Check that there is an output for each class, or of regression for each target."""
     if targets.is_floating_point():
-        _check_regression(loss, outputs, targets)
+        if outputs.shape != targets.shape:
+            raise SettingError(
+                f"model.net gives outputs {list(outputs.shape)}, but the episodes' targets are "
+                f"{list(targets.shape)}; give it {targets.shape[-1]} outputs."
+            )
         return
     data = getattr(trainer, "datamodule", None)
     classes = getattr(data, "pretraining_classes" if pretraining else "ways", None) or int(targets.max()) + 1
@@ -53,6 +63,28 @@ def check_fit(
         raise SettingError(
             f"model.net has {size} outputs, but the episodes have {classes} classes; give it {classes} outputs{where}."
         )
+
+
+def _check_loss(loss: Callable[..., Any], outputs: Tensor, targets: Tensor) -> None:
+    """Check that the loss of outputs and targets is one number."""
+    if loss is F.cross_entropy and targets.is_floating_point():
+        raise SettingError(
+            "model.loss is cross_entropy, but the episodes' targets are floats; "
+            "give a loss for regression, such as torch.nn.functional.mse_loss."
+        )
+    name, suggested = getattr(loss, "__name__", type(loss).__name__), "cross_entropy for classes, mse_loss for numbers"
+    try:
+        with torch.no_grad():
+            value = loss(outputs, targets)
+    except Exception as error:
+        raise SettingError(
+            f"model.loss {name} cannot be computed from outputs {list(outputs.shape)} and targets "
+            f"{list(targets.shape)} ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
+            f"give another, such as {suggested}."
+        ) from error
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise SettingError(f"model.loss {name} gives {shape}, not one number; give another, such as {suggested}.")
 
 
 def _outputs(net: nn.Module, inputs: Tensor, training: bool) -> Tensor:
@@ -71,19 +103,6 @@ def _outputs(net: nn.Module, inputs: Tensor, training: bool) -> Tensor:
             layer.training = mode
 
 
-def _check_regression(loss: Callable[..., Tensor], outputs: Tensor, targets: Tensor) -> None:
-    if loss is F.cross_entropy:
-        raise SettingError(
-            "model.loss is cross_entropy, but the episodes' targets are floats; "
-            "give a loss for regression, such as torch.nn.functional.mse_loss."
-        )
-    if outputs.shape != targets.shape:
-        raise SettingError(
-            f"model.net gives outputs {list(outputs.shape)}, but the episodes' targets are "
-            f"{list(targets.shape)}; give it {targets.shape[-1]} outputs."
-        )
-
-
 def check_trainer(trainer: Trainer) -> None:
     """Check that the trainer does nothing that MAML does not support.
 
@@ -91,6 +110,9 @@ def check_trainer(trainer: Trainer) -> None:
         SettingError: it does.
     """
     check_strategy(type(trainer.strategy).__name__)
+    for setting in ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval"):
+        if getattr(trainer, setting) == 0:
+            raise SettingError(f"trainer.{setting} must be above 0 (got 0); leave it out for its default.")
     if getattr(trainer.strategy, "_layer_sync", None) is not None:
         raise SettingError(
             "trainer.sync_batchnorm true is not supported: normalization uses the statistics of one task, which one "

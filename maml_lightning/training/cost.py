@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from maml_lightning.engine.memory import peak_bytes
-from maml_lightning.processes import every_process
+from maml_lightning.processes import every_process, reduce_logged
 
 WARM_UP = 5  # meta-steps at the start of a run that measure settings, trace and compile
 
@@ -69,6 +69,7 @@ class CostMonitor(Callback):
         seconds = self._seconds / max(self._steps, 1)
         local = torch.tensor([self._peak / 1e6, self.state_dict()["seconds"] / 60, seconds], device=pl_module.device)
         # Of all processes the most, asked for by all of them here: see MAML.training_step.
+        reduce_logged(trainer)
         memory, minutes, seconds = every_process(local).amax(0)
         costs = {"train/peak_memory_mb": memory, "train/minutes": minutes}
         if self._steps:

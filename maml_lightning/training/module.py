@@ -20,7 +20,7 @@ from maml_lightning.algorithms.registry import find_algorithm
 from maml_lightning.algorithms.unrolled import multi_step_weights
 from maml_lightning.engine.chunks import MetaGradient
 from maml_lightning.episodes import Episode, InputSpec
-from maml_lightning.processes import every_process, rows_of_every_process
+from maml_lightning.processes import every_process, reduce_logged, rows_of_every_process
 from maml_lightning.training import checks, chunks, loading, non_finite, resume, scores
 from maml_lightning.training.normalization import use_batch_statistics
 from maml_lightning.training.settings import check_values
@@ -274,6 +274,7 @@ class MAML(LightningModule):
 
     def _report(self, split: str) -> Tensor:
         """Log the means over an evaluation's episodes, the same numbers on every process; each episode's scores."""
+        reduce_logged(self.trainer)
         rows, self._rows = rows_of_every_process(torch.cat(self._rows)).cpu().double(), []
         kept, self.skipped_episodes = non_finite.scored(rows, split, self)
         if len(kept):

@@ -37,7 +37,7 @@ def fresh(optimizers: Iterable[Optimizer], schedulers: Iterable[LRScheduler]) ->
 
 
 def check_training_state(checkpoint: dict[str, Any], source: str) -> None:
-    """Check that a checkpoint holds more than weights.
+    """Check that a checkpoint holds more than weights, and all that resuming reads.
 
     Raises:
         SettingError: it does not; names the setting that takes it.
@@ -49,6 +49,34 @@ def check_training_state(checkpoint: dict[str, Any], source: str) -> None:
             f"ckpt_path {source} holds a network without the state of its training, so that it cannot be resumed; "
             f"start a new run from it with --initial_checkpoint {source} in place of --ckpt_path."
         )
+    try:
+        _read_training_state(checkpoint)
+    except (ArithmeticError, AttributeError, IndexError, KeyError, SyntaxError, TypeError, ValueError) as error:
+        message = " ".join(str(error).split())
+        raise SettingError(
+            f"ckpt_path {source} was not loaded: its training state is damaged ({type(error).__name__}: {message}); "
+            f"give another checkpoint, or {NEW_RUN}."
+        ) from error
+
+
+def _read_training_state(checkpoint: dict[str, Any]) -> None:
+    """Read all that resuming reads, so that what is missing or of another type raises here."""
+    checkpoint["pytorch-lightning_version"].split(".")
+    loop = checkpoint["loops"]["fit_loop"]
+    batches = loop["epoch_loop.batch_progress"]
+    numbers = [loop["epoch_progress"]["current"]["processed"], batches["current"]["processed"]]
+    numbers += [batches["is_last_batch"], checkpoint["epoch"], checkpoint["global_step"]]
+    numbers += [scheduler["last_epoch"] for scheduler in checkpoint["lr_schedulers"]]
+    for optimizer in (checkpoint["optimizer_states"][0], *checkpoint["optimizer_states"][1:]):
+        optimizer["state"].items()
+        numbers += [group["lr"] for group in optimizer["param_groups"] if group["params"]]
+    sum(map(float, numbers))
+    for key in checkpoint["callbacks"]:
+        _watches(key)
+    for part in ("settings", "fresh", "hyper_parameters"):
+        checkpoint.get(part, {}).items()
+    for part in ("data", "trainer") if checkpoint.get("settings") else ():
+        checkpoint["settings"][part].items()
 
 
 def check_optimizers(
