@@ -20,12 +20,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from maml_lightning.algorithms.adaptation import Adaptation
 from maml_lightning.algorithms.algorithm import Settings
-from maml_lightning.algorithms.inner_loop import InnerLoop
+from maml_lightning.algorithms.inner_loop import InnerLoop, MetaGradient
 from maml_lightning.algorithms.optimizers import Parameters
 from maml_lightning.algorithms.optimizers import inner_optimizer as optimizer_of
 from maml_lightning.algorithms.registry import find_algorithm
 from maml_lightning.algorithms.unrolled import multi_step_weights
-from maml_lightning.engine.chunks import MetaGradient
 from maml_lightning.engine.memory import out_of_memory
 from maml_lightning.episodes import Episode, Inputs
 from maml_lightning.errors import NonFiniteError, SettingError
@@ -342,11 +341,9 @@ class MAML(LightningModule):
             ) from error
 
     def _gradient(self, params: Parameters, rates: Parameters, episode: Episode) -> MetaGradient:
-        settings = Settings(
-            self.first_order or self.current_epoch < self.first_order_epochs,
-            multi_step_weights(self.inner_steps, self.current_epoch, self.multi_step_epochs),
-            self.implicit_iterations,
-        )
+        first_order = self.first_order or self.current_epoch < self.first_order_epochs
+        weights = multi_step_weights(self.inner_steps, self.current_epoch, self.multi_step_epochs)
+        settings = Settings(first_order, weights, self.implicit_iterations)
         return self._inner_loop.gradient(self.algorithm, params, episode, rates, self.inner_steps, settings)
 
     def validation_step(self, batch: Episode, batch_idx: int) -> None:
