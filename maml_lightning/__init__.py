@@ -1,6 +1,6 @@
 """The MAML family of meta-learning algorithms as one PyTorch Lightning module with torch.func gradients."""
 
-from maml_lightning.algorithms.inner_loop import InnerLoop
+from maml_lightning.algorithms.inner_loop import InnerLoop, MetaGradient
 from maml_lightning.data import (
     GlyphsDataModule,
     ImagesDataModule,
@@ -10,7 +10,6 @@ from maml_lightning.data import (
     support_set,
 )
 from maml_lightning.deprecation import old_names
-from maml_lightning.engine.chunks import MetaGradient
 from maml_lightning.episodes import Episode, InputSpec
 from maml_lightning.errors import NonFiniteError, SettingError
 from maml_lightning.networks import MLP, ConvNet

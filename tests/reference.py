@@ -33,11 +33,11 @@ def family(maml: nn.Module, net: nn.Module, episode: Episode, loss, steps: int, 
     adapted, names = settings["adapted"], list(dict(net.named_parameters()))
     rates, by_step = "adaptation.learnt.", "adaptation.by_step."
 
-    held = {name: by_step + name.replace(".", "/") for name in names}
-    held = {name: key for name, key in held.items() if key in leaves}
+    per_step = {name: by_step + name.replace(".", "/") for name in names}
+    per_step = {name: key for name, key in per_step.items() if key in leaves}
 
-    def given(fast, k):
-        return {**fast, **{name: leaves[key][k] for name, key in held.items()}}
+    def parameters_at(fast, k):
+        return {**fast, **{name: leaves[key][k] for name, key in per_step.items()}}
 
     def rate(name, k):
         key = next((key for key in (rates + name.replace(".", "/"), rates + "all") if key in leaves), None)
@@ -45,15 +45,17 @@ def family(maml: nn.Module, net: nn.Module, episode: Episode, loss, steps: int, 
 
     total = torch.zeros((), dtype=torch.float64)
     for x, y, query_x, query_y in zip(*episode, strict=True):
-        fast = {name: leaves[f"net.{name}"] for name in names if name not in held}
+        fast = {name: leaves[f"net.{name}"] for name in names if name not in per_step}
         buffer = dict.fromkeys(adapted, 0.0)
         square = dict.fromkeys(adapted, 0.0)
         for k in range(steps + 1):
             if settings["weights"][k]:
-                total = total + settings["weights"][k] * loss(functional_call(net, given(fast, k), (query_x,)), query_y)
+                total = total + settings["weights"][k] * loss(
+                    functional_call(net, parameters_at(fast, k), (query_x,)), query_y
+                )
             if k == steps:
                 break
-            inner = loss(functional_call(net, given(fast, k), (x,)), y)
+            inner = loss(functional_call(net, parameters_at(fast, k), (x,)), y)
             inner = inner + settings.get("proximal", 0) / 2 * sum(
                 ((fast[name] - leaves[f"net.{name}"]) ** 2).sum() for name in adapted
             )
@@ -67,10 +69,10 @@ def family(maml: nn.Module, net: nn.Module, episode: Episode, loss, steps: int, 
                 grads = {name: g * clip / norm for name, g in grads.items()}
             for name, g in grads.items():
                 g = g + settings.get("decay", 0.0) * fast[name]
-                if settings.get("rule") == "momentum":
+                if settings.get("optimizer") == "momentum":
                     buffer[name] = 0.9 * buffer[name] + g
                     g = buffer[name]
-                if settings.get("rule") == "adam":
+                if settings.get("optimizer") == "adam":
                     buffer[name] = 0.9 * buffer[name] + 0.1 * g
                     square[name] = 0.999 * square[name] + 0.001 * g**2
                     mean, second = buffer[name] / (1 - 0.9 ** (k + 1)), square[name] / (1 - 0.999 ** (k + 1))

@@ -95,9 +95,13 @@ class InnerLoop:
             settings: of the outer loop.
 
         Raises:
-            SettingError: there is no algorithm of that name.
+            SettingError: there is no algorithm of that name, or it needs more steps.
         """
         method, setup = find_algorithm(algorithm), self._setup(params, rates, steps)
+        if steps < (least := method.min_inner_steps):
+            raise SettingError(
+                f"model.inner_steps must be at least {least} with model.algorithm {algorithm} (got {steps})."
+            )
         learned = {n: r for n, r in rates.items() if r.requires_grad} if isinstance(rates, dict) else {}
 
         def run(chunk: Episode, total: MetaGradient) -> tuple[Tensor, Tensor]:

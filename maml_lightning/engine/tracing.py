@@ -237,11 +237,11 @@ class Tracer:
             function, key, lambda: self._pair(vmap(function, in_dims, randomness="different"), vectorized, leaves, spec)
         )
         if pair is None or recompute:
-            random = _RandomState(leaves[0].device)
+            random_state = _RandomState(leaves[0].device)
 
             @torch.no_grad()
             def recomputed(cotangents: Any) -> Any:
-                with random.restored():
+                with random_state.restored():
                     if pair is None:
                         return vectorized(cotangents, primal, *args)[1]
                     gradients = pair.pullback(pair.forward(*leaves)[1], cotangents)

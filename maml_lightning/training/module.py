@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from maml_lightning.algorithms.adaptation import Adaptation
 from maml_lightning.algorithms.algorithm import Settings
-from maml_lightning.algorithms.inner_loop import InnerLoop
+from maml_lightning.algorithms.inner_loop import InnerLoop, MetaGradient
 from maml_lightning.algorithms.optimizers import Parameters
 from maml_lightning.algorithms.optimizers import inner_optimizer as optimizer_of
 from maml_lightning.algorithms.registry import find_algorithm
 from maml_lightning.algorithms.unrolled import multi_step_weights
-from maml_lightning.engine.chunks import MetaGradient
 from maml_lightning.episodes import Episode, InputSpec
 from maml_lightning.processes import every_process, reduce_logged, rows_of_every_process
 from maml_lightning.training import checks, chunks, loading, non_finite, resume, scores
@@ -126,7 +125,7 @@ class MAML(LightningModule):
         self.inputs: InputSpec | None = None  # the pictures that it was trained on
         self._rows: list[Tensor] = []  # of each batch's episodes, see training/scores.py
         self.test_scores: Tensor | None = None  # of the last test
-        self.skipped_episodes = self._skipped = 0  # of the last validation or test; meta-steps
+        self.skipped_episodes = self._skipped = self._first_step = 0  # of the last validation or test; meta-steps
         self.signal, self.agreed_signal = 0, 0  # that LastCheckpoint got here, and the largest that any process got
         self.run_settings: dict[str, Any] = {}  # of the command line, for its checkpoints
         self._fresh: dict[str, Any] = {}  # optimizers and schedulers as configured
@@ -206,11 +205,9 @@ class MAML(LightningModule):
         return surrogate_loss(result.loss, (parameters, result.gradient), (rates, result.rates))
 
     def _gradient(self, parameters: Parameters, rates: Parameters, episode: Episode) -> MetaGradient:
-        settings = Settings(
-            self.first_order or self.current_epoch < self.first_order_epochs,
-            multi_step_weights(self.inner_steps, self.current_epoch, self.multi_step_epochs),
-            self.implicit_iterations,
-        )
+        first_order = self.first_order or self.current_epoch < self.first_order_epochs
+        weights = multi_step_weights(self.inner_steps, self.current_epoch, self.multi_step_epochs)
+        settings = Settings(first_order, weights, self.implicit_iterations)
         with chunks.naming_what_saves_memory(self._inner_loop) as loop, chunks.reporting_choices(loop, episode.tasks):
             return loop.gradient(self.algorithm, parameters, episode, rates, self.inner_steps, settings)
 
@@ -236,6 +233,14 @@ class MAML(LightningModule):
             self._skipped += 1
             self.log("train/skipped_steps", float(self._skipped))
 
+    def on_train_start(self) -> None:
+        """Count skipped meta-steps from here on."""
+        self._skipped, self._first_step = 0, self.global_step
+
+    def on_train_end(self) -> None:
+        """Say how many meta-steps were skipped; raise if all were."""
+        non_finite.report_skipped(self._skipped, self.global_step - self._first_step)
+
     def validation_step(self, batch: Episode, batch_idx: int) -> None:
         """Adapt to each task, and evaluate before adaptation and after each inner step."""
         self._evaluate(batch, batch_idx, "val")
@@ -247,10 +252,7 @@ class MAML(LightningModule):
     def predict_step(self, batch: Episode, batch_idx: int) -> Tensor:
         """The adapted networks' class probabilities ``[T, N*Q, N]`` (regression: their outputs)."""
         episode = self._check(batch)
-        outputs = self.trajectory(episode)[-1]
-        if episode.support_targets.is_floating_point():
-            return outputs
-        return outputs[..., : int(episode.support_targets.max()) + 1].softmax(-1)  # a task may have fewer classes
+        return scores.predictions(self.trajectory(episode)[-1], episode.support_targets)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the episodes of an evaluation before this one."""
@@ -314,11 +316,8 @@ class MAML(LightningModule):
         """The module of a checkpoint. Lightning's own would import and call whatever network the checkpoint names.
 
         Args:
-            checkpoint_path: a file that fit wrote.
-            map_location: device of the module; None leaves it on the CPU.
-            strict: whether all tensors must be there.
+            checkpoint_path, map_location, strict, settings: as in Lightning; settings may be ``net``.
             trust: also import and call what it names outside this package and PyTorch.
-            settings: instead of the checkpoint's, such as ``net``.
 
         Raises:
             SettingError: it cannot be read, or names no network, or code that is not trusted.

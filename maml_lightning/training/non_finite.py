@@ -50,6 +50,20 @@ def is_skipped(rows: Tensor, setting: str, module: LightningModule) -> bool:
     return True
 
 
+def report_skipped(skipped: int, steps: int) -> None:
+    """Say how many of the meta-steps of a training were skipped.
+
+    Raises:
+        NonFiniteError: all were, so that nothing was learned.
+    """
+    if not skipped:
+        return
+    message = f"{skipped} of {steps} meta-steps were skipped, because their gradient was not finite"
+    if skipped >= steps:
+        raise NonFiniteError(f"{message}: nothing was learned; lower model.inner_lr or the outer learning rate.")
+    rank_zero_info(f"{message} (train/skipped_steps).")
+
+
 def describe(what: str, split: str, rows: Tensor, module: Any) -> str:
     """What is not finite, of which episodes, and the remedies, in one line.
 

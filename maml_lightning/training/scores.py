@@ -89,3 +89,15 @@ def evaluation_rows(
     if kept.any():
         value = loss(outputs[-1][kept].flatten(0, 1), targets[kept].flatten(0, 1))
     return episode_rows(numbers, finite, value.expand(len(targets)), scores)
+
+
+def predictions(outputs: Tensor, support_targets: Tensor) -> Tensor:
+    """What an adapted network predicts: class probabilities, of regression its outputs.
+
+    Args:
+        outputs: ``[T, N*Q, ...]``.
+        support_targets: ``[T, N*K]``; a network may have more outputs than a task has classes.
+    """
+    if support_targets.is_floating_point():
+        return outputs
+    return outputs[..., : int(support_targets.max()) + 1].softmax(-1)

@@ -56,8 +56,8 @@ def test_finite_differences():
         loop.meta_gradient({name: v + sign * step * direction[name] for name, v in start.items()}, episode, 0.4, 3).loss
         for sign in (1, -1)
     )
-    slope = sum((gradient[name] * direction[name]).sum() for name in start)
-    assert ((above - below) / (2 * step)).item() == pytest.approx(slope.item(), rel=1e-6)
+    derivative = sum((gradient[name] * direction[name]).sum() for name in start)
+    assert ((above - below) / (2 * step)).item() == pytest.approx(derivative.item(), rel=1e-6)
 
 
 def test_the_meta_gradient_is_the_mean_over_tasks_and_leaves_the_parameters_alone():

@@ -24,17 +24,17 @@ VARIANTS = {
     "first-order ANIL": ({"adapted_parameters": "head", "first_order": True}, {"first_order": True}),
     "BOIL": ({"adapted_parameters": "body"}, {}),
     "patterns": ({"adapted_parameters": ["*.weight"]}, {}),
-    "one learnt rate": ({"learn_inner_lr": "network"}, {}),
+    "one learned rate": ({"learn_inner_lr": "network"}, {}),
     "a rate per tensor": ({"learn_inner_lr": "tensor"}, {}),
     "LSLR": ({"learn_inner_lr": "step"}, {}),
     "Meta-SGD": ({"learn_inner_lr": "weight"}, {}),
     "first-order Meta-SGD": ({"learn_inner_lr": "weight", "first_order": True}, {"first_order": True}),
     "multi-step loss": ({"multi_step_epochs": 5}, {"weights": [0, 1 / 2, 1 / 2]}),
-    "momentum": ({"inner_optimizer": "momentum"}, {"rule": "momentum"}),
-    "Adam": ({"inner_optimizer": "adam", "inner_lr": 0.01}, {"rule": "adam"}),
+    "momentum": ({"inner_optimizer": "momentum"}, {"optimizer": "momentum"}),
+    "Adam": ({"inner_optimizer": "adam", "inner_lr": 0.01}, {"optimizer": "adam"}),
     "first-order momentum": (
         {"inner_optimizer": "momentum", "first_order": True},
-        {"rule": "momentum", "first_order": True},
+        {"optimizer": "momentum", "first_order": True},
     ),
     "weight decay": ({"inner_weight_decay": 0.1}, {"decay": 0.1}),
     "clipping": ({"inner_clip_norm": 0.5}, {"clip": 0.5}),
@@ -47,7 +47,7 @@ VARIANTS = {
             "inner_weight_decay": 0.1,
             "inner_clip_norm": 0.5,
         },
-        {"weights": [0, 1 / 2, 1 / 2], "rule": "momentum", "decay": 0.1, "clip": 0.5},
+        {"weights": [0, 1 / 2, 1 / 2], "optimizer": "momentum", "decay": 0.1, "clip": 0.5},
     ),
 }
 NORMALIZED = {
@@ -231,8 +231,8 @@ def test_implicit_gradient_is_the_exact_linear_solve():
     for task in range(2):
         hessian = 2 * x[task].T @ x[task] / 6
         best = torch.linalg.solve(hessian + mu * eye, 2 * x[task].T @ y[task][:, 0] / 6 + mu * start)
-        slope = 2 * query_x[task].T @ (query_x[task] @ best - query_y[task][:, 0]) / 6
-        expected += torch.linalg.solve(eye + hessian / mu, slope) / 2
+        gradient = 2 * query_x[task].T @ (query_x[task] @ best - query_y[task][:, 0]) / 6
+        expected += torch.linalg.solve(eye + hessian / mu, gradient) / 2
     assert torch.allclose(net.weight.grad[0], expected, rtol=1e-8)
 
 
@@ -249,10 +249,10 @@ def test_implicit_gradient_of_an_own_network_is_the_solve_with_its_hessian():
             params = {name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
             return F.cross_entropy(torch.func.functional_call(net, params, (x,)), y)
 
-        at = torch.cat([value.detach().flatten() for value in maml.adapt(x, y).parameters()])
-        hessian = torch.autograd.functional.hessian(lambda flat, x=x, y=y: loss(flat, x, y), at)
-        slope = torch.autograd.functional.jacobian(lambda flat, x=query_x, y=query_y: loss(flat, x, y), at)
-        expected = expected + torch.linalg.solve(torch.eye(len(at)).double() + hessian / mu, slope) / 2
+        solution = torch.cat([value.detach().flatten() for value in maml.adapt(x, y).parameters()])
+        hessian = torch.autograd.functional.hessian(lambda flat, x=x, y=y: loss(flat, x, y), solution)
+        gradient = torch.autograd.functional.jacobian(lambda flat, x=query_x, y=query_y: loss(flat, x, y), solution)
+        expected = expected + torch.linalg.solve(torch.eye(len(solution)).double() + hessian / mu, gradient) / 2
     found = torch.cat([value.grad.flatten() for value in net.parameters()])
     assert (found - expected).norm() / expected.norm() < 1e-8
 
@@ -288,7 +288,7 @@ def test_implicit_gradient_is_the_limit_of_many_proximal_steps(which):
         ({"implicit_iterations": 0}, "implicit_iterations must be at least 1"),
     ],
 )
-def test_what_does_not_go_together_is_refused(settings, message):
+def test_incompatible_settings_raise(settings, message):
     with pytest.raises(SettingError, match=message):
         MAML(net=convolutional(), **settings)
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from maml_lightning import MAML, MLP, SettingError
+from maml_lightning import MAML, MLP, InnerLoop, SettingError
 from maml_lightning.algorithms.algorithm import Algorithm
 from maml_lightning.algorithms.registry import ALGORITHMS, find_algorithm
 from maml_lightning.algorithms.steps import adapt, query_gradient
@@ -63,6 +63,16 @@ def test_an_unknown_algorithm_raises_with_the_names_there_are():
         find_algorithm("anil")
     with pytest.raises(SettingError, match=r"got anil"):
         MAML(net=nn.Linear(1, 1), algorithm="anil")
+
+
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if ALGORITHMS[name].min_inner_steps])
+def test_too_few_steps_raise(algorithm):
+    net = perturbed(MLP(100, 3))
+    loop = InnerLoop(net, F.cross_entropy, proximal=1.0)
+    with pytest.raises(
+        SettingError, match=rf"inner_steps must be at least 1 with model.algorithm {algorithm} \(got 0\)"
+    ):
+        loop.gradient(algorithm, dict(net.named_parameters()), images(), 0.1, 0)
 
 
 def test_unsupported_settings_are_settings_of_maml():

@@ -7,8 +7,8 @@ from maml_lightning.engine.tracing import Tracer
 
 def test_the_second_derivative_of_mse_loss_is_traced(caplog):
     tracer, x = Tracer(), torch.rand(4, 3, dtype=torch.float64)
-    slope = grad(lambda p: F.mse_loss(p**3, torch.zeros_like(p)))
-    outputs, pullback = tracer.vjp(slope, (0,), x)
+    derivative = grad(lambda p: F.mse_loss(p**3, torch.zeros_like(p)))
+    outputs, pullback = tracer.vjp(derivative, (0,), x)
     assert torch.allclose(outputs, 2 * x**5)  # the mean of p^6 over 3
     assert torch.allclose(pullback(torch.ones_like(x)), 10 * x**4)
     assert "untraced" not in caplog.text
