@@ -9,6 +9,7 @@ import re
 from inspect import Parameter, Signature
 
 _ARGS = re.compile(r"^Args:\n((?:[ ]{4}.*\n|\n)*)", re.MULTILINE)
+_SECTION = re.compile(r"^[A-Z]\w+:\n|\Z", re.MULTILINE)
 _ENTRY = re.compile(r"^    (\w+):.*\n(?:[ ]{5}.*\n)*", re.MULTILINE)
 _OTHER_STYLE = re.compile(r"^(Parameters\n---|:param )", re.MULTILINE)
 
@@ -46,9 +47,9 @@ def full_docstring(cls: type) -> str | None:
         entries |= _entries(vars(base).get("__doc__") or "")
     names = full_signature(cls).parameters
     section = "Args:\n" + "".join(entries[name] for name in names if name in entries)
-    found = _ARGS.search(text)
-    before, after = (text[: found.start()], text[found.end() :]) if found else (text + "\n", "")
-    return f"{before}{section}\n{after}" if after else f"{before}{section}"
+    replaced = _ARGS.search(text)
+    first, last = replaced.span() if replaced else [_SECTION.search(f"{text}\n").start()] * 2  # type: ignore[union-attr]
+    return "\n\n".join(part.strip() for part in (text[:first], section, text[last:]) if part.strip()) + "\n"
 
 
 def _entries(docstring: str) -> dict[str, str]:
