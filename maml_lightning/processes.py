@@ -1,10 +1,15 @@
 """What the processes of a run ask one another; every process must call these together."""
 
+import warnings
+
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
+
+# MAML's metrics are reduced before they are logged, see MAML._log: Lightning's advice would reduce them twice.
+warnings.filterwarnings("ignore", r"It is recommended to use `self.log\('(train|val|test)/")
 
 
 def _several() -> bool:

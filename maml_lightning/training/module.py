@@ -1,7 +1,6 @@
 """MAML as a LightningModule with automatic optimization: Lightning sees a loss, autograd finds the meta-gradient."""
 
 import copy
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -24,9 +23,6 @@ from maml_lightning.training import checks, chunks, loading, non_finite, resume,
 from maml_lightning.training.normalization import use_batch_statistics
 from maml_lightning.training.settings import check_values
 from maml_lightning.training.surrogate import surrogate_loss
-
-# MAML's metrics are reduced before they are logged, see MAML._log: Lightning's advice would reduce them twice.
-warnings.filterwarnings("ignore", r"It is recommended to use `self.log\('(train|val|test)/")
 
 
 class MAML(LightningModule):
@@ -127,8 +123,8 @@ class MAML(LightningModule):
         self.test_scores: Tensor | None = None  # of the last test
         self.skipped_episodes = self._skipped = self._first_step = 0  # of the last validation or test; meta-steps
         self.signal, self.agreed_signal = 0, 0  # that LastCheckpoint got here, and the largest that any process got
-        self.run_settings: dict[str, Any] = {}  # of the command line, for its checkpoints
-        self._fresh: dict[str, Any] = {}  # optimizers and schedulers as configured
+        self.run_settings: dict[str, Any] = {}  # of the command line, for its checkpoints, as are
+        self._fresh: dict[str, Any] = {}  # the optimizers and schedulers as configured
         self._resumed: dict[str, Any] | None = None  # a checkpoint that is being loaded
 
     def forward(self, inputs: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ import torch
 
 from cli import main
 from maml_lightning import MAML, ConvNet
-from tests.command_line import TINY, words
 from tests.data import toy_data
 from tests.data.toy_data import ToyDataModule
+from tests.runs import TINY, words
 
 TOY = {
     "data": "tests.data.toy_data.ToyDataModule",
