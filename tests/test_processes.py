@@ -56,7 +56,8 @@ def test_a_run_says_what_came_out_and_the_next_command_runs(folder):
 @pytest.mark.long
 @pytest.mark.parametrize("terminal", [False, True], ids=["piped", "terminal"])
 def test_two_processes_end_with_the_progress_bar_on(folder, terminal):
-    command = words("fit", **{**TINY, **DDP, "trainer.max_epochs": 2})
+    own = {"trainer.callbacks+": "tests.own_callbacks.LogsForAll"}  # before or after which the bar reads metrics
+    command = words("fit", **{**TINY, **DDP, **own, "trainer.max_epochs": 2})
     if terminal:
         status, printed = in_terminal([*CLI, *command], timeout=150)
         assert "train/loss" in printed  # the bar
@@ -106,6 +107,14 @@ REFUSED = [
     ({"config": "nowhere.yaml"}, r"nowhere\.yaml"),
     ({"data": "Omnigloot"}, r"Omnigloot"),
     ({"model.inner_lr": "much"}, r"model\.inner_lr.*much"),
+    ({"trainer.accumulate_grad_batches": 0}, r"trainer\.accumulate_grad_batches must be above 0 \(got 0\)"),
+    ({"trainer.check_val_every_n_epoch": 0}, r"trainer\.check_val_every_n_epoch must be above 0"),
+    ({"trainer.val_check_interval": 0}, r"trainer\.val_check_interval must be above 0"),
+    ({"trainer.val_check_interval": 100}, r"val_check_interval.*100"),  # Lightning's, when data are loaded
+    ({"trainer.limit_train_batches": 0.1}, r"limit_train_batches"),
+    ({"model.loss": "torch.nn.functional.relu"}, r"model\.loss relu "),
+    ({"model.loss": "torch.nn.functional.mse_loss"}, r"model\.loss mse_loss cannot be computed from outputs \[3, 3\]"),
+    ({"optimizer": "SparseAdam"}, r"SparseAdam"),
     ({"trainer.default_root_dir": "/proc/none"}, r"/proc/none"),
     ({"trainer.max_time": "soon"}, r"soon"),
     ({"optimizer": "SGD", "optimizer.lr": -1}, r"Invalid learning rate: -1"),
@@ -196,6 +205,20 @@ def test_overfitting_repeats_its_episodes():
     assert torch.equal(seen[0], seen[2])
     assert torch.equal(seen[1], seen[5])
     assert not torch.equal(seen[0], seen[1])
+
+
+def test_where_all_meta_steps_are_skipped_nothing_was_learned():
+    broken = {"model.inner_lr": 1e30, "model.non_finite": "skip", "trainer.limit_val_batches": 0}
+    with pytest.raises(NonFiniteError, match=r"2 of 2 meta-steps were skipped.*: nothing was learned; lower"):
+        main(words("fit", **{**TINY, **broken}))
+
+
+@pytest.mark.long
+def test_anomaly_detection_has_nothing_to_report():
+    ended = run(*words("fit", **TINY, **{"trainer.detect_anomaly": "true"}))
+    assert ended.returncode == 0, ended.stderr
+    assert "Error detected" not in ended.stderr
+    assert len(ended.stderr.splitlines()) < 20
 
 
 def test_barebones_trains_and_writes_nothing(folder):

@@ -91,6 +91,13 @@ def test_a_run_that_goes_on_stays_in_its_folder():
     )
 
 
+def test_everything_at_its_default_a_run_stays_in_its_folder(folder):
+    main(words("fit", **SMALL))
+    cli = main(words("fit", **{**SMALL, "trainer.max_epochs": 4}, ckpt_path="last"))
+    assert [path.name for path in (folder / "lightning_logs").iterdir()] == ["version_0"]
+    assert cli.trainer.global_step == 20
+
+
 def test_a_run_of_limited_epochs_goes_on():
     limited = {"trainer.limit_train_batches": 3, "trainer.max_epochs": 3}
     fit("whole", **limited)

@@ -13,7 +13,7 @@ from maml_lightning import SettingError
 from maml_lightning.trained import FOLDER
 from maml_lightning.training.checkpoints import last_checkpoint, read_checkpoint
 from maml_lightning.training.monitoring import direction
-from tests.runs import SINUSOIDS, TINY, words
+from tests.runs import DATA, SINUSOIDS, TINY, words
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -371,3 +371,49 @@ def test_whatever_monitors_accuracy_takes_the_largest_unless_told_otherwise(by_h
     stopping, plateau = cli.config.fit.trainer.callbacks[0].init_args, cli.config.fit.lr_scheduler.init_args
     assert cli.trainer.checkpoint_callback.mode == mode
     assert [stopping.mode, plateau.mode] == [mode, mode]
+
+
+def damaged_state(content, what):
+    """A checkpoint's content without, or with another, part of its training state."""
+    if what == "no version":
+        del content["pytorch-lightning_version"]
+    elif what == "no learning rate":
+        del content["optimizer_states"][0]["param_groups"][0]["lr"]
+    elif what == "no optimizer":
+        content["optimizer_states"] = []
+    elif what == "no loops":
+        content["loops"] = {}
+    elif what == "callbacks that are text":
+        content["callbacks"] = "x"
+    elif what == "a callback whose name calls":
+        content["callbacks"] = {"ModelCheckpoint{'monitor': print()}": {}}
+    elif what == "no data":
+        content["settings"]["data"] = None
+    else:
+        content[what] = "x"
+    return content
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        *("no version", "no learning rate", "no optimizer", "no loops", "callbacks that are text"),
+        *("a callback whose name calls", "no data", "settings", "fresh", "hyper_parameters"),
+    ],
+)
+def test_a_damaged_training_state_is_one_line_and_leaves_nothing(folder, checkpoint, what):
+    torch.save(damaged_state(torch.load(checkpoint, weights_only=True), what), folder / "bad.ckpt")
+    with pytest.raises(SettingError, match=r"ckpt_path bad\.ckpt was not loaded: its training state is damaged"):
+        main(words("fit", **{**TINY, "trainer.max_epochs": 2}, ckpt_path="bad.ckpt"))
+    assert [path.name for path in folder.iterdir()] == ["bad.ckpt"]
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta"])
+def test_weights_that_are_no_dense_tensors_are_one_line(folder, checkpoint, kind):
+    content = torch.load(checkpoint, weights_only=True)
+    turn = {"sparse": torch.Tensor.to_sparse, "meta": lambda value: value.to("meta")}[kind]
+    content["state_dict"] = {name: turn(value) for name, value in content["state_dict"].items()}
+    torch.save(content, folder / "bad.ckpt")
+    for command in ("fit", "test"):
+        with pytest.raises(SettingError, match=r"bad\.ckpt holds no state_dict of dense tensors"):
+            main(words(command, **TINY if command == "fit" else DATA, ckpt_path="bad.ckpt"))
