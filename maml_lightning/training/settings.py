@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from maml_lightning.algorithms.algorithm import OF_UNROLLED_STEPS
 from maml_lightning.algorithms.registry import find_algorithm
 from maml_lightning.errors import SettingError
 
@@ -16,8 +17,6 @@ _LEAST = {
 }
 _POSITIVE = ("inner_lr", "outer_lr", "inner_clip_norm", "proximal")
 _OFF = (None, False, 0, "all")  # the defaults of settings that add something to plain MAML
-# Differentiate through the inner steps of training, or belong to them.
-_UNROLLED = ("first_order", "learn_inner_lr", "multi_step_epochs", "first_order_epochs", "per_step_normalization")
 
 
 def check_values(settings: Mapping[str, Any]) -> None:
@@ -41,7 +40,7 @@ def check_values(settings: Mapping[str, Any]) -> None:
         _raise_for(settings, [setting], f"model.algorithm {name} {reason}")
     _at_least("inner_steps", settings["inner_steps"], algorithm.min_inner_steps)
     if settings["inner_steps"] == 0:
-        _raise_for(settings, _UNROLLED, "model.inner_steps is 0: training has no inner loop")
+        _raise_for(settings, OF_UNROLLED_STEPS, "model.inner_steps is 0: training has no inner loop")
     if settings["first_order"]:
         _raise_for(settings, ["first_order_epochs"], "model.first_order is true in every epoch")
 
