@@ -1,6 +1,7 @@
 """LightningCLI with MAML's links and defaults, short help and errors of one line."""
 
 import os
+import re
 import subprocess
 from argparse import ArgumentParser
 from collections.abc import Callable
@@ -65,6 +66,8 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message alone, without jsonargparse's screens of usage, and end."""
         message = class_paths.explanation(message) or " ".join(message.split())
+        if re.search(r"arguments are required: \w+\.data\b", message):
+            message = "no data: give --data NAME, or a --config that has it, such as the config.yaml of a run"
         self.exit(2, f"error: {message} (--help_all describes every setting)\n")
 
 
@@ -278,6 +281,9 @@ class MAMLCommandLine(LightningCLI):
         """Print the best score, and the command that tests its checkpoint."""
         best = next((c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
         if best is None or not best.best_model_path or best.best_model_score is None:
+            last = next((c.path for c in self.trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)), None)
+            if last is not None and last.is_file():
+                rank_zero_info(f"No validation yet. The last weights are in {os.path.relpath(last)}.")
             return
         config, path = Path(self.trainer.log_dir or "") / "config.yaml", os.path.relpath(best.best_model_path)
         data = f"--config {os.path.relpath(config)}" if config.is_file() else "with the same --data"

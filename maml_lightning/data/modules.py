@@ -14,6 +14,7 @@ from maml_lightning.data.datasets import EpisodeDataset, Split, TaskDataset
 from maml_lightning.data.inherited_settings import full_docstring, full_signature
 from maml_lightning.data.loading import EpisodeLoader, EpisodeSampler
 from maml_lightning.episodes import Episode
+from maml_lightning.errors import SettingError
 
 
 class TaskDataModule(LightningDataModule, ABC):
@@ -174,6 +175,11 @@ class EpisodicDataModule(TaskDataModule):
         """Episodes of the split's images."""
         loaded = self.load_split(split)
         images, counts = (loaded, None) if isinstance(loaded, Tensor) else loaded
+        if images.dtype != torch.uint8 or images.ndim not in ((4, 5) if counts is None else (4,)):
+            raise SettingError(
+                f"{type(self).__name__}.load_split gives {images.dtype} {list(images.shape)}; give uint8 (0 to 255) "
+                "images [classes, examples, (C,) H, W], or [n, C, H, W] and the number of each class's."
+            )
         return EpisodeDataset(
             images,
             split,

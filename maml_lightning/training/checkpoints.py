@@ -86,7 +86,7 @@ class LastCheckpoint(Checkpoint):
         self._handlers: dict[int, Callable[[int, Any], Any]] = {}
         self._step, self._whole = 0, False
         self._random: dict[str, Any] | None = None
-        self._path: Path | None = None
+        self.path: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write all checkpoints whole."""
@@ -97,7 +97,7 @@ class LastCheckpoint(Checkpoint):
         """Start to handle signals, and continue with the random numbers of the run that is resumed."""
         folders = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         folder = folders[0] if folders else Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
-        self._path = None if trainer.fast_dev_run else Path(str(folder)) / LAST  # type: ignore[attr-defined]
+        self.path = None if trainer.fast_dev_run else Path(str(folder)) / LAST  # type: ignore[attr-defined]
         self._step, self._received = trainer.global_step, []
         if self._random is not None:
             torch.set_rng_state(self._random["cpu"])
@@ -150,8 +150,8 @@ class LastCheckpoint(Checkpoint):
         self._act_on(trainer, int(every_process(received).max()))
 
     def _save(self, trainer: Trainer) -> None:
-        if self._path is not None:
-            trainer.save_checkpoint(self._path, weights_only=False)
+        if self.path is not None:
+            trainer.save_checkpoint(self.path, weights_only=False)
 
     def _act_on(self, trainer: Trainer, received: int) -> None:
         if received in self._handlers:
@@ -159,7 +159,7 @@ class LastCheckpoint(Checkpoint):
             self._handlers[received](received, None)
         elif received:
             rank_zero_info(
-                f"{signal.Signals(received).name}: saved {self._path} after meta-step {trainer.global_step}; "
+                f"{signal.Signals(received).name}: saved {self.path} after meta-step {trainer.global_step}; "
                 "resume with --ckpt_path last."
             )
             # Lightning's observer kills all processes where a launched one ends with another status than 0.

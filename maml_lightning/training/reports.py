@@ -63,10 +63,11 @@ class TestReport(Callback):
         if pl_module.skipped_episodes:
             results["skipped"], left = pl_module.skipped_episodes, f", {pl_module.skipped_episodes} left out"
         file = folder / "test_results.json"
+        steps = results["inner_steps"]
         scale, unit = (100, " %") if name == "accuracy" else (1, "")
         interval = "" if results["ci95"] is None else f" ± {scale * results['ci95']:.2f}"
         rank_zero_info(
-            f"Test {name} after {results['inner_steps']} inner steps: {scale * results[name]:.2f}{interval}{unit} "
+            f"Test {name} after {steps} inner step{'s' * (steps != 1)}: {scale * results[name]:.2f}{interval}{unit} "
             f"over {results['episodes']} episodes{left} ({file})"
         )
         folder.mkdir(parents=True, exist_ok=True)

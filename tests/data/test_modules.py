@@ -7,6 +7,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from maml_lightning import SettingError
+from maml_lightning.data import EpisodicDataModule
 from maml_lightning.episodes import Episode
 from tests.data.numbers import Numbers, equal
 from tests.runs import LEAST
@@ -83,3 +85,15 @@ def test_lightning_passes_the_epochs_on():
     assert equal(expected, Episode(*(torch.cat(tensors) for tensors in zip(*recorder.train_batches, strict=True))))
     assert [batch.tasks for batch in recorder.val_batches] == [4, 4, 2] * 2
     assert equal(recorder.val_batches[0], recorder.val_batches[3])
+
+
+@pytest.mark.parametrize(
+    "images", [torch.rand(8, 20, 12, 12), torch.zeros(160, 12, 12, dtype=torch.uint8)], ids=["float", "no classes"]
+)
+def test_images_of_another_type_or_shape_name_what_load_split_must_give(images):
+    class Own(EpisodicDataModule):
+        def load_split(self, split):
+            return images
+
+    with pytest.raises(SettingError, match=r"Own\.load_split gives torch\.\w+ \[.*\]; give uint8 \(0 to 255\) images"):
+        Own(ways=3).setup("fit")
