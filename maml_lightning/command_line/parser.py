@@ -16,6 +16,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -163,11 +164,14 @@ class MAMLCommandLine(LightningCLI):
             setting, name = ("ckpt_path", path) if path else ("initial_checkpoint", initial)
             self.checkpoint = read_checkpoint(Path(packaged(str(name)) or name), setting)
             resumes = subcommand == "fit" and setting == "ckpt_path"
+            source = str(path if config.ckpt_path == "last" else config.ckpt_path)
             if resumes:
-                resume.check_training_state(self.checkpoint, str(config.ckpt_path if path != "last" else path))
+                resume.check_training_state(self.checkpoint, source)
             defaults = resuming.defaults_of(
                 self.checkpoint, f"{setting} {name}", self.given, resumes, config.trust_checkpoint
             )
+            if resumes:
+                resume.check_readable(self.checkpoint, source)
             self._subcommand_parsers[subcommand].set_defaults(defaults)
             super().parse_arguments(parser, args)
         self.config[subcommand].ckpt_path = path and str(path)
@@ -244,8 +248,8 @@ class MAMLCommandLine(LightningCLI):
         """Check everything before other processes are started or anything is written; leave no process behind."""
         if self.trainer.local_rank == 0:
             self._check(TrainerFn(subcommand))
-        places = [Path(place) for logger in self.trainer.loggers if (place := getattr(logger, "log_dir", None))]
-        new = [place for place in places if not place.exists()]
+        loggers = [logger for logger in self.trainer.loggers if isinstance(logger, CSVLogger | TensorBoardLogger)]
+        there = {place for logger in loggers for place in Path(logger.root_dir).glob("*")}
         try:
             super()._run_subcommand(subcommand)
             if dist.is_available() and dist.is_initialized():
@@ -254,7 +258,7 @@ class MAMLCommandLine(LightningCLI):
             self._end_children(patience=SECONDS_TO_LEAVE if isinstance(error, SystemExit) else 0)
             began = self.trainer.global_step > self.resumed_step
             if isinstance(error, Exception) and self.trainer.is_global_zero and not began:
-                resuming.remove_empty_runs(new)
+                resuming.remove_empty_runs({Path(logger.log_dir) for logger in loggers} - there)
             raise
 
     def _end_children(self, patience: float) -> None:

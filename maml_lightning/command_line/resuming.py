@@ -37,7 +37,8 @@ def defaults_of(
         SettingError: it names such code.
     """
     known = settings_of(checkpoint, MAML)
-    settings = checkpoint.get("settings") or {}
+    settings = checkpoint.get("settings")
+    settings = settings if isinstance(settings, dict) else {}
     seed = settings.get("seed_everything") if resumes else None
     kinds = {key: settings[key] for key in ("optimizer", "lr_scheduler") if resumes and settings.get(key)}
     known = {key: value for key, value in known.items() if key == "net" or f"model.{key}" not in given}
@@ -139,7 +140,7 @@ def log_into(folder: Path, trainer: Trainer, given: Any, step: int) -> None:
     trainer.loggers = loggers
 
 
-def remove_empty_runs(folders: list[Path]) -> None:
+def remove_empty_runs(folders: set[Path]) -> None:
     """Remove the log folders of a run that failed before its first meta-step.
 
     Args:

@@ -50,7 +50,7 @@ def trace(function: Callable[..., list], leaves: list[Tensor], compiled: bool) -
 
     # detach() makes every input an object of its own: make_fx would take two uses of one tensor for one input.
     def traced(function: Callable[..., list]) -> fx.GraphModule:
-        with torch.no_grad(), torch.autograd.set_detect_anomaly(False):  # a function that fails here runs untraced
+        with torch.no_grad():
             graph = make_fx(function, COMPILED if compiled else None, tracing_mode="fake")(
                 *(leaf.detach() for leaf in leaves)
             )
@@ -173,7 +173,8 @@ class Tracer:
             try:
                 if has_hooks(state.objects):
                     raise ValueError("its forward hooks have to run at each call")
-                program = build()
+                with torch.autograd.set_detect_anomaly(False):  # fake tensors have nothing to detect
+                    program = build()
                 if _random_draws() != before:
                     raise ValueError("it draws from Python's or NumPy's random numbers")
                 if fingerprint(state.objects) != state.key:

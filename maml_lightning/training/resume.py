@@ -37,7 +37,7 @@ def fresh(optimizers: Iterable[Optimizer], schedulers: Iterable[LRScheduler]) ->
 
 
 def check_training_state(checkpoint: dict[str, Any], source: str) -> None:
-    """Check that a checkpoint holds more than weights, and all that resuming reads.
+    """Check that a checkpoint holds more than weights.
 
     Raises:
         SettingError: it does not; names the setting that takes it.
@@ -49,6 +49,14 @@ def check_training_state(checkpoint: dict[str, Any], source: str) -> None:
             f"ckpt_path {source} holds a network without the state of its training, so that it cannot be resumed; "
             f"start a new run from it with --initial_checkpoint {source} in place of --ckpt_path."
         )
+
+
+def check_readable(checkpoint: dict[str, Any], source: str) -> None:
+    """Check that a checkpoint holds all that resuming reads.
+
+    Raises:
+        SettingError: something is missing or of another type.
+    """
     try:
         _read_training_state(checkpoint)
     except (ArithmeticError, AttributeError, IndexError, KeyError, SyntaxError, TypeError, ValueError) as error:
@@ -71,7 +79,7 @@ def _read_training_state(checkpoint: dict[str, Any]) -> None:
         optimizer["state"].items()
         numbers += [group["lr"] for group in optimizer["param_groups"] if group["params"]]
     sum(map(float, numbers))
-    for key in checkpoint["callbacks"]:
+    for key, _ in checkpoint["callbacks"].items():
         _watches(key)
     for part in ("settings", "fresh", "hyper_parameters"):
         checkpoint.get(part, {}).items()

@@ -112,9 +112,9 @@ def test_minutes_go_on_where_a_checkpoint_was_saved(clocked, tmp_path):
 
 
 def test_old_names_and_checkpoints_of_callbacks_keep_working():
-    with pytest.warns(DeprecationWarning, match=r"maml_lightning.Cost is deprecated; use maml_lightning.CostMonitor"):
+    with pytest.warns(DeprecationWarning, match=r"maml_lightning.Cost is now maml_lightning.CostMonitor"):
         assert maml_lightning.Cost is CostMonitor
-    with pytest.warns(DeprecationWarning, match=r"Inspection is deprecated; use maml_lightning.AdaptationMonitor"):
+    with pytest.warns(DeprecationWarning, match=r"Inspection is now maml_lightning.AdaptationMonitor"):
         from maml_lightning import Inspection
     assert Inspection is AdaptationMonitor
     with pytest.raises(AttributeError, match="has no attribute 'Costs'"):

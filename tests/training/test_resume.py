@@ -408,6 +408,7 @@ def test_a_damaged_training_state_is_one_line_and_leaves_nothing(folder, checkpo
     assert [path.name for path in folder.iterdir()] == ["bad.ckpt"]
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
 @pytest.mark.parametrize("kind", ["sparse", "meta"])
 def test_weights_that_are_no_dense_tensors_are_one_line(folder, checkpoint, kind):
     content = torch.load(checkpoint, weights_only=True)
