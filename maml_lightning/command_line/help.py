@@ -59,7 +59,7 @@ SETTINGS: dict[str, dict[str, str | None]] = {
     "Checkpoints": {
         "ckpt_path": "a path, last, or a network of the package: resume, evaluate, predict",
         "initial_checkpoint": "a path or a network of the package whose weights training starts from",
-        "checkpoint.monitor": "what best.ckpt is best by; val/accuracy or val/mse by default",
+        "checkpoint.monitor": "the metric that selects best.ckpt; val/accuracy or val/mse by default",
     },
 }
 
@@ -115,7 +115,7 @@ def first_screen(parser: Any, name: str, epochs: int) -> str:
     filled = {"epochs": str(epochs), **{setting: ", ".join(known(setting)) for setting in ("data", "model.net")}}
     lines = [f"usage: {command()} {name} [--config NAME] [flags]", "", COMMANDS[name], "", "Configs:"]
     lines += _line("config", "a file or a name that configs lists; of several the last wins")
-    lines += _line("print_config", "print all settings as a config, and end")
+    lines += _line("print_config", "print all settings as a config, and exit")
     for group, chosen in SETTINGS.items():
         lines += ["", f"{group}:"]
         for setting, text in chosen.items():

@@ -33,7 +33,7 @@ def simplify(graph: fx.GraphModule) -> None:
 
 
 def _share(graph: fx.Graph) -> None:
-    """Compute equal subexpressions once: each derivative of a convolution gathers its patches anew."""
+    """Compute equal subexpressions once: each derivative of a convolution gathers its patches once more."""
     seen: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):

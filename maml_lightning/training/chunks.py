@@ -40,6 +40,6 @@ def reporting_choices(loop: InnerLoop, tasks: int) -> Iterator[None]:
     yield
     if loop.chosen != chosen:
         size = next(size for what, size in loop.chosen.items() if what not in chosen)
-        rank_zero_info(f"model.tasks_per_chunk: {size} of {tasks} is fastest here.")
+        rank_zero_info(f"model.tasks_per_chunk: {size} of the {tasks} tasks at once is fastest here.")
     if loop.flat and not flat:
         rank_zero_info("model.flat_memory: the backward pass recomputes the inner steps, to save memory.")
