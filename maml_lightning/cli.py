@@ -73,7 +73,7 @@ def console() -> None:
         if "--traceback" in sys.argv or os.environ.get("MAML_LIGHTNING_TRACEBACK"):
             raise
         rank = int(os.environ.get("LOCAL_RANK", 0))
-        if rank:  # the first process ends the others: what it meets as well is not said twice
+        if rank:  # the first process ends the others, so that an error which all of them meet is printed once
             time.sleep(SECONDS_FOR_THE_FIRST_PROCESS)
         prefix = f"[process {rank}] error" if rank else "error"
         sys.exit(f"{prefix}: {explain(error)}")

@@ -2,7 +2,6 @@
 
 import inspect
 import re
-from collections.abc import Callable
 from typing import Any
 
 from maml_lightning.errors import SettingError
@@ -35,8 +34,7 @@ def check_loss(loss: Any) -> None:
         SettingError: it cannot.
     """
     try:
-        parameters: Callable[..., Any] = inspect.signature(loss).bind
-        parameters("outputs", "targets")
+        inspect.signature(loss).bind("outputs", "targets")
     except TypeError as error:
         name = getattr(loss, "__qualname__", loss)
         raise SettingError(

@@ -10,7 +10,7 @@ from torch import Tensor
 from maml_lightning import SettingError
 from maml_lightning.data import EpisodicDataModule
 from maml_lightning.episodes import Episode
-from tests.data.numbers import Numbers, equal
+from tests.data.numbers import Numbers, equal, joined
 from tests.runs import LEAST
 
 
@@ -23,7 +23,7 @@ def test_small_numbers_are_refused(setting: str, least: int):
 def whole(**settings: Any) -> Episode:
     module = Numbers(**settings)
     module.setup("fit")
-    return Episode(*(torch.cat(tensors) for tensors in zip(*module.train_dataloader(), strict=True)))
+    return joined(module.train_dataloader())
 
 
 @pytest.mark.filterwarnings("ignore:.*will create 4 worker processes")
@@ -82,7 +82,7 @@ def test_lightning_passes_the_epochs_on():
     )
     trainer.fit(recorder, datamodule=module)
     expected = module.datasets["train"].__getitems__(range(24))
-    assert equal(expected, Episode(*(torch.cat(tensors) for tensors in zip(*recorder.train_batches, strict=True))))
+    assert equal(expected, joined(recorder.train_batches))
     assert [batch.tasks for batch in recorder.val_batches] == [4, 4, 2] * 2
     assert equal(recorder.val_batches[0], recorder.val_batches[3])
 

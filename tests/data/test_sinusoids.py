@@ -16,6 +16,7 @@ from maml_lightning import SettingError
 from maml_lightning.data import SinusoidsDataModule
 from maml_lightning.data.sinusoids import SinusoidDataset
 from maml_lightning.episodes import Episode
+from tests.data.numbers import equal, joined
 from tests.runs import LEAST, SINUSOIDS, words
 
 
@@ -25,10 +26,6 @@ def dataset(split: str = "train", **settings: Any) -> SinusoidDataset:
 
 def module(**settings: Any) -> SinusoidsDataModule:
     return SinusoidsDataModule(**{"meta_batch_size": 4, "train_episodes": 12, "val_episodes": 10, **settings})
-
-
-def equal(left: Episode, right: Episode) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
 def recovered(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,8 +83,7 @@ def test_an_episode_depends_on_seed_split_and_index_alone():
 
 
 def whole(split: str = "train", **settings: Any) -> Episode:
-    loader = getattr(module(**settings), f"{split}_dataloader")()
-    return Episode(*(torch.cat(tensors) for tensors in zip(*loader, strict=True)))
+    return joined(getattr(module(**settings), f"{split}_dataloader")())
 
 
 @pytest.mark.filterwarnings("ignore:.*will create 4 worker processes")
