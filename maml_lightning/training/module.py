@@ -22,6 +22,7 @@ from maml_lightning.engine.state import copies_of_stored
 from maml_lightning.episodes import Episode, InputSpec
 from maml_lightning.processes import every_process, reduce_logged, rows_of_every_process
 from maml_lightning.training import checks, chunks, loading, non_finite, resume, scores
+from maml_lightning.training.network_checks import check_network
 from maml_lightning.training.normalization import use_batch_statistics
 from maml_lightning.training.settings import check_values
 from maml_lightning.training.surrogate import surrogate_loss
@@ -109,6 +110,7 @@ class MAML(LightningModule):
         non_finite: Literal["stop", "skip"] = "stop",
     ) -> None:
         check_values(dict(locals()))
+        check_network(net, second_order=bool(inner_steps) and not first_order and algorithm != "reptile")
         super().__init__()
         self.save_hyperparameters(ignore=["net", "loss"])
         use_batch_statistics(net)
@@ -329,6 +331,7 @@ class MAML(LightningModule):
         """Keep the measured chunk size, so that a resumed run sums in the same order, and what was trained on."""
         checkpoint["settings"], checkpoint["fresh"] = self.run_settings, self._fresh
         checkpoint["tasks_per_chunk"] = dict(self._inner_loop.chosen)
+        checkpoint["hyper_parameters"].setdefault("loss", loading.loss_path(self.loss))
         checkpoint["inputs"] = None if self.inputs is None else self.inputs._asdict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
