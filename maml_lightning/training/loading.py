@@ -38,7 +38,9 @@ def load_module(
     if "loss" in saved:
         path, saved["loss"] = saved["loss"], locate(saved["loss"]) if saved["loss"] else F.cross_entropy
         if not callable(saved["loss"]) or isinstance(saved["loss"], type):
-            raise SettingError(f"{source} was trained with loss {path}, which it cannot restore; give loss=... by hand.")
+            raise SettingError(
+                f"{source} was trained with loss {path}, which it cannot restore; give loss=... by hand."
+            )
     try:
         module = kind(**saved, **given)
     except TypeError as error:

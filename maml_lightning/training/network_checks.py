@@ -23,7 +23,9 @@ def check_network(net: nn.Module, second_order: bool) -> None:
         raise SettingError(
             f"model.net has lazy layers without values yet ({lazy[0]}); call it once on an example before it is given."
         )
-    scripts = [n or type(layer).__name__ for n, layer in net.named_modules() if isinstance(layer, torch.jit.ScriptModule)]
+    scripts = [
+        n or type(layer).__name__ for n, layer in net.named_modules() if isinstance(layer, torch.jit.ScriptModule)
+    ]
     if scripts and second_order:
         raise SettingError(
             f"model.net has TorchScript in it ({scripts[0]}), whose second derivatives are wrong in PyTorch; give the "

@@ -9,13 +9,14 @@ from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
 from maml_lightning.engine.kernels.convolution import col2im_sum, conv2d, im2col_views
-from maml_lightning.engine.kernels.normalization import batch_norm, project, standardize
+from maml_lightning.engine.kernels.normalization import batch_norm, instance_norm, project, standardize
 from maml_lightning.engine.kernels.pooling import max_pool, max_pool_backward, poolings
 
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.conv2d: conv2d,
     F.conv2d: conv2d,
     F.batch_norm: batch_norm,
+    F.instance_norm: instance_norm,
     **poolings(),
 }
 
