@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from maml_lightning.algorithms.optimizers import InnerOptimizer, Parameters
 from maml_lightning.engine.chunks import detached
 from maml_lightning.engine.kernels.layout import kernel_layout
-from maml_lightning.engine.kernels.mode import TaskKernels
+from maml_lightning.engine.kernels.mode import task_operators
 from maml_lightning.engine.memory import FlatMemory, keep_freed_memory
 from maml_lightning.engine.tracing import State, Tracer
 from maml_lightning.episodes import Episode
@@ -49,7 +49,7 @@ class Model(NamedTuple):
 
 def outputs(model: Model, fast: Parameters, shared: Parameters, buffers: Parameters, x: Tensor) -> Tensor:
     """The network's outputs with adapted parameters ``fast`` and those that all tasks share."""
-    with TaskKernels():
+    with task_operators():
         return functional_call(model.net, {**fast, **shared, **buffers}, (x,))
 
 

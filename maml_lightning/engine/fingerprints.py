@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 _PLAIN = {int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
 _CONTAINERS = {dict, OrderedDict, list, tuple, set}
+_DERIVED = {"_flat_weights", "_flat_weight_refs"}  # recurrent layers derive them from their parameters at each call
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -88,6 +89,8 @@ def _module(net: nn.Module, seen: dict[int, int]) -> Hashable:
             parts += (kind, value)
         elif kind in _CONTAINERS and not value:  # most are: no hooks, no buffers
             parts.append(kind)
+        elif name in _DERIVED:
+            continue
         elif name in ("_parameters", "_buffers"):
             parts.append(tuple([(n, v is None) for n, v in value.items()]))
         else:
