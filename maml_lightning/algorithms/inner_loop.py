@@ -13,8 +13,8 @@ from maml_lightning.algorithms.optimizers import InnerOptimizer, Parameters, sgd
 from maml_lightning.algorithms.registry import find_algorithm
 from maml_lightning.algorithms.statistics import deciding
 from maml_lightning.engine.chunks import MetaGradient, detached, fastest_size, mean_over_tasks, split
-from maml_lightning.engine.memory import FlatMemory
 from maml_lightning.engine.execution import Execution, Executor
+from maml_lightning.engine.memory import FlatMemory
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
 

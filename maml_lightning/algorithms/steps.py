@@ -26,7 +26,7 @@ from maml_lightning.engine.chunks import detached
 from maml_lightning.engine.differentiation import grad, grad_and_value, is_by_autograd
 from maml_lightning.engine.execution import Executor
 from maml_lightning.engine.kernels.layout import kernel_layout
-from maml_lightning.engine.kernels.mode import TaskKernels
+from maml_lightning.engine.kernels.mode import loop_operators, task_operators
 from maml_lightning.engine.memory import FlatMemory, keep_freed_memory
 from maml_lightning.engine.state import State
 from maml_lightning.episodes import Episode
@@ -54,8 +54,9 @@ def outputs(model: Model, fast: Parameters, shared: Parameters, buffers: Paramet
     """The network's outputs with adapted parameters ``fast`` and those that all tasks share."""
     values = {**fast, **shared}
     if is_by_autograd():  # in a loop over tasks the network keeps its own buffers, and may write to them
-        return _call(model.net, values, x)
-    with TaskKernels():
+        with loop_operators():
+            return _call(model.net, values, x)
+    with task_operators():
         return _call(model.net, {**values, **buffers}, x)
 
 

@@ -208,7 +208,7 @@ class Executor:
                 why = _reason(error)
             if not why:
                 self._checked.add(checked)
-                return outputs, pullback and reference and self._check_once(job, pullback, reference[1]) or pullback
+                return outputs, (pullback and reference and self._check_once(job, pullback, reference[1])) or pullback
             if before is not None:
                 before.restore()
             self._lower(state, way + 1, why)

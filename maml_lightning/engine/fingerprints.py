@@ -20,6 +20,7 @@ _PLAIN = {int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.
 _CONTAINERS = {dict, OrderedDict, list, tuple, set}
 _FIXED = {"torch", "torchvision", "numpy", "math", "builtins", "maml_lightning"}  # code that nobody changes in a run
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_DERIVED = {"_flat_weights", "_flat_weight_refs"}  # recurrent layers derive them from their parameters at each call
 
 
 class _Identity:
@@ -90,6 +91,8 @@ def _module(net: nn.Module, seen: dict[int, int]) -> Hashable:
             parts += (kind, value)
         elif kind in _CONTAINERS and not value:  # most are: no hooks, no buffers
             parts.append(kind)
+        elif name in _DERIVED:
+            continue
         elif name in ("_parameters", "_buffers"):
             parts.append(tuple([(n, v is None) for n, v in value.items()]))
         else:
