@@ -72,7 +72,7 @@ def _forward(
             ((task_dim(k), None), None, None, 0, 0),
             (state, differentiable),
             fixed,
-            setup.buffers,
+            setup.constants,
             chunk.support_inputs,
             chunk.support_targets,
             recompute=setup.flat_memory.active and not first_order and k < setup.steps - 1,
