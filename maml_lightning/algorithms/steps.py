@@ -55,7 +55,7 @@ def outputs(model: Model, fast: Parameters, shared: Parameters, constants: Param
     values = {**fast, **shared}
     if is_by_autograd():  # in a loop over tasks the network keeps its own buffers, and may write to them
         with loop_operators():
-            return _call(model.net, values, x)
+            return _call(model.net, {name: value.contiguous() for name, value in values.items()}, x)
     with task_operators():
         return _call(model.net, {**values, **constants}, x)
 
@@ -213,6 +213,8 @@ def prepare(
         rate = next(iter(values.values())).new_tensor([rates])
         rates = {name: rate for name in values if name not in per_step}
     trained = {name for name, value in params.items() if value.requires_grad} or set(params)
+    # Copies: a layer may write to its parameters (``max_norm`` of an embedding).
+    values = {name: value.clone() if name in trained else value for name, value in values.items()}
     rest = {name: kernel_layout(v) for name, v in values.items() if name not in rates and name not in per_step}
     shared = {name: value for name, value in rest.items() if name in trained}
     frozen = {name: value for name, value in rest.items() if name not in trained}

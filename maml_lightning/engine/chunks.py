@@ -18,7 +18,7 @@ from maml_lightning.episodes import Episode
 Parameters = dict[str, Tensor]
 
 # On a CPU, tasks that keep more than this are not vectorized together (docs/performance.md has the measurements).
-VECTORIZED_BYTES = 64 * 2**20
+VECTORIZED_BYTES = 256 * 2**20
 
 
 class MetaGradient(NamedTuple):
