@@ -49,8 +49,9 @@ class Model(NamedTuple):
 
 def outputs(model: Model, fast: Parameters, shared: Parameters, buffers: Parameters, x: Tensor) -> Tensor:
     """The network's outputs with adapted parameters ``fast`` and those that all tasks share."""
+    values = {name: value.contiguous() for name, value in {**fast, **shared, **buffers}.items()}  # see kernel_layout
     with task_operators():
-        return functional_call(model.net, {**fast, **shared, **buffers}, (x,))
+        return functional_call(model.net, values, (x,))
 
 
 def support_gradient(

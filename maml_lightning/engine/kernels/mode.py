@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch._ops import OpOverload
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -15,10 +16,16 @@ from maml_lightning.engine.kernels.normalization import batch_norm, project, sta
 from maml_lightning.engine.kernels.pooling import max_pool, max_pool_backward, poolings
 from maml_lightning.engine.kernels.recurrence import recurrences
 
+
+def _contiguous(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The kernel with results laid out as torch's own; a traced graph drops the copy (``graphs.py``)."""
+    return lambda *args, **kwargs: kernel(*args, **kwargs).contiguous()
+
+
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.conv2d: conv2d,
-    F.conv2d: conv2d,
-    F.batch_norm: batch_norm,
+    torch.conv2d: _contiguous(conv2d),
+    F.conv2d: _contiguous(conv2d),
+    F.batch_norm: _contiguous(batch_norm),
     **poolings(),
     **recurrences(),
 }
