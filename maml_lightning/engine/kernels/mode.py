@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch._ops import OpOverload
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from maml_lightning.engine.kernels.activations import hardsigmoid, rrelu
 from maml_lightning.engine.kernels.convolution import col2im_sum, conv2d, im2col_views
+from maml_lightning.engine.kernels.embedding import embedding_bag
 from maml_lightning.engine.kernels.normalization import batch_norm, project, standardize
 from maml_lightning.engine.kernels.pooling import max_pool, max_pool_backward, poolings
 from maml_lightning.engine.kernels.recurrence import recurrences
@@ -26,6 +29,11 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.conv2d: _contiguous(conv2d),
     F.conv2d: _contiguous(conv2d),
     F.batch_norm: _contiguous(batch_norm),
+    F.hardsigmoid: hardsigmoid,
+    F.rrelu: rrelu,
+    torch.rrelu: rrelu,
+    torch.rrelu_: partial(rrelu, inplace=True),
+    F.embedding_bag: embedding_bag,
     **poolings(),
     **recurrences(),
 }
