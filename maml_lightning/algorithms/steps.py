@@ -52,15 +52,15 @@ class Model(NamedTuple):
 
 def outputs(model: Model, fast: Parameters, shared: Parameters, constants: Parameters, x: Tensor) -> Tensor:
     """The network's outputs with adapted parameters ``fast`` and those that all tasks share."""
-    values = {**fast, **shared}
     if is_by_autograd():  # in a loop over tasks the network keeps its own buffers, and may write to them
         with loop_operators():
-            return _call(model.net, {name: value.contiguous() for name, value in values.items()}, x)
+            return _call(model.net, {**fast, **shared}, x)
     with task_operators():
-        return _call(model.net, {**values, **constants}, x)
+        return _call(model.net, {**fast, **shared, **constants}, x)
 
 
 def _call(net: nn.Module, tensors: Parameters, x: Tensor) -> Tensor:
+    tensors = {name: value.contiguous() for name, value in tensors.items()}  # see kernel_layout
     own = {path: tensors[name] for path, name in tensor_paths(net).items() if name in tensors}
     with _uncompiled(net):
         return functional_call(net, own, (x,), tie_weights=False)
