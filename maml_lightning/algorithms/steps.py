@@ -27,8 +27,9 @@ from maml_lightning.engine.kernels.mode import TaskKernels
 from maml_lightning.engine.memory import FlatMemory, keep_freed_memory
 from maml_lightning.engine.tracing import State, Tracer
 from maml_lightning.episodes import Episode
+from maml_lightning.structures import call_arguments, logits_of
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Any], Tensor]
 
 
 class Model(NamedTuple):
@@ -47,14 +48,14 @@ class Model(NamedTuple):
     proximal: float
 
 
-def outputs(model: Model, fast: Parameters, shared: Parameters, buffers: Parameters, x: Tensor) -> Tensor:
+def outputs(model: Model, fast: Parameters, shared: Parameters, buffers: Parameters, x: Any) -> Tensor:
     """The network's outputs with adapted parameters ``fast`` and those that all tasks share."""
     with TaskKernels():
-        return functional_call(model.net, {**fast, **shared, **buffers}, (x,))
+        return logits_of(functional_call(model.net, {**fast, **shared, **buffers}, *call_arguments(x)))
 
 
 def support_gradient(
-    model: Model, params: tuple[Parameters, Parameters], buffers: Parameters, x: Tensor, y: Tensor
+    model: Model, params: tuple[Parameters, Parameters], buffers: Parameters, x: Any, y: Any
 ) -> Parameters:
     """``grad L_s`` with respect to the first of ``(adapted, shared)`` parameters."""
     fast, shared = params
@@ -62,7 +63,7 @@ def support_gradient(
 
 
 def step(
-    model: Model, differentiable: tuple, fixed: dict[str, Parameters], buffers: Parameters, x: Tensor, y: Tensor
+    model: Model, differentiable: tuple, fixed: dict[str, Parameters], buffers: Parameters, x: Any, y: Any
 ) -> tuple[Parameters, Any]:
     """``theta_{k+1}`` and the optimizer's state after it.
 
@@ -81,7 +82,7 @@ def step(
 
 
 def first_order_step(
-    model: Model, differentiable: tuple, fixed: dict[str, Parameters], buffers: Parameters, x: Tensor, y: Tensor
+    model: Model, differentiable: tuple, fixed: dict[str, Parameters], buffers: Parameters, x: Any, y: Any
 ) -> tuple[Parameters, Any]:
     """The same step, whose derivative lacks the Hessian: the support gradient counts as a constant."""
     (fast, state), arguments = differentiable[0], {**fixed, **differentiable[1]}
@@ -99,7 +100,7 @@ def _update(
 
 
 def _query_gradient(
-    model: Model, fast: Parameters, shared: Parameters, buffers: Parameters, x: Tensor, y: Tensor
+    model: Model, fast: Parameters, shared: Parameters, buffers: Parameters, x: Any, y: Any
 ) -> tuple[tuple[Parameters, Parameters], Tensor, Tensor]:
     def objective(params: tuple[Parameters, Parameters]) -> tuple[Tensor, Tensor]:
         predictions = outputs(model, *params, buffers, x)
@@ -192,7 +193,7 @@ def task_dim(step: int) -> int | None:
     return 0 if step else None
 
 
-def descend(setup: Setup, inputs: Tensor, targets: Tensor) -> Iterator[Parameters]:
+def descend(setup: Setup, inputs: Any, targets: Any) -> Iterator[Parameters]:
     """The fast weights ``theta_0 … theta_S`` one by one, without what a gradient needs.
 
     Args:
@@ -208,14 +209,14 @@ def descend(setup: Setup, inputs: Tensor, targets: Tensor) -> Iterator[Parameter
         yield state[0]
 
 
-def adapt(setup: Setup, inputs: Tensor, targets: Tensor) -> Parameters:
+def adapt(setup: Setup, inputs: Any, targets: Any) -> Parameters:
     """The fast weights ``theta_S``, ``[T, ...]`` by name; the earlier ones are freed at once."""
     for fast in descend(setup, inputs, targets):  # noqa: B007
         pass
     return fast
 
 
-def predict(setup: Setup, fast: Parameters, step: int, inputs: Tensor) -> Tensor:
+def predict(setup: Setup, fast: Parameters, step: int, inputs: Any) -> Tensor:
     """The outputs ``[T, N*Q, ...]`` of networks with the fast weights of a step."""
     arguments = (fast, setup.shared[step], setup.buffers, inputs)
     return setup.tracer(setup.model.bind(outputs), (task_dim(step), None, None, 0), *arguments)
