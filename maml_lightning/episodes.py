@@ -89,6 +89,14 @@ class InputSpec(NamedTuple):
     background: float | None
 
     @classmethod
+    def of_episode(cls, episode: Episode, ways: int | None = None) -> "InputSpec | None":
+        """The specification of an episode's pictures, of one class each; None of anything else."""
+        targets = episode.query_targets
+        if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or targets.dim() != 2:
+            return None
+        return cls.of(episode.query_inputs, int(targets.max()) + 1 if ways is None else ways)
+
+    @classmethod
     def of(cls, images: Any, ways: int) -> "InputSpec | None":
         """The specification of images ``[..., C, H, W]`` in [0, 1]; None if the inputs are not square images."""
         if not isinstance(images, Tensor) or not images.is_floating_point() or images.dim() < 4:

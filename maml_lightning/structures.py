@@ -23,6 +23,11 @@ def mapped(function: Callable[[Tensor], Any], part: Part) -> Part:
     return pytree.tree_map(function, part)
 
 
+def first_task(part: Part) -> Part:
+    """The first task's part of a structure of tensors ``[T, ...]``."""
+    return mapped(lambda tensor: tensor[0], part)
+
+
 def tasks_of(part: Part) -> list[Part]:
     """Each task's part of a structure of tensors ``[T, ...]``."""
     return [mapped(lambda tensor, task=task: tensor[task], part) for task in range(len(leaves(part)[0]))]  # type: ignore[misc]
@@ -53,7 +58,7 @@ def describe(part: Any) -> str:
 
 
 def call_arguments(inputs: Any) -> tuple[tuple, dict[str, Any]]:
-    """Positional and keyword arguments of a network's call: ``net(**x)`` of a dict, ``net(*x)`` of a tuple, ``net(x)``."""
+    """Positional and keyword arguments of a call: ``net(**x)`` of a dict, ``net(*x)`` of a tuple or list."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
