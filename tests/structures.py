@@ -30,8 +30,8 @@ class Words(nn.Module):
         self.head = nn.Linear(6, 3)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        weights = attention_mask.unsqueeze(-1) / attention_mask.sum(-1)[..., None, None]
-        return self.head((self.embedding(input_ids) * weights).sum(-2))
+        embedded, mask = self.embedding(input_ids), attention_mask.unsqueeze(-1)
+        return self.head((embedded * mask).sum(-2) / mask.sum(-2))
 
 
 @dataclass
@@ -89,7 +89,8 @@ def one_logit_loss(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def gaussian_nll(outputs: Tensor, targets: Tensor) -> Tensor:
-    return F.gaussian_nll_loss(outputs[..., :1], targets, outputs[..., 1:].exp())
+    mean, log_variance = outputs[..., :1], outputs[..., 1:]
+    return (log_variance + (targets - mean) ** 2 / log_variance.exp()).mean() / 2
 
 
 def many_tasks_loss(outputs: Tensor, targets: dict[str, Tensor]) -> Tensor:
@@ -137,13 +138,24 @@ CASES = {
     "tuple output": Case(WithTuple, F.cross_entropy, ids, classes, "accuracy"),
     "dict output": Case(WithDict, F.cross_entropy, ids, classes, "accuracy"),
     "labels": Case(
-        mlp(4, 3), nn.BCEWithLogitsLoss(), vectors, lambda n: torch.randint(2, (n, 3)).to(torch.get_default_dtype()), None
+        mlp(4, 3),
+        nn.BCEWithLogitsLoss(),
+        vectors,
+        lambda n: torch.randint(2, (n, 3)).to(torch.get_default_dtype()),
+        None,
     ),
     "soft labels": Case(mlp(4, 3), F.cross_entropy, vectors, lambda n: torch.rand(n, 3).softmax(1), None),
     "pixels": Case(Pixels, F.cross_entropy, pictures, pixels, "accuracy"),
     "some pixels": Case(Pixels, nn.CrossEntropyLoss(ignore_index=255), pictures, some_pixels, "accuracy"),
     "some classes": Case(
         mlp(4, 3), F.cross_entropy, vectors, lambda n: torch.cat([torch.tensor([-100]), classes(n - 1)]), "accuracy"
+    ),
+    "pictures": Case(
+        lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(32, 3)),
+        F.cross_entropy,
+        pictures,
+        classes,
+        "accuracy",
     ),
     "two numbers": Case(mlp(1, 2), F.mse_loss, lambda n: torch.rand(n, 1), lambda n: torch.rand(n, 2), "mse"),
     "one number": Case(mlp(1, 1), F.mse_loss, lambda n: torch.rand(n, 1), lambda n: torch.rand(n, 1), "mse"),

@@ -1,15 +1,29 @@
 """Inputs, outputs and targets of any structure: exact, trained and evaluated."""
 
+import json
+import logging
 from collections import OrderedDict, namedtuple
 from dataclasses import make_dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.data import DataLoader
 
-from maml_lightning import MAML, Episode, SettingError
+from maml_lightning import (
+    MAML,
+    AdaptationMonitor,
+    CostMonitor,
+    Episode,
+    LastCheckpoint,
+    PredictionReport,
+    SettingError,
+    TestReport,
+)
 from maml_lightning.structures import describe, logits_of
 from tests.reference import perturbed, relative_error
 from tests.structures import CASES, Q, T, episode_of
@@ -93,27 +107,41 @@ def test_adapt_gives_the_network_of_the_trajectory(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_training_and_evaluation_under_a_trainer(name, tmp_path, capsys):
+def test_training_and_evaluation_under_a_trainer(name, tmp_path, caplog):
+    logging.getLogger("lightning.pytorch").propagate = True  # to pytest
     case = CASES[name]
     maml = MAML(case.net(), inner_lr=0.1, loss=case.loss, outer_lr=0.01)
     before = {n: value.clone() for n, value in maml.net.state_dict().items()}
     episode = episode_of(case)
-    loader = [episode] * 2
-    trainer = Trainer(accelerator="cpu", max_epochs=1, log_every_n_steps=1, default_root_dir=tmp_path)
-    trainer.fit(maml, loader, [episode])
+    loader = DataLoader([episode] * 2, batch_size=None)
+    last = DataLoader([episode], batch_size=None)
+    callbacks = [AdaptationMonitor(), CostMonitor(), LastCheckpoint(), TestReport(), PredictionReport()]
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=1, log_every_n_steps=1, default_root_dir=tmp_path, callbacks=callbacks
+    )
+    trainer.fit(maml, loader, last)
     logged = dict(trainer.callback_metrics)
     score = case.score or "loss"
     assert {"train/loss", "val/loss", f"val/{score}", f"val/{score}_step_0", f"val/{score}_step_1"} <= set(logged)
     assert ("train/accuracy" in logged) == (case.score == "accuracy")
     assert ("train/mse" in logged) == (case.score == "mse")
     assert any(not torch.equal(value, before[n]) for n, value in maml.net.state_dict().items())
-    (tested,) = trainer.test(maml, [episode], verbose=False)
+    shown = EventAccumulator(trainer.log_dir, size_guidance={"images": 0}).Reload().Tags()["images"]
+    pictures = {"inspect/episodes"} if name in ("pictures", "one number") else set()
+    assert set(shown) == {"inspect/adaptation", *pictures}
+    (tested,) = trainer.test(maml, last, verbose=False)
     outputs = maml.trajectory(episode)[-1]
     with torch.no_grad():
         losses = [case.loss(outputs[index], task(episode.query_targets, index)).item() for index in range(T)]
     assert tested["test/loss"] == pytest.approx(sum(losses) / T, rel=1e-5)
-    (predicted,) = trainer.predict(maml, [episode])
+    (predicted,) = trainer.predict(maml, last)
     assert predicted.shape[:2] == (T, Q)
+    results = json.loads((Path(trainer.log_dir) / "test_results.json").read_text())
+    assert results[score] == pytest.approx(tested[f"test/{score}"], abs=1e-6)
+    assert (Path(trainer.log_dir) / "predictions.csv").exists() == (
+        name not in ("pixels", "some pixels", "dict targets")
+    )
+    assert "inspection shows nothing" not in caplog.text
 
 
 def test_mappings_are_taken_as_dicts():
@@ -129,7 +157,7 @@ def test_mappings_are_taken_as_dicts():
 def test_logits_are_found():
     x = torch.rand(2, 3)
     holder = make_dataclass("Holder", ["logits", "loss"])
-    named = namedtuple("Named", ["aux", "logits"])  # noqa: PYI024
+    named = namedtuple("Named", ["aux", "logits"])
     only = make_dataclass("Only", ["last", "cache"])
     for outputs in (x, (x, 1), [x], {"aux": 0 * x, "logits": x}, holder(x, None), named(0 * x, x), {"out": x}):
         assert logits_of(outputs) is x

@@ -1,5 +1,6 @@
 """Checks that the data, the trainer and a checkpoint fit the network, before anything is written."""
 
+import re
 import warnings
 from collections.abc import Callable
 from operator import is_not
@@ -7,7 +8,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -57,7 +59,24 @@ def check_fit(
     _check_loss(loss, outputs, targets)
     if metric is not None:
         metric_scores(metric, [outputs[None]], mapped(lambda tensor: tensor[None], targets))
-    return Scoring(loss, score_of(loss, outputs, targets, all_targets), metric)
+    scoring = Scoring(loss, score_of(loss, outputs, targets, all_targets), metric)
+    if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+        _check_monitored(trainer, scoring.names)
+    return scoring
+
+
+def _check_monitored(trainer: Trainer, names: list[str]) -> None:
+    """Check that no callback waits for a score that these episodes do not have."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        monitored = re.fullmatch(r"val/(accuracy|mse)(_step_\d+)?", str(getattr(callback, "monitor", "")))
+        if monitored and monitored[1] not in names:
+            setting = (
+                "checkpoint.monitor" if isinstance(callback, ModelCheckpoint) else f"{type(callback).__name__}.monitor"
+            )
+            raise SettingError(
+                f"{setting} is {monitored[0]}, which is not logged of these episodes; give it one of "
+                f"{', '.join(f'val/{name}' for name in dict.fromkeys([*names, 'loss']))}."
+            )
 
 
 def first_episode(trainer: Trainer, module: LightningModule) -> Episode | None:
