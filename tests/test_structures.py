@@ -106,6 +106,7 @@ def test_adapt_gives_the_network_of_the_trajectory(name):
         assert torch.allclose(norm, moved[index], rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Couldn't infer the batch indices")  # pytest resets the package's own filter
 @pytest.mark.parametrize("name", CASES)
 def test_training_and_evaluation_under_a_trainer(name, tmp_path, caplog):
     logging.getLogger("lightning.pytorch").propagate = True  # to pytest

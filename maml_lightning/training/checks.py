@@ -117,7 +117,7 @@ def _check_classes(
             or not sums.allclose(sums.new_ones(()))
         ):
             raise SettingError(
-                "model.loss is cross_entropy, but the episodes' targets are floats, and no probabilities of classes; "
+                f"model.loss is {_name(loss)}, but the episodes' targets are floats, and no probabilities of classes; "
                 "give a loss for regression, such as torch.nn.functional.mse_loss."
             )
         return
@@ -137,7 +137,7 @@ def _check_classes(
 
 def _check_loss(loss: Callable[..., Any], outputs: Tensor, targets: Any) -> None:
     """Check that the loss of outputs and targets is one number, of each output and its own target."""
-    name, suggested = getattr(loss, "__name__", type(loss).__name__), "cross_entropy for classes, mse_loss for numbers"
+    name, suggested = _name(loss), "cross_entropy for classes, mse_loss for numbers"
     floats = isinstance(targets, Tensor) and targets.is_floating_point()
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -206,6 +206,10 @@ def _outputs(net: nn.Module, inputs: Any, training: bool) -> Tensor:
     finally:
         for layer, mode in modes.items():
             layer.training = mode
+
+
+def _name(loss: Any) -> str:
+    return getattr(loss, "__name__", type(loss).__name__)
 
 
 def _first_line(error: Exception) -> str:

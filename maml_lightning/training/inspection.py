@@ -49,7 +49,7 @@ class AdaptationMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         """Keep the first episodes."""
-        if batch_idx == 0 and self.episodes and trainer.is_global_zero:
+        if batch_idx == 0 and self.episodes and trainer.is_global_zero and isinstance(pl_module, MAML):
             self._first = mapped(lambda tensor: tensor[: max(self.episodes, CURVES)], Episode(*batch).check())
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

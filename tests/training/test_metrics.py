@@ -164,12 +164,14 @@ def test_a_class_that_needs_no_arguments_is_created():
 
 
 @pytest.mark.usefixtures("folder")
-def test_a_metric_on_the_command_line_its_checkpoint_and_its_resumption(folder: Path, capfd):
+def test_a_metric_on_the_command_line_its_checkpoint_and_its_resumption(folder: Path):
     cli = main(words("fit", **TINY, **F1))
     assert {"val/multiclass_f1_score", "val/multiclass_f1_score_step_2"} <= set(cli.trainer.callback_metrics)
     last = folder / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
     loaded = MAML.load_from_checkpoint(last)
     assert isinstance(loaded.metric, MulticlassF1Score)
+    saved = words("validate", config=folder / "lightning_logs" / "version_0" / "config.yaml", ckpt_path=last)
+    assert "val/multiclass_f1_score" in main(saved).trainer.callback_metrics
     main(words("test", **DATA, ckpt_path=last))  # the checkpoint's metric
     (results,) = folder.glob("lightning_logs/*/test_results.json")
     assert "multiclass_f1_score_ci95" in json.loads(results.read_text())
