@@ -1,7 +1,7 @@
 """Which parameters adapt at which learning rate: the settings in which the members of the MAML family differ."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -81,14 +81,29 @@ def last_layer(net: nn.Module, inputs: Any) -> str | None:
         >>> last_layer(HeadFirst(), torch.rand(5, 4))
         'head'
     """
-    begun: dict[str, int] = {}  # when each layer was last called
+    layers, calls = _layers(net), _calls(net, inputs)
+    if not layers or calls is None:
+        return None
+    last = {name: place for place, name in enumerate(calls)}  # when each was last called
 
-    def note(name: str) -> Callable[..., None]:
-        return lambda *_: begun.update({name: begun["calls"]}, calls=begun["calls"] + 1)
+    def when(index: int) -> float:
+        name = layers[index]
+        while name and name not in last:  # the layer that it is part of
+            name = name.rpartition(".")[0]
+        return last[name] if name else (math.inf if index == len(layers) - 1 else -1)
 
-    begun["calls"] = 0
+    return layers[max(range(len(layers)), key=lambda index: (when(index), index))]
+
+
+def _calls(net: nn.Module, inputs: Any) -> list[str] | None:
+    """The names of the layers that a network calls, in their order; None where it does not take the inputs."""
+    calls: list[str] = []
     modes = {layer: layer.training for layer in net.modules()}
-    hooks = [layer.register_forward_pre_hook(note(f".{name}")) for name, layer in net.named_modules() if name]
+    hooks = [
+        layer.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+        for name, layer in net.named_modules()
+        if name
+    ]
     try:
         with torch.no_grad():
             call(net.eval(), inputs)
@@ -99,15 +114,7 @@ def last_layer(net: nn.Module, inputs: Any) -> str | None:
             hook.remove()
         for layer, mode in modes.items():
             layer.training = mode
-    layers = _layers(net)
-
-    def when(index: int) -> float:
-        name = f".{layers[index]}"
-        while name and name not in begun:
-            name = name.rpartition(".")[0]
-        return begun[name] if name else (math.inf if index == len(layers) - 1 else -1)
-
-    return layers[max(range(len(layers)), key=lambda index: (when(index), index))] if layers else None
+    return calls
 
 
 def _layers(net: nn.Module) -> list[str]:

@@ -2,7 +2,8 @@
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from operator import is_not
 from typing import Any
 
@@ -58,7 +59,8 @@ def check_fit(
         _check_classes(loss, outputs, targets, all_targets, pretraining, trainer)
     _check_loss(loss, outputs, targets)
     if metric is not None:
-        metric_scores(metric, [outputs[None]], mapped(lambda tensor: tensor[None], targets))
+        with _without_broadcasting():
+            metric_scores(metric, [outputs[None]], mapped(lambda tensor: tensor[None], targets))
     scoring = Scoring(loss, score_of(loss, outputs, targets, all_targets), metric)
     if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
         _check_monitored(trainer, scoring.names)
@@ -140,8 +142,7 @@ def _check_loss(loss: Callable[..., Any], outputs: Tensor, targets: Any) -> None
     name, suggested = _name(loss), "cross_entropy for classes, mse_loss for numbers"
     floats = isinstance(targets, Tensor) and targets.is_floating_point()
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.filterwarnings("error", "Using a (target|input) size")  # which is broadcast
+        with torch.no_grad(), _without_broadcasting():
             value = loss(outputs, targets)
             paired = _is_paired(loss, outputs, targets)
     except Exception as error:
@@ -156,6 +157,14 @@ def _check_loss(loss: Callable[..., Any], outputs: Tensor, targets: Any) -> None
         raise SettingError(f"model.loss {name} gives {shape}, not one number; give another, such as {suggested}.")
     if not paired:
         raise _other_shape(outputs, targets)
+
+
+@contextmanager
+def _without_broadcasting() -> Iterator[None]:
+    """Raise where PyTorch warns that a loss broadcasts targets of another shape than the outputs."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Using a (target|input) size")
+        yield
 
 
 def _other_shape(outputs: Tensor, targets: Tensor) -> SettingError:

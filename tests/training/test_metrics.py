@@ -151,6 +151,15 @@ def test_what_cannot_be_computed_is_refused_in_one_line(metric, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore:Using a target size")  # PyTorch goes on
+def test_a_metric_that_would_broadcast_is_refused():
+    x, y = torch.rand(2, 4, 4), torch.tensor([[0, 1, 2, 3]] * 2)
+    with pytest.raises(
+        SettingError, match=r"metric mse_loss cannot be .* \[4, 4\] and targets \[4\] int64 \(Using a t"
+    ):
+        MAML(nn.Linear(4, 4), metric=F.mse_loss).training_step(Episode(x, y, x, y), 0)
+
+
 def test_a_metric_called_loss_is_refused():
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         return outputs.mean()
