@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -189,9 +189,7 @@ class InnerLoop:
                 norms.append(torch.stack([move.flatten(1).square().sum(1) for move in moves]).sum(0).sqrt())
             return torch.cat(norms)
 
-    def adapt(
-        self, params: Parameters, inputs: Tensor, targets: Tensor, rates: float | Parameters, steps: int
-    ) -> Parameters:
+    def adapt(self, params: Parameters, inputs: Any, targets: Any, rates: float | Parameters, steps: int) -> Parameters:
         """The parameters of one task after ``steps`` inner steps.
 
         Args:
@@ -233,4 +231,4 @@ class InnerLoop:
 
     def _evaluation_chunks(self, episode: Episode) -> Iterator[Episode]:
         size = min(self.chosen.values(), default=None) if self.tasks_per_chunk == "auto" else self.tasks_per_chunk
-        return split(Episode(*map(detached, episode)), size)
+        return split(detached(episode), size)

@@ -13,14 +13,13 @@ derivative (functorch #534).
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from maml_lightning.algorithms.calling import call_with
 from maml_lightning.algorithms.optimizers import InnerOptimizer, Parameters
 from maml_lightning.engine.chunks import detached
 from maml_lightning.engine.differentiation import grad, grad_and_value, is_by_autograd
@@ -31,7 +30,7 @@ from maml_lightning.engine.memory import FlatMemory, keep_freed_memory
 from maml_lightning.engine.state import State
 from maml_lightning.episodes import Episode
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Any], Tensor]
 
 
 class Model(NamedTuple):
@@ -50,49 +49,17 @@ class Model(NamedTuple):
     proximal: float
 
 
-def outputs(model: Model, fast: Parameters, shared: Parameters, constants: Parameters, x: Tensor) -> Tensor:
+def outputs(model: Model, fast: Parameters, shared: Parameters, constants: Parameters, x: Any) -> Tensor:
     """The network's outputs with adapted parameters ``fast`` and those that all tasks share."""
-    if is_by_autograd():  # in a loop over tasks the network keeps its own buffers, and may write to them
-        with loop_operators():
-            return _call(model.net, {**fast, **shared}, x)
-    with task_operators():
-        return _call(model.net, {**fast, **shared, **constants}, x)
-
-
-def _call(net: nn.Module, tensors: Parameters, x: Tensor) -> Tensor:
-    tensors = {name: value.contiguous() for name, value in tensors.items()}  # see kernel_layout
-    own = {path: tensors[name] for path, name in tensor_paths(net).items() if name in tensors}
-    with _uncompiled(net):
-        return functional_call(net, own, (x,), tie_weights=False)
-
-
-@contextmanager
-def _uncompiled(net: nn.Module) -> Iterator[None]:
-    """Run what ``torch.compile`` made of a network, which has no second derivatives, as it was."""
-    if not any(hasattr(layer, "_orig_mod") or layer._compiled_call_impl for layer in net.modules()):
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"), torch._dynamo.config.patch(error_on_nested_fx_trace=False):
-        yield
-
-
-def tensor_paths(net: nn.Module) -> dict[str, str]:
-    """Where each parameter and buffer is kept, and the name by which it is given.
-
-    A tensor that several layers share has one name, the first, and several paths. A layer that is registered twice
-    has one path: ``functional_call`` would swap its tensors twice, and not back (``tie_weights`` does).
-    """
-    paths, names = {}, {}
-    for prefix, layer in net.named_modules():
-        for local, value in (*layer._parameters.items(), *layer._buffers.items()):
-            if value is not None:
-                path = f"{prefix}.{local}".lstrip(".")
-                paths[path] = names.setdefault(id(value), path)
-    return paths
+    alone = is_by_autograd()  # in a loop over tasks the network keeps its own buffers, and may write to them
+    tensors = {**fast, **shared} if alone else {**fast, **shared, **constants}
+    with loop_operators() if alone else task_operators():
+        # torch's own layout, see kernel_layout
+        return call_with(model.net, {name: value.contiguous() for name, value in tensors.items()}, x)
 
 
 def support_gradient(
-    model: Model, params: tuple[Parameters, Parameters], constants: Parameters, x: Tensor, y: Tensor
+    model: Model, params: tuple[Parameters, Parameters], constants: Parameters, x: Any, y: Any
 ) -> Parameters:
     """``grad L_s`` with respect to the first of ``(adapted, shared)`` parameters."""
     fast, shared = params
@@ -100,7 +67,7 @@ def support_gradient(
 
 
 def step(
-    model: Model, differentiable: tuple, fixed: dict[str, Parameters], constants: Parameters, x: Tensor, y: Tensor
+    model: Model, differentiable: tuple, fixed: dict[str, Parameters], constants: Parameters, x: Any, y: Any
 ) -> tuple[Parameters, Any]:
     """``theta_{k+1}`` and the optimizer's state after it.
 
@@ -119,12 +86,12 @@ def step(
 
 
 def first_order_step(
-    model: Model, differentiable: tuple, fixed: dict[str, Parameters], constants: Parameters, x: Tensor, y: Tensor
+    model: Model, differentiable: tuple, fixed: dict[str, Parameters], constants: Parameters, x: Any, y: Any
 ) -> tuple[Parameters, Any]:
     """The same step, whose derivative lacks the Hessian: the support gradient counts as a constant."""
     (fast, state), arguments = differentiable[0], {**fixed, **differentiable[1]}
-    constants = pytree.tree_map(torch.detach, (fast, arguments["shared"]))
-    return _update(model, support_gradient(model, constants, constants, x, y), state, fast, arguments)
+    detached_params = pytree.tree_map(torch.detach, (fast, arguments["shared"]))
+    return _update(model, support_gradient(model, detached_params, constants, x, y), state, fast, arguments)
 
 
 def _update(
@@ -137,7 +104,7 @@ def _update(
 
 
 def _query_gradient(
-    model: Model, fast: Parameters, shared: Parameters, constants: Parameters, x: Tensor, y: Tensor
+    model: Model, fast: Parameters, shared: Parameters, constants: Parameters, x: Any, y: Any
 ) -> tuple[tuple[Parameters, Parameters], Tensor, Tensor]:
     def objective(params: tuple[Parameters, Parameters]) -> tuple[Tensor, Tensor]:
         predictions = outputs(model, *params, constants, x)
@@ -255,7 +222,7 @@ def task_dim(step: int) -> int | None:
     return 0 if step else None
 
 
-def descend(setup: Setup, inputs: Tensor, targets: Tensor) -> Iterator[Parameters]:
+def descend(setup: Setup, inputs: Any, targets: Any) -> Iterator[Parameters]:
     """The fast weights ``theta_0 … theta_S`` one by one, without what a gradient needs.
 
     Args:
@@ -271,14 +238,14 @@ def descend(setup: Setup, inputs: Tensor, targets: Tensor) -> Iterator[Parameter
         yield state[0]
 
 
-def adapt(setup: Setup, inputs: Tensor, targets: Tensor) -> Parameters:
+def adapt(setup: Setup, inputs: Any, targets: Any) -> Parameters:
     """The fast weights ``theta_S``, ``[T, ...]`` by name; the earlier ones are freed at once."""
     for fast in descend(setup, inputs, targets):  # noqa: B007
         pass
     return fast
 
 
-def predict(setup: Setup, fast: Parameters, step: int, inputs: Tensor) -> Tensor:
+def predict(setup: Setup, fast: Parameters, step: int, inputs: Any) -> Tensor:
     """The outputs ``[T, N*Q, ...]`` of networks with the fast weights of a step."""
     arguments = (fast, setup.shared[step], setup.constants, inputs)
     return setup.executor(setup.model.bind(outputs), (task_dim(step), None, None, 0), *arguments)

@@ -81,7 +81,7 @@ def _forward(
         pullbacks.append(pullback)
         if k == 0:
             kept = setup.executor.kept_bytes - before
-            setup.flat_memory.decide(kept, setup.steps, chunk.support_inputs.device)
+            setup.flat_memory.decide(kept, setup.steps, chunk.device)
     return trajectory, pullbacks, state[1]
 
 

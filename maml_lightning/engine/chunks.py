@@ -14,6 +14,7 @@ from torch import Tensor
 from maml_lightning.engine.kernels.layout import kernel_layout, sum_over_tasks
 from maml_lightning.engine.memory import free_bytes
 from maml_lightning.episodes import Episode
+from maml_lightning.structures import Part, mapped
 
 Parameters = dict[str, Tensor]
 
@@ -44,12 +45,13 @@ ChunkFunction = Callable[[Episode, MetaGradient], tuple[Tensor, Tensor]]
 def split(episode: Episode, size: int | None) -> Iterator[Episode]:
     """The episode in chunks of at most ``size`` tasks; None takes all at once."""
     size = size or episode.tasks
-    return (Episode(*parts) for parts in zip(*(tensor.split(size) for tensor in episode), strict=True))
+    starts = range(0, episode.tasks, size)
+    return (mapped(lambda tensor, start=start: tensor[start : start + size], episode) for start in starts)  # type: ignore[misc]
 
 
-def detached(tensor: Tensor) -> Tensor:
-    """The tensor without its graph, and a copy of it if it was made in inference mode, where nothing is recorded."""
-    return tensor.detach().clone() if tensor.is_inference() else tensor.detach()
+def detached(part: Part) -> Part:
+    """The tensors without their graphs, and copies of those made in inference mode, where nothing is recorded."""
+    return mapped(lambda tensor: tensor.detach().clone() if tensor.is_inference() else tensor.detach(), part)
 
 
 def add_sum(total: Parameters, gradient: Parameters, step: int) -> None:

@@ -51,7 +51,7 @@ class _Job(NamedTuple):
     recompute: bool
 
     @property
-    def family(self) -> Hashable:
+    def family(self) -> tuple[Hashable, ...]:
         """The same for calls that differ in the signature of the arguments alone."""
         return self.function.function, self.function.state.number, self.pullback, self.in_dims
 
@@ -211,7 +211,8 @@ class Executor:
         # their traces.
         pays = not seen or key in seen
         seen.add(key)
-        before, reference = None, None
+        before: RandomState | None = None
+        reference: tuple[Any, Callable | None] | None = None
         while (way := self._way(state)) != LOOP:
             traced = way == TRACED and (self._is_traced(key, pays) or self.execution == "traced")
             checked = key if traced else family
@@ -226,7 +227,7 @@ class Executor:
                 why = _reason(error)
             if not why:
                 self._checked.add(checked)
-                return outputs, (pullback and reference and self._check_once(job, pullback, reference[1])) or pullback
+                return outputs, self._check_once(job, pullback, reference[1]) if pullback and reference else pullback
             if before is not None:
                 before.restore()
             self._lower(state, way + 1, why)
@@ -313,7 +314,7 @@ class Executor:
                 return gradients
             self._lower(job.function.state, way + 1, why)
             with random_state.restored():
-                pullbacks[0] = self._run(job)[1]
+                pullbacks[:] = [pullback for pullback in self._run(job)[1:] if pullback]
             return pullbacks[0](cotangents)
 
         return checked
