@@ -2,6 +2,7 @@
 
 from maml_lightning.algorithms.inner_loop import InnerLoop, MetaGradient
 from maml_lightning.data import (
+    ArraysDataModule,
     GlyphsDataModule,
     ImagesDataModule,
     OmniglotDataModule,
@@ -26,6 +27,7 @@ __all__ = [
     "MAML",
     "MLP",
     "AdaptationMonitor",
+    "ArraysDataModule",
     "ConvNet",
     "CostMonitor",
     "Episode",

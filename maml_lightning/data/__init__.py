@@ -3,7 +3,9 @@
 A data set of your own is a subclass of `EpisodicDataModule` (classes of images or vectors) or of `TaskDataModule`.
 """
 
+from maml_lightning.data.arrays import ArraysDataModule
 from maml_lightning.data.datasets import EpisodeDataset, Split, TaskDataset
+from maml_lightning.data.examples import Examples
 from maml_lightning.data.glyphs import GlyphsDataModule
 from maml_lightning.data.images import ImagesDataModule
 from maml_lightning.data.modules import EpisodicDataModule, TaskDataModule
@@ -12,8 +14,10 @@ from maml_lightning.data.sinusoids import SinusoidsDataModule
 from maml_lightning.data.support_query import SupportQueryDataModule, support_set
 
 __all__ = [
+    "ArraysDataModule",
     "EpisodeDataset",
     "EpisodicDataModule",
+    "Examples",
     "GlyphsDataModule",
     "ImagesDataModule",
     "OmniglotDataModule",

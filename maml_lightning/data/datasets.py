@@ -16,6 +16,7 @@ from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
 
 Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 class TaskDataset(Dataset[Episode], ABC):

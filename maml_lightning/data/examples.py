@@ -1,6 +1,7 @@
 """The examples of a split, grouped by class: tensors of any type and rank, or tuples and dicts of them."""
 
 import contextlib
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -88,7 +89,7 @@ def check_finite(examples: Examples, setting: str) -> None:
 def _check_finite(values: Tensor, place: str, examples: Examples, setting: str) -> None:
     size = max(1, CHUNK // max(1, values[:1].numel()))
     for start in range(0, len(values), size):
-        finite = values[start : start + size].flatten(1).isfinite().all(1)
+        finite = _rows(values[start : start + size]).isfinite().all(1)
         if not finite.all():
             row = start + int((~finite).nonzero()[0])
             name = examples.name(examples.class_of(row))
@@ -128,10 +129,15 @@ def check_alike(inputs: Mapping[str, Tree]) -> None:
 def content_hashes(inputs: Tree) -> list[int]:
     """A hash of each example's bytes; the same in this process for the same bytes."""
     hashed = [
-        [hash(row.tobytes()) for row in leaf.contiguous().flatten(1).view(torch.uint8).numpy()] if len(leaf) else []
+        [hash(row.tobytes()) for row in _rows(leaf).contiguous().view(torch.uint8).numpy()] if len(leaf) else []
         for leaf in leaves(inputs).values()
     ]
     return [hash(parts) for parts in zip(*hashed, strict=True)]
+
+
+def _rows(values: Tensor) -> Tensor:
+    """Values ``[n, ...]`` as ``[n, m]``."""
+    return values.reshape(len(values), math.prod(values.shape[1:]))
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from maml_lightning.data.checks import at_least, whole_meta_batches, whole_shares
-from maml_lightning.data.datasets import EpisodeDataset, Split, TaskDataset, images
+from maml_lightning.data.datasets import SPLITS, EpisodeDataset, Split, TaskDataset, images
 from maml_lightning.data.examples import Examples
 from maml_lightning.data.inherited_settings import full_docstring, full_signature
 from maml_lightning.data.loading import EpisodeLoader, EpisodeSampler
@@ -95,8 +95,10 @@ class TaskDataModule(LightningDataModule, ABC):
             "test": ("test",),
             "predict": ("test",),
         }
-        for split in needed.get(stage, ("train", "val", "test")):
-            self._dataset(split)
+        without_validation = self.trainer is not None and self.trainer.limit_val_batches == 0
+        for split in needed.get(stage, SPLITS):
+            if split != "val" or stage != "fit" or not without_validation:
+                self._dataset(split)
 
     def train_dataloader(self) -> DataLoader[Episode]:
         """Meta-batches of new episodes at every epoch."""

@@ -1,0 +1,158 @@
+"""Arrays and tensors of any type and shape as classes: from Python, or from files."""
+
+import hashlib
+from itertools import combinations
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from maml_lightning.data.array_files import FORMS, examples_of
+from maml_lightning.data.datasets import SPLITS, Split
+from maml_lightning.data.examples import Examples, check_alike, content_hashes, leaves, take
+from maml_lightning.data.modules import EpisodicDataModule
+from maml_lightning.errors import SettingError
+
+SAMPLE = 64  # examples that stand for all, to see whether a resumed run's data are the same
+
+
+class ArraysDataModule(EpisodicDataModule):
+    """Episodes of arrays or tensors of any type and shape, from Python or from files.
+
+    Each split is an array ``[classes, examples, ...]``, or a list of one array ``[examples, ...]`` for each class; or
+    ``(inputs, labels)``: inputs ``[examples, ...]`` and integer labels ``[examples]``. Several inputs are a tuple or a
+    dict of arrays. By name it is a dict, or a file, with ``inputs`` and ``labels``; in place of ``inputs`` there may be
+    several inputs by their names, such as ``input_ids`` and ``attention_mask``. ``targets`` beside them are what is to
+    be predicted of each example (numbers, several labels, labels of pixels) in place of its class; labels then say
+    which task an example is of. Files are ``.npz``, ``.npy``, or ``.pt`` of tensors; no code in them is run.
+
+    Inputs of type uint8 are pictures: they are scaled to [0, 1], and gray ones get their channel. All other inputs
+    stay as they are. No class may be in two splits: a label is the same class in all splits, unless each split numbers
+    its own classes from 0 without a gap.
+
+    Args:
+        train: training classes.
+        val: validation classes.
+        test: test classes.
+        ways: classes per episode ``N``, at least 2. With targets, tasks per episode, at least 1.
+
+    Raises:
+        SettingError: a setting is out of range, or a split cannot be used.
+    """
+
+    least_ways = 1
+
+    def __init__(self, train: Any = None, val: Any = None, test: Any = None, *, ways: int = 5, **settings: Any):
+        super().__init__(ways=ways, **settings)
+        self.given: dict[Split, Any] = {"train": train, "val": val, "test": test}
+        self._loaded: dict[Split, Examples] = {}
+        self._labels: dict[Split, set[int] | None] = {}
+        self._trained_on: str | None = None  # by a run that is resumed
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the splits that the stage needs; before training check all that are given."""
+        if stage in (None, "fit"):
+            for split in SPLITS:
+                if self.given[split] is not None:
+                    self.load_split(split)
+        super().setup(stage)
+
+    def load_split(self, split: Split) -> Examples:
+        """The examples of a split, checked alone and against those that were loaded before."""
+        if split not in self._loaded:
+            setting, given = f"data.{split}", self.given[split]
+            if given is None:
+                raise SettingError(f"{setting} is not given; give {FORMS}.")
+            examples, self._labels[split] = examples_of(given, setting)
+            if not self._loaded:
+                _say_what_is_scaled(setting, examples)
+            self._loaded[split] = examples
+            check_alike({f"data.{name}": found.inputs for name, found in self._loaded.items()})
+            for first, second in combinations(self._loaded, 2):
+                if split in (first, second):
+                    self._check_disjoint(first, second)
+        return self._loaded[split]
+
+    def _check_disjoint(self, first: Split, second: Split) -> None:
+        shared_content(f"data.{first}", self._loaded[first], f"data.{second}", self._loaded[second])
+        ours, theirs = self._labels[first], self._labels[second]
+        if not ours or not theirs or not (both := sorted(ours & theirs)):
+            return
+        if all(labels == set(range(len(labels))) for labels in (ours, theirs)):
+            rank_zero_info(
+                f"data.{first} and data.{second} each number their classes from 0; they count as different classes."
+            )
+            return
+        more = f" and {len(both) - 1} more" if both[1:] else ""
+        raise SettingError(
+            f"data.{first} and data.{second} share class {both[0]}{more}; a class must be in one split alone: remove "
+            "it from one."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What tells the training data apart from others."""
+        return {"train": fingerprint(self._loaded["train"])} if "train" in self._loaded else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Say if a resumed run continues on other data: arrays given from Python are in no config."""
+        fitting = self.trainer is not None and self.trainer.state.fn == "fit"
+        if fitting and "train" in state_dict and fingerprint(self.load_split("train")) != state_dict["train"]:
+            rank_zero_warn(
+                "data.train holds other examples than the resumed run was trained on; training continues on these."
+            )
+
+
+def shared_content(first: str, ours: Examples, second: str, theirs: Examples) -> None:
+    """Check that two splits have no class in common, and no picture.
+
+    Pictures (uint8) must differ one by one. Other examples, such as rows of yes and no, may be alike by chance: there
+    no class may have all of its examples in the other split.
+
+    Raises:
+        SettingError: they have.
+    """
+    if callable(ours.inputs) or callable(theirs.inputs):
+        return
+    known = set(content_hashes(ours.inputs))
+    rows = torch.arange(sum(theirs.counts)) if theirs.rows is None else theirs.rows
+    hashes, start = content_hashes(theirs.inputs), 0
+    pictures = all(leaf.dtype == torch.uint8 for leaf in leaves(theirs.inputs).values())
+    for index, count in enumerate(theirs.counts):
+        found = [row for row in rows[start : start + count].tolist() if hashes[row] in known]
+        start += count
+        if count and len(found) == count:
+            raise SettingError(
+                f"{first} and {second} share a class: all examples of class {theirs.name(index)} of {second} are in "
+                f"{first} too; remove it from one."
+            )
+        if pictures and found:
+            raise SettingError(
+                f"{first} and {second} share a picture: example {found[0]} of {second}, of class {theirs.name(index)}, "
+                f"is in {first} too; remove it from one."
+            )
+
+
+def fingerprint(examples: Examples) -> str:
+    """A text that differs for other examples: sizes, types, and a checksum of some."""
+    total = sum(examples.counts)
+    rows = torch.linspace(0, total - 1, min(total, SAMPLE)).long()
+    if examples.rows is not None:
+        rows = examples.rows[rows]
+    some = leaves(take(examples.inputs, rows))
+    kinds = {place: f"{leaf.dtype}{list(leaf.shape[1:])}" for place, leaf in some.items()}
+    return f"{_checksum(some.values())} {len(examples.counts)} classes {total} examples {kinds}"
+
+
+def _checksum(tensors: Any) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for leaf in tensors:
+        digest.update(leaf.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _say_what_is_scaled(setting: str, examples: Examples) -> None:
+    shapes = [list(leaf.shape[1:]) for leaf in leaves(examples.inputs).values() if leaf.dtype == torch.uint8]
+    if shapes:
+        rank_zero_info(
+            f"{setting}: uint8 pictures {shapes[0]} are scaled to [0, 1]; inputs of another type stay as they are."
+        )
