@@ -3,6 +3,7 @@
 from maml_lightning.algorithms.inner_loop import InnerLoop, MetaGradient
 from maml_lightning.data import (
     ArraysDataModule,
+    FunctionDataModule,
     GlyphsDataModule,
     ImagesDataModule,
     OmniglotDataModule,
@@ -31,6 +32,7 @@ __all__ = [
     "ConvNet",
     "CostMonitor",
     "Episode",
+    "FunctionDataModule",
     "GlyphsDataModule",
     "ImagesDataModule",
     "InnerLoop",

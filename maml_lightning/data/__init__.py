@@ -6,6 +6,7 @@ A data set of your own is a subclass of `EpisodicDataModule` (classes of images 
 from maml_lightning.data.arrays import ArraysDataModule
 from maml_lightning.data.datasets import EpisodeDataset, Split, TaskDataset
 from maml_lightning.data.examples import Examples
+from maml_lightning.data.functions import FunctionDataModule
 from maml_lightning.data.glyphs import GlyphsDataModule
 from maml_lightning.data.images import ImagesDataModule
 from maml_lightning.data.modules import EpisodicDataModule, TaskDataModule
@@ -18,6 +19,7 @@ __all__ = [
     "EpisodeDataset",
     "EpisodicDataModule",
     "Examples",
+    "FunctionDataModule",
     "GlyphsDataModule",
     "ImagesDataModule",
     "OmniglotDataModule",

@@ -41,6 +41,7 @@ class ArraysDataModule(EpisodicDataModule):
     """
 
     least_ways = 1
+    score = None
 
     def __init__(self, train: Any = None, val: Any = None, test: Any = None, *, ways: int = 5, **settings: Any):
         super().__init__(ways=ways, **settings)
@@ -64,6 +65,8 @@ class ArraysDataModule(EpisodicDataModule):
             if given is None:
                 raise SettingError(f"{setting} is not given; give {FORMS}.")
             examples, self._labels[split] = examples_of(given, setting)
+            if examples.targets is not None:
+                self.ways = None  # the targets' classes, if they are any, have nothing to do with it
             if not self._loaded:
                 _say_what_is_scaled(setting, examples)
             self._loaded[split] = examples

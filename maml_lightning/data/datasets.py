@@ -30,7 +30,7 @@ class TaskDataset(Dataset[Episode], ABC):
         seed: seed of the episodes.
     """
 
-    def __init__(self, split: str, episodes: int, *, shots: int, query_shots: int, seed: int):
+    def __init__(self, split: str, episodes: int, *, shots: int = 1, query_shots: int = 1, seed: int):
         self.split, self.episodes, self.seed = split, episodes, seed
         self.shots, self.query_shots = shots, query_shots
 

@@ -41,16 +41,19 @@ class FunctionDataset(TaskDataset):
         return Episode(*(self._batch(name, indices, parts) for name, *parts in zip(PARTS, *episodes, strict=True)))
 
     def _episode(self, index: int, seed: int) -> tuple[Any, ...]:
-        with seeded(seed):  # so that a function that draws from the global generators is one of (seed, index) as well
+        with seeded(seed):  # so that what it draws from the global generators depends on (seed, index) as well
             found = self.function(self.split_seed, index)
         if not isinstance(found, tuple) or len(found) != len(PARTS):
             what = f"{len(found)} parts" if isinstance(found, tuple) else type(found).__name__
             raise SettingError(f"{self.setting} gives {what}; give an Episode: {', '.join(PARTS)}.")
         episode = tuple(tree_map(partial(self._tensor, name), part) for name, part in zip(PARTS, found, strict=True))
-        for start, kind in ((0, "support"), (2, "query")):
-            sizes = {place: list(leaf.shape[:1]) for name in range(start, start + 2) for place, leaf in leaves(episode[name], PARTS[name]).items()}
-            if len(set(map(str, sizes.values()))) != 1 or [] in sizes.values():
-                raise SettingError(f"{self.setting}: the {kind} set of episode {index} has sizes {sizes}; give one target for each input, both [examples, ...].")
+        for kind, inputs, targets in (("support", *episode[:2]), ("query", *episode[2:])):
+            shapes = [list(leaf.shape) for leaf in (*leaves(inputs).values(), *leaves(targets).values())]
+            if [] in shapes or len({shape[0] for shape in shapes}) != 1:
+                raise SettingError(
+                    f"{self.setting} gives a {kind} set of shapes {', '.join(map(str, shapes))} in episode {index}; "
+                    "give one target for each input, both [examples, ...] without a task dimension."
+                )
         return episode
 
     def _tensor(self, name: str, value: Any) -> Tensor:
@@ -58,8 +61,8 @@ class FunctionDataset(TaskDataset):
             return value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
         except (TypeError, ValueError) as error:
             raise SettingError(
-                f"{self.setting} gives {name} of {type(value).__name__}; give tensors or arrays of numbers, or tuples or "
-                "dicts of them."
+                f"{self.setting} gives {name} of {type(value).__name__}; give tensors or arrays of numbers, or "
+                "tuples or dicts of them."
             ) from error
 
     def _batch(self, name: str, indices: Sequence[int], parts: list[Any]) -> Any:
@@ -67,43 +70,45 @@ class FunctionDataset(TaskDataset):
         for index, kind in zip(indices, kinds, strict=True):
             if kind != kinds[0]:
                 raise SettingError(
-                    f"{self.setting} gives {name} {kinds[0]} in episode {indices[0]} and {kind} in episode {index}; give "
-                    "all episodes the same shapes and types."
+                    f"{self.setting} gives {name} {kinds[0]} in episode {indices[0]} and {kind} in episode {index}; "
+                    "give all episodes the same shapes and types."
                 )
         return tree_map(lambda *values: torch.stack(values), *parts)
 
 
 def _kinds(tree: Any) -> str:
-    return ", ".join(
-        f"{place} {str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape)}".strip() for place, leaf in leaves(tree).items()
-    )
+    kinds = {
+        place: f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape)}" for place, leaf in leaves(tree).items()
+    }
+    return ", ".join(f"{place} {kind}".strip() for place, kind in kinds.items())
 
 
 class FunctionDataModule(TaskDataModule):
     """Episodes of your own task distribution: a function of (seed, index) that gives one episode.
 
     The function gives support inputs, support targets, query inputs and query targets, each an array or a tensor
-    ``[examples, ...]``, or a tuple or dict of them. Both numbers are not negative; the seed depends on ``seed`` and on
-    the split, so that no two splits share a task. Numbers that it draws from ``np.random.default_rng([seed, index])``,
-    or from the global generators of PyTorch, NumPy or Python, make episode ``index`` the same at any time.
+    ``[examples, ...]``, or a tuple or dict of them. Both numbers are 0 or more; the seed depends on ``seed`` and on the
+    split, so that no two splits have the same tasks. What the function draws from
+    ``np.random.default_rng([seed, index])``, or from the global generators of PyTorch, NumPy or Python, is the same
+    whenever that episode is drawn.
 
     Args:
-        train: the function, or its import path (``my_module.my_task``); or a class whose instances can be called so.
-        val: another one for validation; null takes that of training.
-        test: another one for the test; null takes that of training.
-        meta_batch_size: episodes per outer step ``T``, over all processes.
+        function: the function, or its import path (my_module.my_task); or a class whose instances can be called so.
+        val_function: another one for validation; null takes ``function``.
+        test_function: another one for the test; null takes ``function``.
 
     Raises:
         SettingError: a setting is out of range, or the function gives no episodes.
     """
 
+    score = None
+
     def __init__(
         self,
-        train: Callable[[int, int], Any],
-        val: Callable[[int, int], Any] | None = None,
-        test: Callable[[int, int], Any] | None = None,
+        function: Callable[[int, int], Any],
+        val_function: Callable[[int, int], Any] | None = None,
+        test_function: Callable[[int, int], Any] | None = None,
         *,
-        score: str = "accuracy",
         meta_batch_size: int = 32,
         train_episodes: int = 3200,
         val_episodes: int = 600,
@@ -119,4 +124,19 @@ class FunctionDataModule(TaskDataModule):
             seed=seed,
             num_workers=num_workers,
         )
-        self.functions: dict[Split, Callable[[int, int], Any]] = {"train": train, "val": val or train, "test": test or train}
+        self.functions: dict[Split, Callable[[int, int], Any] | None] = {
+            "train": function,
+            "val": val_function,
+            "test": test_function,
+        }
+
+    def make_dataset(self, split: Split) -> FunctionDataset:
+        """The episodes that the function of a split gives."""
+        own = self.functions[split]
+        setting = "data.function" if own is None or split == "train" else f"data.{split}_function"
+        function = own or self.functions["train"]
+        if not callable(function):
+            raise SettingError(
+                f"{setting} is {function!r}, not a function; give one of (seed, index), or its import path."
+            )
+        return FunctionDataset(function, split, self.episodes[split], seed=self.seed, setting=setting)

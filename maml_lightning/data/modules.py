@@ -36,13 +36,14 @@ class TaskDataModule(LightningDataModule, ABC):
         num_workers: worker processes per data loader; 0 samples in the main process.
 
     Attributes:
-        score: what is logged of these tasks, ``accuracy`` or ``mse``; the best checkpoint is the best by it.
+        score: what is logged of these tasks, ``accuracy`` or ``mse``; the best checkpoint is the best by it. None where
+            that depends on their targets.
 
     Raises:
         SettingError: a setting is out of range.
     """
 
-    score: Literal["accuracy", "mse"] = "accuracy"
+    score: Literal["accuracy", "mse"] | None = "accuracy"
 
     def __init__(
         self,
@@ -176,7 +177,8 @@ class EpisodicDataModule(TaskDataModule):
     ):
         super().__init__(**settings)
         at_least("ways", ways, self.least_ways)
-        self.ways, self.rotations, self.pretraining = ways, rotations, pretraining
+        self.ways: int | None = ways
+        self._drawn, self.rotations, self.pretraining = ways, rotations, pretraining
         self.pictures = Preparation(_values(mean), _values(std), augmentation or ())
 
     @property
@@ -204,7 +206,7 @@ class EpisodicDataModule(TaskDataModule):
             self._examples(split),
             split,
             self.episodes[split],
-            ways=self.ways,
+            ways=self._drawn,
             shots=self.shots,
             query_shots=self.query_shots,
             seed=self.seed,
