@@ -3,6 +3,7 @@
 from maml_lightning.algorithms.inner_loop import InnerLoop, MetaGradient
 from maml_lightning.data import (
     ArraysDataModule,
+    DatasetDataModule,
     FunctionDataModule,
     GlyphsDataModule,
     ImagesDataModule,
@@ -31,6 +32,7 @@ __all__ = [
     "ArraysDataModule",
     "ConvNet",
     "CostMonitor",
+    "DatasetDataModule",
     "Episode",
     "FunctionDataModule",
     "GlyphsDataModule",

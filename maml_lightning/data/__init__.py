@@ -9,6 +9,7 @@ from maml_lightning.data.examples import Examples
 from maml_lightning.data.functions import FunctionDataModule
 from maml_lightning.data.glyphs import GlyphsDataModule
 from maml_lightning.data.images import ImagesDataModule
+from maml_lightning.data.map_style import DatasetDataModule
 from maml_lightning.data.modules import EpisodicDataModule, TaskDataModule
 from maml_lightning.data.omniglot import OmniglotDataModule
 from maml_lightning.data.sinusoids import SinusoidsDataModule
@@ -16,6 +17,7 @@ from maml_lightning.data.support_query import SupportQueryDataModule, support_se
 
 __all__ = [
     "ArraysDataModule",
+    "DatasetDataModule",
     "EpisodeDataset",
     "EpisodicDataModule",
     "Examples",

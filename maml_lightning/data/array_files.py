@@ -50,7 +50,7 @@ def read_arrays(file: Path, setting: str) -> Any:
 
 
 def _npz(file: Path) -> Any:
-    with np.load(file, allow_pickle=False) as arrays:
+    with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
         found = {name: arrays[name] for name in arrays.files}
     inputs = {name for name in found if name not in ("labels", "targets")}
     if len(inputs) == 1:  # whatever its name: inputs, arr_0, ...

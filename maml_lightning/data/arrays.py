@@ -9,8 +9,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from maml_lightning.data.array_files import FORMS, examples_of
 from maml_lightning.data.datasets import SPLITS, Split
-from maml_lightning.data.examples import Examples, check_alike, content_hashes, leaves, take
+from maml_lightning.data.examples import Examples, leaves, take
 from maml_lightning.data.modules import EpisodicDataModule
+from maml_lightning.data.pictures import say_what_is_scaled
+from maml_lightning.data.splits import check_alike, check_disjoint, check_nothing_shared
 from maml_lightning.errors import SettingError
 
 SAMPLE = 64  # examples that stand for all, to see whether a resumed run's data are the same
@@ -68,7 +70,7 @@ class ArraysDataModule(EpisodicDataModule):
             if examples.targets is not None:
                 self.ways = None  # the targets' classes, if they are any, have nothing to do with it
             if not self._loaded:
-                _say_what_is_scaled(setting, examples)
+                say_what_is_scaled(setting, examples.inputs)
             self._loaded[split] = examples
             check_alike({f"data.{name}": found.inputs for name, found in self._loaded.items()})
             for first, second in combinations(self._loaded, 2):
@@ -77,20 +79,15 @@ class ArraysDataModule(EpisodicDataModule):
         return self._loaded[split]
 
     def _check_disjoint(self, first: Split, second: Split) -> None:
-        shared_content(f"data.{first}", self._loaded[first], f"data.{second}", self._loaded[second])
-        ours, theirs = self._labels[first], self._labels[second]
-        if not ours or not theirs or not (both := sorted(ours & theirs)):
-            return
-        if all(labels == set(range(len(labels))) for labels in (ours, theirs)):
+        settings = f"data.{first}", f"data.{second}"
+        check_nothing_shared(settings[0], self._loaded[first], settings[1], self._loaded[second])
+        labels = self._labels[first] or set(), self._labels[second] or set()
+        if not labels[0] & labels[1] or any(each != set(range(len(each))) for each in labels):
+            check_disjoint(dict(zip(settings, map(sorted, labels), strict=True)))
+        else:
             rank_zero_info(
-                f"data.{first} and data.{second} each number their classes from 0; they count as different classes."
+                f"{' and '.join(settings)} each number their classes from 0; they count as different classes."
             )
-            return
-        more = f" and {len(both) - 1} more" if both[1:] else ""
-        raise SettingError(
-            f"data.{first} and data.{second} share class {both[0]}{more}; a class must be in one split alone: remove "
-            "it from one."
-        )
 
     def state_dict(self) -> dict[str, Any]:
         """What tells the training data apart from others."""
@@ -105,43 +102,13 @@ class ArraysDataModule(EpisodicDataModule):
             )
 
 
-def shared_content(first: str, ours: Examples, second: str, theirs: Examples) -> None:
-    """Check that two splits have no class in common, and no picture.
-
-    Pictures (uint8) must differ one by one. Other examples, such as rows of yes and no, may be alike by chance: there
-    no class may have all of its examples in the other split.
-
-    Raises:
-        SettingError: they have.
-    """
-    if callable(ours.inputs) or callable(theirs.inputs):
-        return
-    known = set(content_hashes(ours.inputs))
-    rows = torch.arange(sum(theirs.counts)) if theirs.rows is None else theirs.rows
-    hashes, start = content_hashes(theirs.inputs), 0
-    pictures = all(leaf.dtype == torch.uint8 for leaf in leaves(theirs.inputs).values())
-    for index, count in enumerate(theirs.counts):
-        found = [row for row in rows[start : start + count].tolist() if hashes[row] in known]
-        start += count
-        if count and len(found) == count:
-            raise SettingError(
-                f"{first} and {second} share a class: all examples of class {theirs.name(index)} of {second} are in "
-                f"{first} too; remove it from one."
-            )
-        if pictures and found:
-            raise SettingError(
-                f"{first} and {second} share a picture: example {found[0]} of {second}, of class {theirs.name(index)}, "
-                f"is in {first} too; remove it from one."
-            )
-
-
 def fingerprint(examples: Examples) -> str:
     """A text that differs for other examples: sizes, types, and a checksum of some."""
     total = sum(examples.counts)
     rows = torch.linspace(0, total - 1, min(total, SAMPLE)).long()
     if examples.rows is not None:
         rows = examples.rows[rows]
-    some = leaves(take(examples.inputs, rows))
+    some = leaves(take(examples.inputs, rows[None], [0]))
     kinds = {place: f"{leaf.dtype}{list(leaf.shape[1:])}" for place, leaf in some.items()}
     return f"{_checksum(some.values())} {len(examples.counts)} classes {total} examples {kinds}"
 
@@ -151,11 +118,3 @@ def _checksum(tensors: Any) -> str:
     for leaf in tensors:
         digest.update(leaf.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _say_what_is_scaled(setting: str, examples: Examples) -> None:
-    shapes = [list(leaf.shape[1:]) for leaf in leaves(examples.inputs).values() if leaf.dtype == torch.uint8]
-    if shapes:
-        rank_zero_info(
-            f"{setting}: uint8 pictures {shapes[0]} are scaled to [0, 1]; inputs of another type stay as they are."
-        )

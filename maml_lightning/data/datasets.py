@@ -145,18 +145,18 @@ class EpisodeDataset(TaskDataset):
             return Episode(tree_map(lambda leaf: leaf[:, :0], inputs), targets[:, :0], inputs, targets)
         parts: list[Tree] = []
         for part, drawn in enumerate((rows[..., : self.shots], rows[..., self.shots :])):
-            parts += [self._inputs(drawn.flatten(1), seeds[:, part]), self._targets(drawn)]
+            parts += [self._inputs(drawn.flatten(1), seeds[:, part]), self._targets(drawn, seeds[:, part])]
         return Episode(*parts)
 
     def _inputs(self, rows: Tensor, seeds: Bits) -> Tree:
         """The inputs of these rows ``[T, n]``, each tensor ``[T, n, ...]``."""
-        inputs = take(self.examples.inputs, rows.flatten())
+        inputs = take(self.examples.inputs, rows, seeds.tolist())
         return _by_task(self.pictures.prepare(inputs, len(rows), seeds.tolist()), rows)
 
-    def _targets(self, rows: Tensor) -> Tree:
+    def _targets(self, rows: Tensor, seeds: Bits) -> Tree:
         """The targets of these rows ``[T, N, n]``, each tensor ``[T, N*n, ...]``."""
         if self.examples.targets is not None:
-            return _by_task(take(self.examples.targets, rows.flatten()), rows.flatten(1))
+            return _by_task(take(self.examples.targets, rows.flatten(1), seeds.tolist()), rows.flatten(1))
         return torch.arange(self.ways).repeat_interleave(rows.shape[-1]).repeat(len(rows), 1)
 
 

@@ -40,10 +40,9 @@ class Examples(NamedTuple):
         """What an error calls a class."""
         return shown(index if self.names is None else self.names[index])
 
-    def class_of(self, row: int) -> int:
-        """The class of a row of ``inputs``."""
-        place = row if self.rows is None else int((self.rows == row).nonzero()[0])
-        return int(np.searchsorted(np.cumsum(self.counts), place, side="right"))
+    def class_of(self, place: int) -> str:
+        """What an error calls the class of the example at a place, class after class."""
+        return self.name(int(np.searchsorted(np.cumsum(self.counts), place, side="right")))
 
 
 def tree_map(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
@@ -63,9 +62,24 @@ def leaves(tree: Tree, name: str = "") -> dict[str, Any]:
     return {name: tree}
 
 
-def take(source: Tree | Reader, rows: Tensor) -> Tree:
-    """The examples of these rows ``[n]``, each tensor ``[n, ...]``."""
-    return source(rows) if callable(source) else tree_map(lambda leaf: leaf.index_select(0, rows), source)
+def take(source: Tree | Reader, rows: Tensor, seeds: Sequence[int]) -> Tree:
+    """The examples of these rows.
+
+    Args:
+        source: each tensor ``[examples, ...]``; or a function that reads rows.
+        rows: of each task, ``[T, n]``.
+        seeds: of each task, ``[T]``, for random numbers in what is read: inputs and targets are read with the same.
+
+    Returns:
+        each tensor ``[T * n, ...]``.
+    """
+    if not callable(source):
+        return tree_map(lambda leaf: leaf.index_select(0, rows.flatten()), source)
+    tasks: list[Tree] = []
+    for task, seed in zip(rows, seeds, strict=True):
+        with seeded(seed):
+            tasks.append(source(task))
+    return tree_map(lambda *values: torch.cat(values), *tasks)
 
 
 def grouped(labels: Tensor) -> tuple[list[int], list[int], Tensor]:
@@ -87,52 +101,35 @@ def check_finite(examples: Examples, setting: str) -> None:
 
 
 def _check_finite(values: Tensor, place: str, examples: Examples, setting: str) -> None:
-    size = max(1, CHUNK // max(1, values[:1].numel()))
-    for start in range(0, len(values), size):
-        finite = _rows(values[start : start + size]).isfinite().all(1)
+    total, size = sum(examples.counts), max(1, CHUNK // max(1, math.prod(values.shape[1:])))
+    for start in range(0, total, size):
+        finite = _rows(_some(values, examples.rows, start, start + size)).isfinite().all(1)
         if not finite.all():
-            row = start + int((~finite).nonzero()[0])
-            name = examples.name(examples.class_of(row))
+            found = start + int((~finite).nonzero()[0])
+            row = found if examples.rows is None else int(examples.rows[found])
             raise SettingError(
-                f"{setting}{place}: example {row}, of class {name}, has a value that is NaN or infinite; replace the "
-                "value, or leave the example out."
+                f"{setting}{place}: example {row}, of class {examples.class_of(found)}, has a value that is NaN or "
+                "infinite; replace the value, or leave the example out."
             )
 
 
-def check_alike(inputs: Mapping[str, Tree]) -> None:
-    """Check that the inputs of all splits have the same structure, types and shapes.
-
-    Args:
-        inputs: of each setting, each tensor ``[examples, ...]``.
-
-    Raises:
-        SettingError: they have not.
-    """
-    kinds = {
-        setting: {
-            place: f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape[1:])}"
-            for place, leaf in leaves(tree).items()
-        }
-        for setting, tree in inputs.items()
-    }
-    first = next(iter(kinds), "")
-    for setting, kind in kinds.items():
-        for place in sorted({*kind, *kinds[first]}):
-            ours, theirs = kind.get(place, "missing"), kinds[first].get(place, "missing")
-            if ours != theirs:
-                raise SettingError(
-                    f"{setting}{place} has examples {ours}, but those of {first}{place} are {theirs}; give all splits "
-                    "the same type and shape."
-                )
-
-
-def content_hashes(inputs: Tree) -> list[int]:
-    """A hash of each example's bytes; the same in this process for the same bytes."""
+def content_hashes(examples: Examples) -> list[int]:
+    """A hash of each example's input, class after class; the same in this process for the same bytes."""
+    total = sum(examples.counts)
     hashed = [
-        [hash(row.tobytes()) for row in _rows(leaf).contiguous().view(torch.uint8).numpy()] if len(leaf) else []
-        for leaf in leaves(inputs).values()
+        [
+            hash(row.tobytes())
+            for start in range(0, total, size)
+            for row in _rows(_some(leaf, examples.rows, start, start + size)).contiguous().view(torch.uint8).numpy()
+        ]
+        for leaf in leaves(examples.inputs).values()
+        for size in (max(1, CHUNK // max(1, math.prod(leaf.shape[1:]))),)
     ]
     return [hash(parts) for parts in zip(*hashed, strict=True)]
+
+
+def _some(values: Tensor, rows: Tensor | None, first: int, last: int) -> Tensor:
+    return values[first:last] if rows is None else values.index_select(0, rows[first:last])
 
 
 def _rows(values: Tensor) -> Tensor:

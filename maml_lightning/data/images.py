@@ -6,7 +6,6 @@ import io
 import os
 import re
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -32,11 +31,10 @@ from maml_lightning.data.packs import (
     sweep,
     temporary,
 )
-from maml_lightning.data.random_numbers import choose, random_bits
+from maml_lightning.data.splits import SHARES, split_classes
 from maml_lightning.errors import SettingError
 from maml_lightning.files import shown, write_whole
 
-SHARES: dict[Split, float] = {"train": 0.64, "val": 0.16, "test": 0.2}  # of the classes; mini-ImageNet's proportions
 Shape = tuple[int, Literal[1, 3], int, int]  # images, channels, side, side
 
 
@@ -167,16 +165,6 @@ def _superseded(folder: Path, split: Split, side: int, channels: int) -> None:
             with contextlib.suppress(OSError):
                 if not found[1] or abandoned(file):
                     file.unlink()
-
-
-def split_classes(names: Sequence[str], seed: int) -> dict[Split, list[str]]:
-    """Disjoint classes of each split, 64, 16 and 20 %, by a permutation that the seed draws."""
-    order = choose(random_bits(seed, "classes", [0], 2 * len(names)), len(names))[0]
-    ends = np.round(np.cumsum([0, *SHARES.values()]) * len(names)).astype(int)
-    return {
-        split: sorted(names[index] for index in order[first:last])
-        for split, first, last in zip(SHARES, ends[:-1], ends[1:], strict=True)
-    }
 
 
 class ImagesDataModule(EpisodicDataModule):

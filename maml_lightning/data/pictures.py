@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from maml_lightning.data.examples import Tree, leaves, seeded, tree_map
@@ -71,6 +72,15 @@ class Preparation(NamedTuple):
 
 
 AS_THEY_ARE = Preparation()
+
+
+def say_what_is_scaled(setting: str, inputs: Tree) -> None:
+    """Print which inputs, each tensor ``[examples, ...]``, are taken for pictures."""
+    shapes = [list(leaf.shape[1:]) for leaf in leaves(inputs).values() if leaf.dtype == torch.uint8]
+    if shapes:
+        rank_zero_info(
+            f"{setting}: uint8 pictures {shapes[0]} are scaled to [0, 1]; inputs of another type stay as they are."
+        )
 
 
 def _scaled(leaf: Tensor) -> Tensor:
