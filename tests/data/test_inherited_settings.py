@@ -41,7 +41,28 @@ SHARED: dict[str, Any] = {
     "seed": 0,
     "num_workers": 0,
 }
-OF_IMAGES: dict[str, Any] = {"ways": 5, "rotations": False, "pretraining": False}
+OF_IMAGES: dict[str, Any] = {
+    "ways": 5,
+    "rotations": False,
+    "pretraining": False,
+    "mean": None,
+    "std": None,
+    "augmentation": None,
+}
+
+
+# How the command line prints types that have no plain name.
+TYPES = {
+    "mean": "Union[float,list[float],null]",
+    "std": "Union[float,list[float],null]",
+    "augmentation": "Optional[list[Callable]]",
+}
+
+
+def printed_type(annotation: Any) -> str:
+    """How the command line prints a type."""
+    name = getattr(annotation, "__name__", "")
+    return str(annotation).removeprefix("typing.").replace(" ", "") if name == "Literal" else name
 
 
 def shared(module: type) -> dict[str, Any]:
@@ -71,11 +92,13 @@ def test_help_has_every_setting_with_its_description_type_and_default(
     for name, parameter in parameters.items():
         default = "" if parameter.default is Parameter.empty else f",default:{parameter.default}"
         required = "required," if parameter.default is Parameter.empty else ""
-        kind = getattr(parameter.annotation, "__name__", "")
-        kind = str(parameter.annotation).removeprefix("typing.") if kind == "Literal" else kind
         metavar = r"(\{[\w,]+\}|[A-Z_]+)"
-        expected = re.escape(f"{described[name]}({required}type:{kind}{default})".replace(" ", ""))
-        assert re.search(rf"--data\.{name}{metavar}{expected}", printed), name
+        default = default.replace("None", "null")
+        expected = re.escape(f"{described[name]}({required}type:".replace(" ", ""))
+        kind = re.escape(TYPES.get(name) or printed_type(parameter.annotation))
+        assert re.search(
+            rf"--data\.{name}{metavar}(,--data.{name}\+{metavar})?{expected}{kind}{re.escape(default)}[,)]", printed
+        ), name
 
 
 @pytest.mark.parametrize("module", MODULES)
