@@ -5,7 +5,7 @@ from itertools import combinations
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from maml_lightning.data.array_files import FORMS, examples_of
 from maml_lightning.data.datasets import SPLITS, Split
@@ -81,13 +81,8 @@ class ArraysDataModule(EpisodicDataModule):
     def _check_disjoint(self, first: Split, second: Split) -> None:
         settings = f"data.{first}", f"data.{second}"
         check_nothing_shared(settings[0], self._loaded[first], settings[1], self._loaded[second])
-        labels = self._labels[first] or set(), self._labels[second] or set()
-        if not labels[0] & labels[1] or any(each != set(range(len(each))) for each in labels):
-            check_disjoint(dict(zip(settings, map(sorted, labels), strict=True)))
-        else:
-            rank_zero_info(
-                f"{' and '.join(settings)} each number their classes from 0; they count as different classes."
-            )
+        labels = (sorted(self._labels[split] or ()) for split in (first, second))
+        check_disjoint(dict(zip(settings, labels, strict=True)), numbered_alone=True)
 
     def state_dict(self) -> dict[str, Any]:
         """What tells the training data apart from others."""

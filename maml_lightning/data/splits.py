@@ -1,15 +1,18 @@
 """Which classes are for training, validation and test, and whether splits have anything in common."""
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 
 from maml_lightning.data.datasets import Split
 from maml_lightning.data.examples import Examples, Tree, content_hashes, leaves
 from maml_lightning.data.random_numbers import choose, random_bits
 from maml_lightning.errors import SettingError
+from maml_lightning.files import shown
 
 SHARES: dict[Split, float] = {"train": 0.64, "val": 0.16, "test": 0.2}  # of the classes; mini-ImageNet's proportions
 
@@ -26,24 +29,31 @@ def split_classes(names: Sequence[Name], seed: int) -> dict[Split, list[Name]]:
     }
 
 
-def check_disjoint(classes: Mapping[str, Sequence[Any]]) -> None:
+def check_disjoint(classes: Mapping[str, Sequence[Any]], *, numbered_alone: bool = False) -> None:
     """Check that no class is in two splits.
 
     Args:
-        classes: of each setting, in which errors name it.
+        classes: numbers or names of each setting's classes; errors name the setting.
+        numbered_alone: whether classes of two splits that both are numbered from 0 without a gap are different ones;
+            it is said.
 
     Raises:
         SettingError: one is.
     """
-    seen: dict[Any, str] = {}
-    for setting, names in classes.items():
-        if both := [name for name in names if name in seen]:
+    for first, second in combinations(classes, 2):
+        both = sorted(set(classes[first]) & set(classes[second]), key=str)
+        if both and numbered_alone and all(_numbered(classes[setting]) for setting in (first, second)):
+            rank_zero_info(f"{first} and {second} each number their classes from 0; they count as different classes.")
+        elif both:
             more = f" and {len(both) - 1} more" if both[1:] else ""
             raise SettingError(
-                f"{seen[both[0]]} and {setting} share class {both[0]}{more}; a class must be in one split alone: "
-                "remove it from one."
+                f"{first} and {second} share class {shown(both[0])}{more}; a class must be in one split alone: remove "
+                "it from one."
             )
-        seen |= dict.fromkeys(names, setting)
+
+
+def _numbered(names: Sequence[Any]) -> bool:
+    return {str(name) for name in names} == {str(number) for number in range(len(names))}
 
 
 def check_alike(inputs: Mapping[str, Tree]) -> None:
