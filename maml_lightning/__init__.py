@@ -3,6 +3,7 @@
 from maml_lightning.algorithms.inner_loop import InnerLoop, MetaGradient
 from maml_lightning.data import (
     ArraysDataModule,
+    BenchmarkDataModule,
     DatasetDataModule,
     FunctionDataModule,
     GlyphsDataModule,
@@ -30,6 +31,7 @@ __all__ = [
     "MLP",
     "AdaptationMonitor",
     "ArraysDataModule",
+    "BenchmarkDataModule",
     "ConvNet",
     "CostMonitor",
     "DatasetDataModule",

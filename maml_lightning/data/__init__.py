@@ -4,6 +4,7 @@ A data set of your own is a subclass of `EpisodicDataModule` (classes of images 
 """
 
 from maml_lightning.data.arrays import ArraysDataModule
+from maml_lightning.data.benchmarks import BenchmarkDataModule
 from maml_lightning.data.datasets import EpisodeDataset, Split, TaskDataset
 from maml_lightning.data.examples import Examples
 from maml_lightning.data.functions import FunctionDataModule
@@ -17,6 +18,7 @@ from maml_lightning.data.support_query import SupportQueryDataModule, support_se
 
 __all__ = [
     "ArraysDataModule",
+    "BenchmarkDataModule",
     "DatasetDataModule",
     "EpisodeDataset",
     "EpisodicDataModule",
