@@ -2,6 +2,10 @@
 
 from maml_lightning.algorithms.inner_loop import InnerLoop, MetaGradient
 from maml_lightning.data import (
+    ArraysDataModule,
+    BenchmarkDataModule,
+    DatasetDataModule,
+    FunctionDataModule,
     GlyphsDataModule,
     ImagesDataModule,
     OmniglotDataModule,
@@ -26,9 +30,13 @@ __all__ = [
     "MAML",
     "MLP",
     "AdaptationMonitor",
+    "ArraysDataModule",
+    "BenchmarkDataModule",
     "ConvNet",
     "CostMonitor",
+    "DatasetDataModule",
     "Episode",
+    "FunctionDataModule",
     "GlyphsDataModule",
     "ImagesDataModule",
     "InnerLoop",
