@@ -105,7 +105,7 @@ class InnerLoop:
         Raises:
             SettingError: there is no algorithm of that name, or it needs more steps.
         """
-        with deciding(self.net, self.running):
+        with deciding(self.net, self.running), self._releasing():
             return self._gradient(algorithm, params, episode, rates, steps, settings)
 
     def _gradient(
@@ -209,8 +209,15 @@ class InnerLoop:
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         # grad under inference mode silently returns zeros (pytorch #177318); clones are no inference tensors.
-        with torch.inference_mode(False), torch.no_grad(), deciding(self.net, self.running):
+        with torch.inference_mode(False), torch.no_grad(), deciding(self.net, self.running), self._releasing():
             yield
+
+    @contextmanager
+    def _releasing(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._executor.release()
 
     def _setup(self, params: Parameters, rates: float | Parameters, steps: int) -> inner.Setup:
         model = inner.Model(self.net, self.loss, self.optimizer, self.proximal)

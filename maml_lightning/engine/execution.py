@@ -19,6 +19,7 @@ from maml_lightning.engine import loop
 from maml_lightning.engine.agreement import disagreement
 from maml_lightning.engine.fingerprints import fingerprint, has_hooks
 from maml_lightning.engine.graphs import structure
+from maml_lightning.engine.hoisting import Hoisted
 from maml_lightning.engine.memory import out_of_memory
 from maml_lightning.engine.state import Bound, RandomState, Snapshot, State, without_state
 from maml_lightning.engine.tracing import TracedPair, signature, traced_call, traced_pair
@@ -152,6 +153,12 @@ class Executor:
             why = f"its attributes have changed {MAX_STATES} times"
             self._say(f"The network cannot be traced and runs untraced, which is slower: {why}")
         return State(objects, key, self._states.get(key))
+
+    def release(self) -> None:
+        """Forget what inner steps share: the tensors that they took may change from here on."""
+        for graph in self._graphs.values():
+            if isinstance(graph.forward, Hoisted):
+                graph.forward.release()
 
     def knows(self, state: State) -> bool:
         """Whether it is known what running the network has for effects."""
@@ -338,7 +345,7 @@ class Executor:
                 )
         graph: Any = self._graphs[key]
         if not job.pullback:
-            return graph(*job.args), None
+            return graph(leaves), None
         pair: TracedPair = graph
         if job.recompute:
             pullback = _recomputed(job, lambda cotangents: pair.pullback(pair.outputs(leaves)[1], cotangents))

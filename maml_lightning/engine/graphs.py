@@ -119,7 +119,8 @@ def _same(a: fx.Node, b: fx.Node) -> bool:
     return all(getattr(a.meta["val"], what) == getattr(b.meta["val"], what) for what in ("shape", "dtype"))
 
 
-def _output(graph: fx.Graph) -> fx.Node:
+def output_of(graph: fx.Graph) -> fx.Node:
+    """The node that returns the results."""
     return next(node for node in reversed(graph.nodes) if node.op == "output")
 
 
@@ -128,9 +129,19 @@ def is_mutable(node: fx.Node) -> bool:
     return node.op == "call_function" and getattr(getattr(node.target, "_schema", None), "is_mutable", False)
 
 
-def _copy(
+def depending_on(sources: Iterable[fx.Node], nodes: Iterable[fx.Node]) -> dict[fx.Node, None]:
+    """The sources, and what is computed from them, in the order of ``nodes``."""
+    dependent = dict.fromkeys(sources)
+    for node in nodes:
+        if any(source in dependent for source in node.all_input_nodes):
+            dependent[node] = None
+    return dependent
+
+
+def subgraph(
     nodes: Iterable[fx.Node], placeholders: Iterable[fx.Node], outputs: Any, owner: fx.GraphModule
 ) -> fx.GraphModule:
+    """A part of a graph as a module: ``nodes``, of ``placeholders``, which may be any nodes of the graph."""
     graph, copies = fx.Graph(), {}
     for node in placeholders:
         copies[node] = graph.placeholder(node.name)
@@ -157,19 +168,16 @@ def cut(joint: fx.GraphModule, cotangents: int, outputs: int) -> tuple[fx.GraphM
     nodes = [node for node in joint.graph.nodes if node.op != "output"]
     inputs = [node for node in nodes if node.op == "placeholder"]
     primals, cotangent_inputs = inputs[: len(inputs) - cotangents], inputs[len(inputs) - cotangents :]
-    dependent = dict.fromkeys(cotangent_inputs)  # on the cotangents
-    for node in nodes:
-        if any(source in dependent for source in node.all_input_nodes):
-            dependent[node] = None
+    dependent = depending_on(cotangent_inputs, nodes)
     if any(is_mutable(node) for node in dependent):
         raise ValueError("the backward half writes in place")
-    results: Any = _output(joint.graph).args[0]
+    results: Any = output_of(joint.graph).args[0]
     values, gradients = list(results[:outputs]), list(results[outputs:])
     independent = [node for node in nodes if node not in dependent]
     residuals = [n for n in independent if n in gradients or any(user in dependent for user in n.users)]
     forward_nodes, backward_nodes = (
         [node for node in half if node.op != "placeholder"] for half in (independent, dependent)
     )
-    forward = _copy(forward_nodes, primals, [values, residuals], joint)
-    backward = _copy(backward_nodes, [*residuals, *cotangent_inputs], gradients, joint)
+    forward = subgraph(forward_nodes, primals, [values, residuals], joint)
+    backward = subgraph(backward_nodes, [*residuals, *cotangent_inputs], gradients, joint)
     return forward, backward

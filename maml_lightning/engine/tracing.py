@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from maml_lightning.engine.graphs import cut, is_mutable, simplify
+from maml_lightning.engine.hoisting import Hoisted
 from maml_lightning.engine.kernels.mode import COMPILED
 
 
@@ -61,7 +62,27 @@ def _ready(graph: fx.GraphModule, compiled: bool) -> Callable[..., Any]:
     return torch.compile(graph, dynamic=False) if compiled else graph
 
 
-def traced_call(function: Callable, args: tuple, compiled: bool) -> Callable[..., Any]:
+def _forward(graph: fx.GraphModule, compiled: bool) -> Callable[..., Any]:
+    return _ready(graph, compiled) if compiled else Hoisted(graph)
+
+
+class TracedCall(NamedTuple):
+    """A function as a graph.
+
+    Args:
+        forward: of the arguments' tensors.
+        out_spec: of the outputs.
+    """
+
+    forward: Callable[..., Any]
+    out_spec: pytree.TreeSpec
+
+    def __call__(self, leaves: list[Tensor]) -> Any:
+        """The outputs."""
+        return pytree.tree_unflatten(self.forward(*leaves), self.out_spec)
+
+
+def traced_call(function: Callable, args: tuple, compiled: bool) -> TracedCall:
     """A replay of ``function(*args)``, for arguments of the same signature.
 
     Args:
@@ -77,8 +98,8 @@ def traced_call(function: Callable, args: tuple, compiled: bool) -> Callable[...
         out, out_spec = pytree.tree_flatten(function(*pytree.tree_unflatten(leaves, spec)))
         return out
 
-    graph = _ready(trace(flat, leaves, compiled), compiled)
-    return lambda *args: pytree.tree_unflatten(graph(*pytree.tree_leaves(args)), out_spec)
+    graph = trace(flat, leaves, compiled)
+    return TracedCall(_forward(graph, compiled), out_spec)
 
 
 class TracedPair(NamedTuple):
@@ -132,5 +153,5 @@ def traced_pair(function: Callable, joint: Callable, args: tuple, compiled: bool
         return pytree.tree_leaves(joint(pytree.tree_unflatten(leaves[len(leaves) - count :], out_spec), *args))
 
     halves = cut(trace(flat, [*leaves, *cotangents], compiled), count, count)
-    forward, backward = (_ready(half, compiled) for half in halves)
+    forward, backward = _forward(halves[0], compiled), _ready(halves[1], compiled)
     return TracedPair(forward, backward, cotangents, out_spec, pytree.tree_structure(args[0]))
