@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader
 
+from cli import main
 from maml_lightning import (
     MAML,
     AdaptationMonitor,
@@ -26,6 +27,7 @@ from maml_lightning import (
 )
 from maml_lightning.structures import describe, logits_of
 from tests.reference import perturbed, relative_error
+from tests.runs import TINY, words
 from tests.structures import CASES, Q, T, episode_of
 
 
@@ -143,6 +145,29 @@ def test_training_and_evaluation_under_a_trainer(name, tmp_path, caplog):
         name not in ("pixels", "some pixels", "dict targets")
     )
     assert "inspection shows nothing" not in caplog.text
+
+
+@pytest.mark.usefixtures("folder")
+def test_dict_inputs_on_the_command_line():
+    flags = {
+        "data": "tests.own_data.CaseData",
+        **dict.fromkeys(("data.train_episodes", "data.val_episodes", "data.test_episodes", "data.meta_batch_size"), 4),
+        "data.shots": 6,
+        "data.query_shots": 6,
+        "model.net": "tests.structures.Words",
+        **{key: value for key, value in TINY.items() if key.startswith("trainer.")},
+    }
+    cli = main(words("fit", **flags))
+    (best,) = Path(cli.trainer.log_dir).glob("checkpoints/best.ckpt")
+    given = {**flags, "ckpt_path": best, "trainer.max_epochs": None}
+    assert 0 <= main(words("test", **given)).trainer.callback_metrics["test/accuracy"] <= 1
+    (predicted,) = main(words("predict", **given)).trainer.predict_loop.predictions
+    assert predicted.shape == (4, 6, 3)
+    assert torch.allclose(predicted.sum(-1), torch.ones(4, 6))
+    loss = "torch.nn.functional.binary_cross_entropy_with_logits"
+    net = {"model.net": "torch.nn.Linear", "model.net.in_features": 4, "model.net.out_features": 3}
+    with pytest.raises(SettingError, match=r"checkpoint.monitor is val/accuracy, which is not logged .* val/loss"):
+        main(words("fit", **{**flags, **net, "data.name": "labels", "model.loss": loss}))
 
 
 def test_mappings_are_taken_as_dicts():

@@ -77,7 +77,7 @@ def _function(metric: Any, device: torch.device) -> Callable[[Tensor, Any], Any]
     own = copy.deepcopy(metric).to(device)
     for part in own.modules():
         if isinstance(part, Metric):
-            part.sync_on_compute = False  # episodes are gathered together later, see processes.py
+            part.distributed_available_fn = lambda: False  # episodes are gathered later, see processes.py
     labels = type(own).__module__.startswith("torchmetrics.classification")
 
     def value(outputs: Tensor, targets: Any) -> Any:

@@ -58,8 +58,8 @@ class MAML(LightningModule):
             function of (outputs, targets) that returns a number; null evaluates none.
         algorithm: maml; imaml takes the implicit gradient of a proximal inner loop (Rajeswaran et al. 2019); reptile
             moves towards the adapted weights (Nichol et al. 2018), on support and query examples together.
-        adapted_parameters: all; head, the last layer (ANIL, Raghu et al. 2020); body, all but it (BOIL, Oh et al.
-            2021); or name patterns such as "body.3.*". The outer loop alone learns the others.
+        adapted_parameters: all; head, the last layer that runs (ANIL, Raghu et al. 2020); body, all but it (BOIL, Oh et
+            al. 2021); or name patterns such as "body.3.*". The outer loop alone learns the others.
         learn_inner_lr: learn the inner learning rate, starting from inner_lr: one for the network, for each tensor, for
             each tensor and step (LSLR) or for each weight (Meta-SGD, Li et al. 2017); null keeps inner_lr.
         multi_step_epochs: evaluate the query loss after each inner step, with weights that anneal to the last step in

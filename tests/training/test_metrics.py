@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,18 @@ def test_labels_that_are_floats_reach_metrics_of_classification_as_integers():
     numbers = torch.rand(2, 9, 3)
     expected = [[F.mse_loss(o, t).item()] for o, t in zip(outputs[0], numbers, strict=True)]
     assert torch.allclose(metric_scores(torchmetrics.MeanSquaredError(), outputs, numbers), torch.tensor(expected))
+
+
+def test_processes_do_not_wait_for_each_other_within_an_episode():
+    def collective(*_, **__) -> None:
+        raise AssertionError("another process may have no such episode")
+
+    metric = MulticlassF1Score(3, distributed_available_fn=lambda: True, dist_sync_fn=collective)
+    outputs, targets = torch.randn(2, 9, 3), torch.randint(3, (2, 9))
+    assert torch.equal(
+        metric_scores(metric, [outputs], targets), metric_scores(MulticlassF1Score(3), [outputs], targets)
+    )
+    assert metric.distributed_available_fn()
 
 
 def results_of(maml: MAML, episodes: list[Episode], folder: Path) -> tuple[dict, dict]:
@@ -190,6 +203,22 @@ def test_a_metric_on_the_command_line_its_checkpoint_and_its_resumption(folder: 
     resumed = main(words("fit", **{**TINY, "model.metric": "null", "trainer.max_epochs": 2}, ckpt_path=last))
     assert resumed.model.metric is None
     assert resumed.trainer.global_step == 2 * cli.trainer.global_step
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("metric", "torchmetrics.F1Scor", "no attribute 'F1Scor'; give a class of torchmetrics, or a function of"),
+        ("metric", "nowhere.f1", "No module named 'nowhere'; give a class of torchmetrics, or a function of"),
+        ("loss", "torch.nn.functional.los", "has no attribute 'los'; give a function of .outputs, targets. with type"),
+    ],
+)
+def test_a_path_that_names_nothing_is_one_line(setting, value, message, capsys):
+    with pytest.raises(SystemExit):
+        main(words("fit", **{**TINY, f"model.{setting}": value}))
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.match(rf"error: model.{setting} {value}: .*{message}", line)
 
 
 @pytest.mark.parametrize(
