@@ -13,7 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from maml_lightning.engine.kernels.activations import hardsigmoid, rrelu
-from maml_lightning.engine.kernels.convolution import col2im_sum, conv2d, im2col_views
+from maml_lightning.engine.kernels.convolution import col2im_sum, im2col_views
+from maml_lightning.engine.kernels.convolution_layers import conv1d, conv2d, conv_transpose1d, conv_transpose2d
 from maml_lightning.engine.kernels.embedding import embedding_bag
 from maml_lightning.engine.kernels.normalization import batch_norm, instance_norm, project, standardize
 from maml_lightning.engine.kernels.pooling import max_pool, max_pool_backward, poolings
@@ -34,8 +35,10 @@ DIFFERENTIABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     F.embedding_bag: embedding_bag,
 }
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.conv2d: _contiguous(conv2d),
-    F.conv2d: _contiguous(conv2d),
+    **{f: _contiguous(conv1d) for f in (torch.conv1d, F.conv1d)},
+    **{f: _contiguous(conv2d) for f in (torch.conv2d, F.conv2d)},
+    **{f: _contiguous(conv_transpose1d) for f in (torch.conv_transpose1d, F.conv_transpose1d)},
+    **{f: _contiguous(conv_transpose2d) for f in (torch.conv_transpose2d, F.conv_transpose2d)},
     F.batch_norm: _contiguous(batch_norm),
     F.instance_norm: instance_norm,
     **DIFFERENTIABLE,
