@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
+from maml_lightning import ConvNet, ResNet12
 from tests.zoo.case import CLASSES, NOT_TWICE, Case, classifier
 
 
@@ -247,7 +248,8 @@ CASES = [
     *(layer_case(f"conv, {name}", conv, pool) for name, pool in POOLS.items()),
     *(layer_case(f"conv, {name}, Tanh", conv, norm, nn.Tanh) for name, norm in NORMS.items()),
     *(layer_case(f"{name} convolution, Tanh", make, nn.Tanh) for name, make in CONVOLUTIONS.items()),
-    Case("channels last convolution, Tanh", lambda: classifier(conv().to(memory_format=torch.channels_last), nn.Tanh())),
+    Case("channels last convolution, Tanh",
+         lambda: classifier(conv().to(memory_format=torch.channels_last), nn.Tanh())),
     Case("BatchNorm2d(track_running_stats=False)", lambda: classifier(
         conv(), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU())),
     Case("BatchNorm2d in evaluation mode", lambda: warmed(ViewFlatten(conv(), nn.BatchNorm2d(4), nn.ReLU())),
@@ -260,6 +262,9 @@ CASES = [
                                       shape=(4, 8)), shape=(4, 8)),
     Case("Conv3d", lambda: classifier(nn.Conv3d(1, 3, 3, padding=1), nn.BatchNorm3d(3), nn.ReLU(), nn.MaxPool3d(2),
                                       shape=(1, 4, 4, 4)), shape=(1, 4, 4, 4)),
+    Case("ResNet12", lambda: ResNet12(2, CLASSES, (3, 4, 4))),
+    Case("ConvNet", lambda: ConvNet(2, CLASSES, 4, 2)),
+    Case("ConvNet with pooling", lambda: ConvNet(2, CLASSES, 4, 2, pooling=True)),
     Case("ResNet block", lambda: classifier(Residual(2, 4), Residual(4, 4), nn.AdaptiveAvgPool2d(1))),
     Case("DenseNet block", lambda: classifier(Dense())),
     Case("memory-efficient DenseNet block", lambda: classifier(Dense(efficient=True))),

@@ -5,6 +5,7 @@ import random
 import torch
 from torch import Tensor, nn
 
+from maml_lightning import ResNet12
 from tests.zoo.case import CLASSES, Case, classifier
 from tests.zoo.images import ViewFlatten, conv
 
@@ -50,11 +51,13 @@ def make(kind: str, p: float) -> nn.Module:
         return ViewFlatten(conv(), nn.RReLU(0.2, 0.2 + p))
     if kind == "LayerDrop":
         return LayerDrop(p)
+    if kind == "ResNet12":
+        return ResNet12(2, CLASSES, (4, 4), p, 3)
     return classifier(StochasticBlock(kind, p))
 
 
 KINDS = ("Dropout", "Dropout2d", "AlphaDropout", "FeatureAlphaDropout", "RReLU", "LayerDrop", "StochasticDepth",
-         "DropBlock")  # fmt: skip
+         "DropBlock", "ResNet12")  # fmt: skip
 
 CASES = [
     *(Case(f"{kind} with p=0", lambda kind=kind: make(kind, 0.0)) for kind in KINDS),

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
+from maml_lightning import ConvNet1d, GRUNet, TextNet
 from tests.zoo.case import CLASSES, NOT_TWICE, SERIES, TOKENS, VECTOR, Case
 
 VOCABULARY = 11
@@ -291,9 +292,14 @@ CASES = [
     tokens("Embedding(padding_idx)", lambda: Tokens(padding_idx=0)),
     tokens("Embedding(max_norm)", lambda: Tokens(max_norm=1.0)),
     tokens("Embedding(scale_grad_by_freq)", lambda: Tokens(scale_grad_by_freq=True), False),
-    *(tokens(f"EmbeddingBag({mode})", lambda mode=mode: Bag(mode), mode != "max", refusal=NOT_TWICE) for mode in ("mean", "sum", "max")),
+    *(tokens(f"EmbeddingBag({mode})", lambda mode=mode: Bag(mode), mode != "max", refusal=NOT_TWICE)
+      for mode in ("mean", "sum", "max")),
     tokens("EmbeddingBag with offsets", lambda: Bag("mean", offsets=True), refusal=NOT_TWICE),
     tokens("masked tokens", Sparse),
+    series("GRUNet", lambda: GRUNet(4, CLASSES, 5, 2, True)),
+    series("ConvNet1d", lambda: ConvNet1d(4, CLASSES, 6, 2, 3)),
+    tokens("TextNet", lambda: TextNet(VOCABULARY, CLASSES, 4, heads=2)),
+    tokens("TextNet with blocks", lambda: TextNet(VOCABULARY, CLASSES, 4, 1, 2, max_length=6)),
     Case("checkpoint", Checkpointed, VECTOR),
     Case("Bilinear", BilinearNet, VECTOR),
     Case("complex parameters", Complex, VECTOR),

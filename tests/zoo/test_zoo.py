@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 
 from maml_lightning import MAML, Episode, SettingError
 from tests.zoo import images, python_state, random_layers, sequences
@@ -50,6 +51,17 @@ def step_error(maml: MAML, episode: Episode, expected: list[Result]) -> float:
     )
 
 
+def leaked(net: nn.Module) -> list[str]:
+    """Attributes of a network that hold tensors of a transform or of a trace."""
+    return [
+        f"{layer}.{name}" if layer else name
+        for layer, module in net.named_modules()
+        for name, value in {**vars(module), **module._parameters, **module._buffers}.items()
+        if isinstance(value, FakeTensor)
+        or (isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value))
+    ]
+
+
 def refused(case: Case, run: Callable[[], None]) -> bool:
     """Whether the case may be and is refused in one line; raises what else went wrong."""
     try:
@@ -65,7 +77,7 @@ def check_steps(case: Case, **settings) -> None:
     """Two meta-steps: the second replays what the first traced, with other parameters and after a change."""
     net, plain = case.network(), case.network(plain=True)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    maml = module(case, net, **settings)
+    maml, objects = module(case, net, **settings), [id(value) for value in net.parameters()]
     for number in range(2):
         episode = case.episode(number)
         try:
@@ -76,6 +88,8 @@ def check_steps(case: Case, **settings) -> None:
             pytest.skip(f"refused, as the plain loop cannot run it: {str(error).splitlines()[0]}")
         error = step_error(maml, episode, expected)
         assert error < TOLERANCE, f"step {number}: relative error {error:.1e}"
+        assert not leaked(net)
+        assert objects == [id(value) for value in net.parameters()], "the network's parameters are other objects"
         after = net.state_dict()
         changed = [n for n, value in before.items() if n not in after or not torch.equal(value, after[n])]
         assert not changed or case.stateful or "max_norm" in case.name, f"{changed} of the network changed"
@@ -86,6 +100,7 @@ def check_steps(case: Case, **settings) -> None:
             if case.change and number == 0:
                 case.change(network)
         before = {name: value.clone() for name, value in net.state_dict().items()}
+        objects = [id(value) for value in net.parameters()]
 
 
 def check_adapt(case: Case) -> None:
@@ -94,6 +109,8 @@ def check_adapt(case: Case) -> None:
     expected = loop(case, plain, episode, 3)
     support_x, support_y, query_x, _ = (part[0] for part in episode)
     adapted = module(case, net, inner_steps=3).adapt(support_x, support_y)
+    assert not leaked(net)
+    assert not leaked(adapted)
     with torch.no_grad():
         outputs = adapted(query_x)
     errors = [((outputs - e.outputs[0][-1]).norm() / e.outputs[0][-1].norm()).item() for e in expected]
