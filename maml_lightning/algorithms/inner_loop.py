@@ -12,7 +12,7 @@ from maml_lightning.algorithms.optimizers import InnerOptimizer, Parameters, sgd
 from maml_lightning.algorithms.registry import find_algorithm
 from maml_lightning.engine.chunks import MetaGradient, detached, fastest_size, mean_over_tasks, split
 from maml_lightning.engine.memory import FlatMemory
-from maml_lightning.engine.tracing import Tracer
+from maml_lightning.engine.execution import Execution, Executor
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
 
@@ -32,6 +32,7 @@ class InnerLoop:
         optimizer: of the inner loop; None is gradient descent.
         proximal: strength ``mu`` of the proximal term, ``mu / 2 |theta - theta_0|^2`` added to ``L_s``
             (iMAML, equation 3); 0 is none.
+        execution: see :mod:`~maml_lightning.engine.execution`.
 
     Parameters are given by name, shaped like the network's or with a leading dimension ``[S+1, ...]``, one value for
     each ``theta_k``: those are not adapted. Inner learning rates are a number, or a dictionary ``[1 or S, ...]`` by
@@ -58,6 +59,7 @@ class InnerLoop:
         compile: bool = False,
         optimizer: InnerOptimizer | None = None,
         proximal: float = 0.0,
+        execution: Execution = "auto",
     ) -> None:
         if isinstance(tasks_per_chunk, int) and tasks_per_chunk < 1:
             raise SettingError(f"model.tasks_per_chunk must be at least 1, null or auto (got {tasks_per_chunk}).")
@@ -67,7 +69,7 @@ class InnerLoop:
         self.optimizer = optimizer or sgd()
         self.proximal = proximal
         self._flat_memory = FlatMemory(flat_memory)
-        self._tracer = Tracer(compile)
+        self._executor = Executor(execution, compile)
 
     @property
     def flat(self) -> bool:
@@ -107,12 +109,12 @@ class InnerLoop:
         def run(chunk: Episode, total: MetaGradient) -> tuple[Tensor, Tensor]:
             return method.meta_gradient(setup, chunk, total, settings)
 
-        size = self.tasks_per_chunk
+        size = self._size(setup)
         if size == "auto":
             name = "first order" if settings.first_order else method.measured_as or algorithm
             if name not in self.chosen:
                 self.chosen[name] = fastest_size(
-                    lambda chunk: mean_over_tasks(run, chunk, params, learned, None), episode, self._tracer
+                    lambda chunk: mean_over_tasks(run, chunk, params, learned, None), episode, self._executor
                 )
             size = self.chosen[name]
         return mean_over_tasks(run, episode, params, learned, size)
@@ -197,7 +199,11 @@ class InnerLoop:
 
     def _setup(self, params: Parameters, rates: float | Parameters, steps: int) -> inner.Setup:
         model = inner.Model(self.net, self.loss, self.optimizer, self.proximal)
-        return inner.prepare(model, self._tracer, self._flat_memory, params, rates, steps)
+        return inner.prepare(model, self._executor, self._flat_memory, params, rates, steps)
+
+    def _size(self, setup: inner.Setup) -> int | Literal["auto"] | None:
+        """Tasks in a chunk; in a loop over tasks more than one would only take memory."""
+        return 1 if self._executor.way(setup.model) == "loop" else self.tasks_per_chunk
 
     def _evaluation_chunks(self, episode: Episode) -> Iterator[Episode]:
         size = min(self.chosen.values(), default=None) if self.tasks_per_chunk == "auto" else self.tasks_per_chunk

@@ -17,15 +17,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, grad_and_value
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from maml_lightning.algorithms.optimizers import InnerOptimizer, Parameters
 from maml_lightning.engine.chunks import detached
+from maml_lightning.engine.differentiation import grad, grad_and_value, is_by_autograd
+from maml_lightning.engine.execution import Executor
 from maml_lightning.engine.kernels.layout import kernel_layout
 from maml_lightning.engine.kernels.mode import TaskKernels
 from maml_lightning.engine.memory import FlatMemory, keep_freed_memory
-from maml_lightning.engine.tracing import State, Tracer
+from maml_lightning.engine.state import State
 from maml_lightning.episodes import Episode
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -49,8 +51,28 @@ class Model(NamedTuple):
 
 def outputs(model: Model, fast: Parameters, shared: Parameters, buffers: Parameters, x: Tensor) -> Tensor:
     """The network's outputs with adapted parameters ``fast`` and those that all tasks share."""
+    values, paths = {**fast, **shared}, tensor_paths(model.net)
+    if is_by_autograd():  # in a loop over tasks the network keeps its own buffers, and may write to them
+        values = {path: values[name] for path, name in paths.items() if name in values}
+        return functional_call(model.net, values, (x,), tie_weights=False)
+    values = {**values, **buffers}
     with TaskKernels():
-        return functional_call(model.net, {**fast, **shared, **buffers}, (x,))
+        return functional_call(model.net, {p: values[name] for p, name in paths.items()}, (x,), tie_weights=False)
+
+
+def tensor_paths(net: nn.Module) -> dict[str, str]:
+    """Where each parameter and buffer is kept, and the name by which it is given.
+
+    A tensor that several layers share has one name, the first, and several paths. A layer that is registered twice
+    has one path: ``functional_call`` would swap its tensors twice, and not back (``tie_weights`` does).
+    """
+    paths, names = {}, {}
+    for prefix, layer in net.named_modules():
+        for local, value in (*layer._parameters.items(), *layer._buffers.items()):
+            if value is not None:
+                path = f"{prefix}.{local}".lstrip(".")
+                paths[path] = names.setdefault(id(value), path)
+    return paths
 
 
 def support_gradient(
@@ -105,7 +127,7 @@ def _query_gradient(
         predictions = outputs(model, *params, buffers, x)
         return model.loss(predictions, y), predictions
 
-    gradient, (value, predictions) = grad_and_value(objective, has_aux=True)((fast, shared))
+    gradient, (value, predictions) = grad_and_value(objective)((fast, shared))
     return gradient, value, predictions
 
 
@@ -113,7 +135,7 @@ class Setup(NamedTuple):
     """What the tasks of a meta-batch are adapted with.
 
     Args:
-        tracer: runs the functions of one task over all tasks of a chunk.
+        executor: runs the functions of one task over all tasks of a chunk.
         flat_memory: whether the backward pass recomputes the inner steps.
         model: network, loss and optimizer, as they are now.
         buffers: of the network.
@@ -123,7 +145,7 @@ class Setup(NamedTuple):
         learned_rates: whether a rate requires a gradient.
     """
 
-    tracer: Tracer
+    executor: Executor
     flat_memory: FlatMemory
     model: State
     buffers: Parameters
@@ -150,7 +172,7 @@ class Setup(NamedTuple):
 
 def prepare(
     model: Model,
-    tracer: Tracer,
+    executor: Executor,
     flat_memory: FlatMemory,
     params: Parameters,
     rates: float | Parameters,
@@ -160,7 +182,7 @@ def prepare(
 
     Args:
         model: network, loss and optimizer.
-        tracer: runs the functions of one task over all tasks of a chunk.
+        executor: runs the functions of one task over all tasks of a chunk.
         flat_memory: whether the backward pass recomputes the inner steps.
         params: by name, shaped like the network's or ``[S+1, ...]``, one value for each ``theta_k``; those are shared.
         rates: a number, or ``[1 or S, ...]`` by name of the adapted parameters.
@@ -176,9 +198,9 @@ def prepare(
     shared = {name: kernel_layout(v) for name, v in values.items() if name not in rates and name not in per_step}
     detached_rates = {name: detached(rate) for name, rate in rates.items()}
     return Setup(
-        tracer,
+        executor,
         flat_memory,
-        tracer.state(model),
+        executor.state(model),
         {name: buffer.detach() for name, buffer in model.net.named_buffers()},
         {name: kernel_layout(value) for name, value in values.items() if name in rates},
         [{**shared, **_of_step(per_step, k)} for k in range(steps + 1)],
@@ -204,7 +226,7 @@ def descend(setup: Setup, inputs: Tensor, targets: Tensor) -> Iterator[Parameter
     yield setup.initial
     for k, arguments in enumerate(setup.arguments()):
         in_dims = ((task_dim(k), None), None, None, 0, 0)
-        state = setup.tracer(traced_step, in_dims, (state, {}), arguments, setup.buffers, inputs, targets)
+        state = setup.executor(traced_step, in_dims, (state, {}), arguments, setup.buffers, inputs, targets)
         yield state[0]
 
 
@@ -218,7 +240,7 @@ def adapt(setup: Setup, inputs: Tensor, targets: Tensor) -> Parameters:
 def predict(setup: Setup, fast: Parameters, step: int, inputs: Tensor) -> Tensor:
     """The outputs ``[T, N*Q, ...]`` of networks with the fast weights of a step."""
     arguments = (fast, setup.shared[step], setup.buffers, inputs)
-    return setup.tracer(setup.model.bind(outputs), (task_dim(step), None, None, 0), *arguments)
+    return setup.executor(setup.model.bind(outputs), (task_dim(step), None, None, 0), *arguments)
 
 
 def query_gradient(
@@ -231,7 +253,7 @@ def query_gradient(
         predictions ``[T, N*Q, ...]``.
     """
     arguments = (fast, setup.shared[step], setup.buffers, chunk.query_inputs, chunk.query_targets)
-    return setup.tracer(setup.model.bind(_query_gradient), (task_dim(step), None, None, 0, 0), *arguments)
+    return setup.executor(setup.model.bind(_query_gradient), (task_dim(step), None, None, 0, 0), *arguments)
 
 
 def _of_step(values: Parameters, step: int) -> Parameters:

@@ -66,8 +66,8 @@ def _forward(
     for k, arguments in enumerate(setup.arguments()):
         differentiable = {name: value for name, value in arguments.items() if with_gradient[name]}
         fixed = {name: value for name, value in arguments.items() if not with_gradient[name]}
-        before = setup.tracer.kept_bytes
-        state, pullback = setup.tracer.vjp(
+        before = setup.executor.kept_bytes
+        state, pullback = setup.executor.vjp(
             traced_step,
             ((task_dim(k), None), None, None, 0, 0),
             (state, differentiable),
@@ -80,7 +80,7 @@ def _forward(
         trajectory.append(state[0])
         pullbacks.append(pullback)
         if k == 0:
-            kept = setup.tracer.kept_bytes - before
+            kept = setup.executor.kept_bytes - before
             setup.flat_memory.decide(kept, setup.steps, chunk.support_inputs.device)
     return trajectory, pullbacks, state[1]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maml_lightning.engine.kernels.layout import kernel_layout, sum_over_tasks
 from maml_lightning.engine.memory import free_bytes, out_of_memory
-from maml_lightning.engine.tracing import Tracer
+from maml_lightning.engine.execution import Executor
 from maml_lightning.episodes import Episode
 
 Parameters = dict[str, Tensor]
@@ -86,13 +86,13 @@ def mean_over_tasks(
     return MetaGradient(losses.mean(), total.gradient, total.rates, predictions)
 
 
-def fastest_size(run: Callable[[Episode], object], episode: Episode, tracer: Tracer) -> int:
+def fastest_size(run: Callable[[Episode], object], episode: Episode, executor: Executor) -> int:
     """The chunk size that costs least per task, the same on every process; random draws here leave no trace.
 
     Args:
         run: computes one chunk.
         episode: ``T`` tasks to measure with.
-        tracer: what ``run`` runs on; it counts the bytes that a chunk keeps.
+        executor: what ``run`` runs on; it counts the bytes that a chunk keeps.
     """
     device, tasks = episode.support_inputs.device, episode.tasks
 
@@ -101,9 +101,9 @@ def fastest_size(run: Callable[[Episode], object], episode: Episode, tracer: Tra
 
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         size = max(tasks // 4, 1)
-        tracer.kept_bytes = 0
+        executor.kept_bytes = 0
         run_first(size)
-        fits = tracer.kept_bytes * tasks / size < free_bytes(device) / 2
+        fits = executor.kept_bytes * tasks / size < free_bytes(device) / 2
         if fits and tasks > size and _is_faster(run_first, tasks, size, device):
             size = tasks
         else:

@@ -17,6 +17,8 @@ from maml_lightning.algorithms.optimizers import Parameters
 from maml_lightning.algorithms.optimizers import inner_optimizer as optimizer_of
 from maml_lightning.algorithms.registry import find_algorithm
 from maml_lightning.algorithms.unrolled import multi_step_weights
+from maml_lightning.engine.execution import Execution
+from maml_lightning.engine.state import copies_of_stored
 from maml_lightning.episodes import Episode, InputSpec
 from maml_lightning.processes import every_process, reduce_logged, rows_of_every_process
 from maml_lightning.training import checks, chunks, loading, non_finite, resume, scores
@@ -46,6 +48,8 @@ class MAML(LightningModule):
         flat_memory: recompute each inner step in the backward pass instead of keeping its graph: memory then does not
             grow with the inner steps. auto does so where memory would run short.
         compile: run the meta-gradient through torch.compile; takes minutes at the start, worth it for long runs.
+        execution: how tasks are run: traced, as a recorded graph, vectorized over tasks; vectorized, without a graph;
+            loop, one after the other by autograd, which runs any network. auto takes the first that works.
         loss: of (outputs, targets), mean over examples, the same in inner and outer loop. A function given by its
             import path needs type annotations.
         algorithm: maml; imaml takes the implicit gradient of a proximal inner loop (Rajeswaran et al. 2019); reptile
@@ -89,6 +93,7 @@ class MAML(LightningModule):
         tasks_per_chunk: int | Literal["auto"] | None = "auto",
         flat_memory: bool | Literal["auto"] = "auto",
         compile: bool = False,
+        execution: Execution = "auto",
         loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
         algorithm: str = "maml",
         adapted_parameters: str | list[str] = "all",
@@ -116,7 +121,7 @@ class MAML(LightningModule):
         self.adaptation = Adaptation(net, inner_lr, inner_steps, adapted_parameters, *learned)
         optimizer = optimizer_of(inner_optimizer, inner_weight_decay, inner_clip_norm)
         proximal = proximal if find_algorithm(algorithm).proximal else 0.0
-        self._loop = InnerLoop(net, loss, tasks_per_chunk, flat_memory, compile, optimizer, proximal)
+        self._loop = InnerLoop(net, loss, tasks_per_chunk, flat_memory, compile, optimizer, proximal, execution)
         self._checked = False  # whether the network was found to fit the data
         self.inputs: InputSpec | None = None  # the pictures that it was trained on
         self._rows: list[Tensor] = []  # of each batch's episodes, see training/scores.py
@@ -147,7 +152,7 @@ class MAML(LightningModule):
         steps = self.eval_inner_steps if steps is None else steps
         parameters = self._inner_loop.adapt(start, support_inputs, support_targets, rates, steps)
         with torch.inference_mode(False):
-            adapted = copy.deepcopy(self.net)
+            adapted = copy.deepcopy(self.net, copies_of_stored(self.net))
             adapted.load_state_dict(parameters, strict=False)
         return adapted
 
