@@ -28,7 +28,7 @@ class Case(NamedTuple):
         evaluation: the network is in evaluation mode.
         change: what is done to the network between two meta-steps.
         plain: what the loop runs, where it is not the same network (a compiled one).
-        stateful: calls change buffers that the outputs depend on; each usual way of a loop to treat them counts.
+        stateful: calls change what the outputs depend on; each usual way of a loop to treat it counts.
         quick: run by the ordinary suite, not by the long one alone.
         refusal: pattern of the error with which the case may be refused although the loop runs.
     """

@@ -262,7 +262,7 @@ CASES = [
                                       shape=(4, 8)), shape=(4, 8)),
     Case("Conv3d", lambda: classifier(nn.Conv3d(1, 3, 3, padding=1), nn.BatchNorm3d(3), nn.ReLU(), nn.MaxPool3d(2),
                                       shape=(1, 4, 4, 4)), shape=(1, 4, 4, 4)),
-    Case("ResNet12", lambda: ResNet12(2, CLASSES, (3, 4, 4))),
+    Case("ResNet12", lambda: ResNet12(2, CLASSES, (3, 4))),
     Case("ConvNet", lambda: ConvNet(2, CLASSES, 4, 2)),
     Case("ConvNet with pooling", lambda: ConvNet(2, CLASSES, 4, 2, pooling=True)),
     Case("ResNet block", lambda: classifier(Residual(2, 4), Residual(4, 4), nn.AdaptiveAvgPool2d(1))),

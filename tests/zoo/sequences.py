@@ -290,7 +290,7 @@ CASES = [
     tokens("GPT", GPT),
     tokens("Embedding", Tokens),
     tokens("Embedding(padding_idx)", lambda: Tokens(padding_idx=0)),
-    tokens("Embedding(max_norm)", lambda: Tokens(max_norm=1.0)),
+    tokens("Embedding(max_norm)", lambda: Tokens(max_norm=1.0), stateful=True),
     tokens("Embedding(scale_grad_by_freq)", lambda: Tokens(scale_grad_by_freq=True), False),
     *(tokens(f"EmbeddingBag({mode})", lambda mode=mode: Bag(mode), mode != "max", refusal=NOT_TWICE)
       for mode in ("mean", "sum", "max")),

@@ -59,18 +59,20 @@ def test_a_copy_has_its_own_mode_and_running_statistics():
     assert error(NORM, maml, NORM.network()) < TOLERANCE
 
 
-def test_wrapping_and_running_change_nothing_in_the_network():
-    net = NORM.network()
+@pytest.mark.parametrize("training", [True, False])
+def test_wrapping_and_evaluating_change_nothing_in_the_network(training):
+    net = NORM.network().train(training)
     before = copy.deepcopy(net.state_dict())
     maml = module(NORM, net, **QUICK)
-    maml.training_step(NORM.episode(), 0).backward()
-    maml.trajectory(NORM.episode())
-    x, y, *_ = (part[0] for part in NORM.episode())
-    maml.adapt(x, y)
+    if not training:
+        maml.training_step(NORM.episode(), 0).backward()
+        maml.trajectory(NORM.episode())
+        x, y, *_ = (part[0] for part in NORM.episode())
+        maml.adapt(x, y)
     after = net.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
-    assert all(layer.training for layer in net.modules())
+    assert all(layer.training == training for layer in net.modules())
 
 
 def test_a_checkpoint_keeps_the_loss(tmp_path):
