@@ -60,8 +60,8 @@ class Adaptation(nn.Module):
         learn: learn one rate for the ``network``, for each ``tensor``, for each tensor and ``step`` (LSLR, Antoniou
             et al. 2019, section 4) or for each ``weight`` (Meta-SGD, Li et al. 2017, equation 2); None learns none.
         per_step_normalization: give weights and biases of normalization layers a value for each ``theta_0 … theta_S``,
-            learned and not adapted (Antoniou et al. 2019, section 4). The statistics are always those of the current
-            batch, so there are none to keep for each step.
+            learned and not adapted (Antoniou et al. 2019, section 4). Their statistics are those of the current batch,
+            so there are none to keep for each step. Frozen layers beside trained ones stay frozen.
 
     Freezing or unfreezing parameters later takes effect at once: a frozen parameter is not adapted. A network that is
     frozen as a whole, as ``LightningModule.freeze`` and averaged copies are, adapts what it adapted when this was
@@ -95,7 +95,8 @@ class Adaptation(nn.Module):
                     "model.per_step_normalization is true, but model.net has no normalization layer with weights; "
                     "set it to false."
                 )
-            for name, value in values.items():
+            free = {name: value for name, value in values.items() if value.requires_grad}
+            for name, value in (free or values).items():  # all are frozen where another MAML learns them already
                 self.by_step[_key(name)] = nn.Parameter(value.detach().repeat(steps + 1, *[1] * value.dim()))
                 value.requires_grad_(False)
         self.names = adapted_names(net, adapted)
@@ -108,6 +109,10 @@ class Adaptation(nn.Module):
         }[learn]
         # `learnt`, like `by_step`, is part of the names in checkpoints.
         self.learnt = nn.ParameterDict({_key(n): nn.Parameter(torch.full(s, inner_lr)) for n, s in shapes.items()})
+
+    def first_of_steps(self) -> Parameters:
+        """The parameters with one value for each ``theta_0 … theta_S``, as they are at ``theta_0``."""
+        return {key.replace("/", "."): value[0] for key, value in self.by_step.items()}
 
     def params(self, net: nn.Module) -> Parameters:
         """The network's parameters by name, those per step with a leading dimension ``[S+1, ...]``."""

@@ -1,6 +1,7 @@
 """The inner loop of one network over a meta-batch: chunks of tasks, run by an algorithm or evaluated."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -10,9 +11,10 @@ from maml_lightning.algorithms import steps as inner
 from maml_lightning.algorithms.algorithm import DEFAULTS, Settings
 from maml_lightning.algorithms.optimizers import InnerOptimizer, Parameters, sgd
 from maml_lightning.algorithms.registry import find_algorithm
+from maml_lightning.algorithms.statistics import deciding
 from maml_lightning.engine.chunks import MetaGradient, detached, fastest_size, mean_over_tasks, split
-from maml_lightning.engine.memory import FlatMemory
 from maml_lightning.engine.execution import Execution, Executor
+from maml_lightning.engine.memory import FlatMemory
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
 
@@ -33,6 +35,9 @@ class InnerLoop:
         proximal: strength ``mu`` of the proximal term, ``mu / 2 |theta - theta_0|^2`` added to ``L_s``
             (iMAML, equation 3); 0 is none.
         execution: see :mod:`~maml_lightning.engine.execution`.
+
+    ``running`` names the normalization layers that use their running statistics; None goes by what the network is
+    when it is called, see :mod:`~maml_lightning.algorithms.statistics`.
 
     Parameters are given by name, shaped like the network's or with a leading dimension ``[S+1, ...]``, one value for
     each ``theta_k``: those are not adapted. Inner learning rates are a number, or a dictionary ``[1 or S, ...]`` by
@@ -64,6 +69,7 @@ class InnerLoop:
         if isinstance(tasks_per_chunk, int) and tasks_per_chunk < 1:
             raise SettingError(f"model.tasks_per_chunk must be at least 1, null or auto (got {tasks_per_chunk}).")
         self.net, self.loss = net, loss
+        self.running: Collection[str] | None = None
         self.tasks_per_chunk = tasks_per_chunk
         self.chosen: dict[str, int] = {}
         self.optimizer = optimizer or sgd()
@@ -99,6 +105,18 @@ class InnerLoop:
         Raises:
             SettingError: there is no algorithm of that name, or it needs more steps.
         """
+        with deciding(self.net, self.running):
+            return self._gradient(algorithm, params, episode, rates, steps, settings)
+
+    def _gradient(
+        self,
+        algorithm: str,
+        params: Parameters,
+        episode: Episode,
+        rates: float | Parameters,
+        steps: int,
+        settings: Settings,
+    ) -> MetaGradient:
         method, setup = find_algorithm(algorithm), self._setup(params, rates, steps)
         if steps < (least := method.min_inner_steps):
             raise SettingError(
@@ -160,8 +178,7 @@ class InnerLoop:
         Returns:
             ``steps + 1`` tensors ``[T, N*Q, ...]``.
         """
-        # grad under inference mode silently returns zeros (pytorch #177318); clones are no inference tensors.
-        with torch.inference_mode(False), torch.no_grad():
+        with self._evaluating():
             setup, chunks = self._setup(params, rates, steps), []
             for chunk in self._evaluation_chunks(episode):
                 path = inner.descend(setup, chunk.support_inputs, chunk.support_targets)
@@ -170,7 +187,7 @@ class InnerLoop:
 
     def moved(self, params: Parameters, episode: Episode, rates: float | Parameters, steps: int) -> Tensor:
         """How far ``steps`` inner steps move each task's parameters, in the Euclidean norm: ``[T]``."""
-        with torch.inference_mode(False), torch.no_grad():
+        with self._evaluating():
             setup, norms = self._setup(params, rates, steps), []
             for chunk in self._evaluation_chunks(episode):
                 fast = inner.adapt(setup, chunk.support_inputs, chunk.support_targets)
@@ -190,12 +207,18 @@ class InnerLoop:
             rates: the inner learning rates.
             steps: inner steps ``S``, at least 0.
         """
-        with torch.inference_mode(False), torch.no_grad():
+        with self._evaluating():
             setup = self._setup(params, rates, steps)
             state, step = setup.initial_state(), setup.model.bind(inner.step)
             for arguments in setup.arguments():
                 state = step((state, {}), arguments, setup.buffers, detached(inputs), detached(targets))
             return {**state[0], **setup.shared[-1]}
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        # grad under inference mode silently returns zeros (pytorch #177318); clones are no inference tensors.
+        with torch.inference_mode(False), torch.no_grad(), deciding(self.net, self.running):
+            yield
 
     def _setup(self, params: Parameters, rates: float | Parameters, steps: int) -> inner.Setup:
         model = inner.Model(self.net, self.loss, self.optimizer, self.proximal)

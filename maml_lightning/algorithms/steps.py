@@ -13,6 +13,7 @@ derivative (functorch #534).
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from maml_lightning.engine.chunks import detached
 from maml_lightning.engine.differentiation import grad, grad_and_value, is_by_autograd
 from maml_lightning.engine.execution import Executor
 from maml_lightning.engine.kernels.layout import kernel_layout
-from maml_lightning.engine.kernels.mode import TaskKernels
+from maml_lightning.engine.kernels.mode import loop_operators, task_operators
 from maml_lightning.engine.memory import FlatMemory, keep_freed_memory
 from maml_lightning.engine.state import State
 from maml_lightning.episodes import Episode
@@ -51,13 +52,28 @@ class Model(NamedTuple):
 
 def outputs(model: Model, fast: Parameters, shared: Parameters, buffers: Parameters, x: Tensor) -> Tensor:
     """The network's outputs with adapted parameters ``fast`` and those that all tasks share."""
-    values, paths = {**fast, **shared}, tensor_paths(model.net)
+    values = {**fast, **shared}
     if is_by_autograd():  # in a loop over tasks the network keeps its own buffers, and may write to them
-        values = {path: values[name] for path, name in paths.items() if name in values}
-        return functional_call(model.net, values, (x,), tie_weights=False)
-    values = {**values, **buffers}
-    with TaskKernels():
-        return functional_call(model.net, {p: values[name] for p, name in paths.items()}, (x,), tie_weights=False)
+        with loop_operators():
+            return _call(model.net, values, x)
+    with task_operators():
+        return _call(model.net, {**values, **buffers}, x)
+
+
+def _call(net: nn.Module, tensors: Parameters, x: Tensor) -> Tensor:
+    own = {path: tensors[name] for path, name in tensor_paths(net).items() if name in tensors}
+    with _uncompiled(net):
+        return functional_call(net, own, (x,), tie_weights=False)
+
+
+@contextmanager
+def _uncompiled(net: nn.Module) -> Iterator[None]:
+    """Run what ``torch.compile`` made of a network, which has no second derivatives, as it was."""
+    if not any(hasattr(layer, "_orig_mod") or layer._compiled_call_impl for layer in net.modules()):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"), torch._dynamo.config.patch(error_on_nested_fx_trace=False):
+        yield
 
 
 def tensor_paths(net: nn.Module) -> dict[str, str]:

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from maml_lightning.engine.execution import Executor
 from maml_lightning.engine.kernels.layout import kernel_layout, sum_over_tasks
 from maml_lightning.engine.memory import free_bytes, out_of_memory
-from maml_lightning.engine.execution import Executor
 from maml_lightning.episodes import Episode
 
 Parameters = dict[str, Tensor]

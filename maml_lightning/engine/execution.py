@@ -148,7 +148,9 @@ class Executor:
         if key not in self._states and len(self._states) < MAX_STATES:
             self._states[key] = len(self._states)
         elif key not in self._states:
-            self._say(f"The network cannot be traced and runs untraced, which is slower: its attributes have changed {MAX_STATES} times")
+            self._say(
+                f"The network cannot be traced and runs untraced, which is slower: its attributes have changed {MAX_STATES} times"
+            )
         return State(objects, key, self._states.get(key))
 
     def way(self, state: State) -> str:
@@ -206,7 +208,7 @@ class Executor:
                 why = _reason(error)
             if not why:
                 self._checked.add(checked)
-                return outputs, pullback and reference and self._check_once(job, pullback, reference[1]) or pullback
+                return outputs, (pullback and reference and self._check_once(job, pullback, reference[1])) or pullback
             if before is not None:
                 before.restore()
             self._lower(state, way + 1, why)
@@ -238,7 +240,9 @@ class Executor:
         if key in self._graphs or not pays:
             return key in self._graphs
         if len(self._graphs) == MAX_GRAPHS:
-            self._say(f"The network runs untraced, which is slower, for shapes of inputs beyond the first {MAX_GRAPHS}.")
+            self._say(
+                f"The network runs untraced, which is slower, for shapes of inputs beyond the first {MAX_GRAPHS}."
+            )
             return False
         return True
 

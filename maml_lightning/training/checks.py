@@ -1,6 +1,6 @@
 """Checks that the data, the trainer and a checkpoint fit the network, before anything is written."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -10,12 +10,15 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from maml_lightning.algorithms.statistics import called
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
+from maml_lightning.training import earlier_releases
 
 
 def check_fit(
     net: nn.Module,
+    running: Collection[str],
     loss: Callable[[Tensor, Tensor], Tensor],
     episode: Episode,
     inner_steps: int,
@@ -25,6 +28,7 @@ def check_fit(
 
     Args:
         net: the network.
+        running: its normalization layers that use their running statistics.
         loss: the loss of inner and outer loop.
         episode: ``T`` tasks, of which the first is tried. Pretraining data have an empty support set.
         inner_steps: adaptation steps in training.
@@ -41,7 +45,7 @@ def check_fit(
             "(data.pretraining); set it to 0."
         )
     inputs, targets = (part[0] for part in (episode[2:] if pretraining else episode[:2]))
-    outputs = _outputs(net, inputs, pretraining)
+    outputs = _outputs(net, running, inputs, pretraining)
     _check_outputs(outputs, targets, pretraining, trainer)
     _check_loss(loss, outputs, targets)
 
@@ -87,12 +91,12 @@ def _check_loss(loss: Callable[..., Any], outputs: Tensor, targets: Tensor) -> N
         raise SettingError(f"model.loss {name} gives {shape}, not one number; give another, such as {suggested}.")
 
 
-def _outputs(net: nn.Module, inputs: Tensor, training: bool) -> Tensor:
+def _outputs(net: nn.Module, running: Collection[str], inputs: Tensor, training: bool) -> Tensor:
     """The network's outputs in training or evaluation mode; its own mode is restored."""
     modes = {layer: layer.training for layer in net.modules()}
     try:
         with torch.no_grad():
-            return net.train(training)(inputs)
+            return called(net.train(training), {}, inputs, running)
     except RuntimeError as error:
         raise SettingError(
             f"model.net does not take the episodes' inputs, {list(inputs.shape)} ({str(error).splitlines()[0]}); "
@@ -142,11 +146,12 @@ def check_strategy(strategy: str) -> None:
 
 
 def check_same_network(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Check that a checkpoint has the tensors of a module.
+    """Check that a checkpoint has the tensors of a module, running statistics apart, which older ones lack.
 
     Raises:
         SettingError: it has not; names a tensor that differs.
     """
+    earlier_releases.add_running_statistics(module, checkpoint)
     ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
     if ours != theirs:

@@ -1,11 +1,24 @@
-"""Checkpoints of releases that did not keep what optimizers and schedulers were configured with."""
+"""Checkpoints of releases that kept no running statistics, or not what optimizers were configured with."""
 
 import inspect
 from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from maml_lightning.algorithms.statistics import tracking_layers
+
+
+def add_running_statistics(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Let layers whose running statistics a checkpoint lacks keep their own, as they do in training."""
+    ours = module.state_dict()
+    for layer in tracking_layers(module):
+        names = {f"{layer}.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")} & ours.keys()
+        for state in ("state_dict", "current_model_state"):  # the latter beside averaged weights
+            if state in checkpoint and not names & checkpoint[state].keys():
+                checkpoint[state].update({name: ours[name] for name in names})
 
 
 def param_groups(optimizer: Optimizer) -> list[dict[str, Any]]:

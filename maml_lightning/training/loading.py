@@ -36,7 +36,11 @@ def load_module(
     if "net" in saved:
         saved["net"] = build(saved["net"], source)
     if "loss" in saved:
-        saved["loss"] = locate(saved["loss"]) if saved["loss"] else F.cross_entropy
+        path, saved["loss"] = saved["loss"], locate(saved["loss"]) if saved["loss"] else F.cross_entropy
+        if not callable(saved["loss"]) or isinstance(saved["loss"], type):
+            raise SettingError(
+                f"{source} was trained with loss {path}, which it cannot restore; give loss=... by hand."
+            )
     try:
         module = kind(**saved, **given)
     except TypeError as error:
@@ -45,6 +49,12 @@ def load_module(
         module.on_load_checkpoint(content)
     module.load_state_dict(content["state_dict"], strict=strict)
     return module if map_location is None else module.to(map_location)
+
+
+def loss_path(loss: Any) -> str:
+    """The import path of a loss, or of its class or what it is part of where it has none."""
+    named = loss if hasattr(loss, "__qualname__") else type(loss)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def measured(checkpoint: dict[str, Any]) -> tuple[dict[Any, int], InputSpec | None]:

@@ -1,6 +1,5 @@
 """MAML as a LightningModule with automatic optimization: Lightning sees a loss, autograd finds the meta-gradient."""
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -16,13 +15,14 @@ from maml_lightning.algorithms.inner_loop import InnerLoop, MetaGradient
 from maml_lightning.algorithms.optimizers import Parameters
 from maml_lightning.algorithms.optimizers import inner_optimizer as optimizer_of
 from maml_lightning.algorithms.registry import find_algorithm
+from maml_lightning.algorithms.statistics import adapted_copy, called
 from maml_lightning.algorithms.unrolled import multi_step_weights
 from maml_lightning.engine.execution import Execution
-from maml_lightning.engine.state import copies_of_stored
 from maml_lightning.episodes import Episode, InputSpec
 from maml_lightning.processes import every_process, reduce_logged, rows_of_every_process
 from maml_lightning.training import checks, chunks, loading, non_finite, resume, scores
-from maml_lightning.training.normalization import use_batch_statistics
+from maml_lightning.training.network_checks import check_network
+from maml_lightning.training.normalization import RunningStatistics, report_batch_statistics
 from maml_lightning.training.settings import check_values
 from maml_lightning.training.surrogate import surrogate_loss
 
@@ -36,8 +36,8 @@ class MAML(LightningModule):
     without an inner loop.
 
     Args:
-        net: the network. Batch normalization layers always use the normalization statistics of the current batch:
-            running statistics, which tasks cannot share, are switched off.
+        net: the network. Normalization layers use the statistics of the current batch, in evaluation too; those that
+            are frozen, or in evaluation mode while this module is not, use their running statistics.
         inner_lr: inner learning rate alpha, above 0. It multiplies the gradient of the mean loss.
         inner_steps: adaptation steps in training, 0 or more.
         eval_inner_steps: adaptation steps in validation, test and predict; null takes inner_steps.
@@ -109,19 +109,21 @@ class MAML(LightningModule):
         non_finite: Literal["stop", "skip"] = "stop",
     ) -> None:
         check_values(dict(locals()))
+        check_network(net, second_order=bool(inner_steps) and not first_order and algorithm != "reptile")
         super().__init__()
         self.save_hyperparameters(ignore=["net", "loss"])
-        use_batch_statistics(net)
-        self.net, self.loss = net, loss
+        self.net, self.loss, self._statistics = net, loss, RunningStatistics()
         self.inner_lr, self.inner_steps, self.first_order, self.outer_lr = inner_lr, inner_steps, first_order, outer_lr
         self.eval_inner_steps = inner_steps if eval_inner_steps is None else eval_inner_steps
         self.algorithm, self.implicit_iterations, self.non_finite = algorithm, implicit_iterations, non_finite
         self.multi_step_epochs, self.first_order_epochs = multi_step_epochs, first_order_epochs
-        learned = (learn_inner_lr, per_step_normalization)
-        self.adaptation = Adaptation(net, inner_lr, inner_steps, adapted_parameters, *learned)
+        self.adaptation = Adaptation(
+            net, inner_lr, inner_steps, adapted_parameters, learn_inner_lr, per_step_normalization
+        )
         optimizer = optimizer_of(inner_optimizer, inner_weight_decay, inner_clip_norm)
         proximal = proximal if find_algorithm(algorithm).proximal else 0.0
         self._loop = InnerLoop(net, loss, tasks_per_chunk, flat_memory, compile, optimizer, proximal, execution)
+        report_batch_statistics(net, self._statistics.layers(self))
         self._checked = False  # whether the network was found to fit the data
         self.inputs: InputSpec | None = None  # the pictures that it was trained on
         self._rows: list[Tensor] = []  # of each batch's episodes, see training/scores.py
@@ -134,8 +136,7 @@ class MAML(LightningModule):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The network before adaptation."""
-        by_step = {name.replace("/", "."): value[0] for name, value in self.adaptation.by_step.items()}
-        return torch.func.functional_call(self.net, by_step, (inputs,))
+        return called(self.net, self.adaptation.first_of_steps(), inputs, self._statistics.layers(self))
 
     def adapt(self, support_inputs: Tensor, support_targets: Tensor, steps: int | None = None) -> nn.Module:
         """A copy of the network, adapted to one task.
@@ -151,10 +152,7 @@ class MAML(LightningModule):
         start, rates = self._start()
         steps = self.eval_inner_steps if steps is None else steps
         parameters = self._inner_loop.adapt(start, support_inputs, support_targets, rates, steps)
-        with torch.inference_mode(False):
-            adapted = copy.deepcopy(self.net, copies_of_stored(self.net))
-            adapted.load_state_dict(parameters, strict=False)
-        return adapted
+        return adapted_copy(self.net, parameters, self._statistics.layers(self))
 
     def trajectory(self, episode: Episode, steps: int | None = None) -> list[Tensor]:
         """The outputs on the query inputs before adaptation and after each inner step, without gradients.
@@ -181,10 +179,14 @@ class MAML(LightningModule):
     def _inner_loop(self) -> InnerLoop:
         """The inner loop of what ``net`` and ``loss`` are now."""
         if self._loop.net is not self.net:
-            use_batch_statistics(self.net)
-            self._loop.net = self.net
-        self._loop.loss = self.loss
+            report_batch_statistics(self.net, self._statistics.layers(self))
+        self._loop.net, self._loop.loss, self._loop.running = self.net, self.loss, self._statistics.layers(self)
         return self._loop
+
+    def train(self, mode: bool = True) -> Self:
+        """Change the mode; normalization layers in evaluation mode stay in it, as in `net.bn.eval()`."""
+        with self._statistics.keeping_modes(self):
+            return super().train(mode)
 
     def _start(self) -> tuple[Parameters, Parameters]:
         """The parameters that adaptation starts from, and the inner learning rates."""
@@ -298,7 +300,9 @@ class MAML(LightningModule):
         """The batch, its shapes checked; the first one of a network is tried on it."""
         episode = Episode(*batch).check()
         if self._loop.net is not self.net or not self._checked:
-            checks.check_fit(self.net, self.loss, episode, self.inner_steps, self._trainer)
+            checks.check_fit(
+                self.net, self._statistics.layers(self), self.loss, episode, self.inner_steps, self._trainer
+            )
             self._checked = True
         if self.inputs is None and self.training and episode.support_targets.dtype == torch.int64:
             ways = getattr(getattr(self._trainer, "datamodule", None), "ways", int(episode.query_targets.max()) + 1)
@@ -329,6 +333,7 @@ class MAML(LightningModule):
         """Keep the measured chunk size, so that a resumed run sums in the same order, and what was trained on."""
         checkpoint["settings"], checkpoint["fresh"] = self.run_settings, self._fresh
         checkpoint["tasks_per_chunk"] = dict(self._inner_loop.chosen)
+        checkpoint["hyper_parameters"].setdefault("loss", loading.loss_path(self.loss))
         checkpoint["inputs"] = None if self.inputs is None else self.inputs._asdict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

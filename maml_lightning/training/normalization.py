@@ -1,24 +1,59 @@
-"""Normalization layers use the statistics of the current batch: tasks cannot share running statistics."""
+"""Which normalization layers use their running statistics, kept through evaluation and the freezing of the whole."""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
-_RUNNING_STATISTICS = {
-    "running_mean": None,
-    "running_var": None,
-    "num_batches_tracked": None,
-    "track_running_stats": False,
-}
+from maml_lightning.algorithms import statistics
 
 
-def use_batch_statistics(net: nn.Module) -> None:
-    """Switch off the running statistics of all normalization layers."""
-    tracking = [layer for layer in net.modules() if getattr(layer, "running_mean", None) is not None]
-    if tracking:
+class RunningStatistics:
+    """Remembers which layers use their running statistics while the network does not tell.
+
+    Lightning puts the whole network into evaluation mode to validate and to test it, and `freeze` and averaged copies
+    freeze it as a whole. Neither says anything about its layers: the last time that it did counts.
+    """
+
+    def __init__(self) -> None:
+        self._in_evaluation: frozenset[str] = frozenset()
+        self._frozen: frozenset[str] = frozenset()
+
+    def _evaluated(self, maml: Any) -> frozenset[str]:
+        """The layers in evaluation mode, but for those that are so because the whole is."""
+        now = statistics.in_evaluation(maml.net)
+        self._in_evaluation = now if maml.training else now & self._in_evaluation
+        return self._in_evaluation
+
+    @contextmanager
+    def keeping_modes(self, maml: Any) -> Iterator[None]:
+        """While active, the module changes its mode as a whole; layers in evaluation mode stay in it."""
+        kept = self._evaluated(maml)
+        yield
+        for name in kept:
+            maml.net.get_submodule(name).training = False
+
+    def layers(self, maml: Any) -> frozenset[str]:
+        """The names of the layers that use their running statistics.
+
+        Args:
+            maml: a module with a network ``net`` and its ``adaptation``.
+        """
+        frozen = statistics.frozen(maml.net, maml.adaptation.first_of_steps())
+        self._frozen = self._frozen if frozen is None else frozen
+        return self._evaluated(maml) | self._frozen
+
+
+def report_batch_statistics(net: nn.Module, running: Collection[str]) -> None:
+    """Say how many layers have running statistics and do not use them."""
+    layers = statistics.tracking_layers(net)
+    unused = [name for name, layer in layers.items() if isinstance(layer, _NormBase) and name not in running]
+    if unused:
         rank_zero_info(
-            "Running statistics of normalization layers are off: MAML uses the normalization statistics of the "
-            "current batch."
+            f"{len(unused)} normalization layer(s), such as {unused[0] or type(net).__name__}, use the statistics of "
+            "the current batch; their running statistics are neither used nor updated. Layers that are frozen or in "
+            "evaluation mode use their running statistics."
         )
-    for layer in tracking:  # torch.func.replace_all_batch_norm_modules_ would leave instance normalization as it is
-        for name, value in _RUNNING_STATISTICS.items():
-            setattr(layer, name, value)

@@ -128,13 +128,6 @@ def test_eval_does_not_change_the_normalisation():
     assert torch.equal(copy.deepcopy(maml).eval()(x), maml.train()(x))
 
 
-def test_running_statistics_are_switched_off():
-    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3 * 64, 3)).double()
-    MAML(net=net).training_step(images(), 0).backward()
-    assert net[1].running_mean is None
-    assert net[0].weight.grad.abs().sum() > 0
-
-
 def test_output_size_is_checked():
     maml = MAML(net=ConvNet(out_features=4, hidden_channels=4, blocks=2))
     with pytest.raises(SettingError, match="4 outputs, but the episodes have 3 classes"):

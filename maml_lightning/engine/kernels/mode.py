@@ -1,22 +1,27 @@
 """Which operators the kernels replace: in an ordinary network as it runs, and in a graph that is compiled."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch._ops import OpOverload
-from torch.overrides import TorchFunctionMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
 
 from maml_lightning.engine.kernels.convolution import col2im_sum, conv2d, im2col_views
-from maml_lightning.engine.kernels.normalization import batch_norm, project, standardize
+from maml_lightning.engine.kernels.normalization import batch_norm, instance_norm, project, standardize
 from maml_lightning.engine.kernels.pooling import max_pool, max_pool_backward, poolings
+from maml_lightning.engine.kernels.recurrence import recurrences
 
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.conv2d: conv2d,
     F.conv2d: conv2d,
     F.batch_norm: batch_norm,
+    F.instance_norm: instance_norm,
     **poolings(),
+    **recurrences(),
 }
 
 # What replaces an operator when a compiler follows: what it fuses better than it calls, and the reverse.
@@ -35,3 +40,20 @@ class TaskKernels(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))
+
+
+@contextmanager
+def task_operators() -> Iterator[None]:
+    """What a network is called inside: the kernels, and attention as products, the only one with a second derivative.
+
+    Transformer layers do not take their inference path inside, which vmap does not know: it gives way to any mode.
+    """
+    with TaskKernels(), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@contextmanager
+def loop_operators() -> Iterator[None]:
+    """The same for a task by itself: torch's own operators, where they have a second derivative."""
+    with BaseTorchFunctionMode(), sdpa_kernel(SDPBackend.MATH):
+        yield

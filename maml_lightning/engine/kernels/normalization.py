@@ -16,6 +16,8 @@ from torch.library import custom_op
 
 from maml_lightning.engine.kernels.layout import all_tasks_first, leaves_cache
 
+_HALF = (torch.float16, torch.bfloat16)
+
 
 def _per_channel(values: Tensor, like: Tensor) -> Tensor:
     return values.view(values.shape[0], *(1,) * (like.dim() - 2), values.shape[1])
@@ -153,15 +155,47 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``torch.nn.functional.batch_norm`` with the batch's own statistics, exact in its second derivative under vmap.
+    """``torch.nn.functional.batch_norm``, exact in its second derivative under vmap; it updates no running statistics.
 
     Args:
-        input: ``[B, C, ...]``. The others as in torch; calls with running statistics or without an affine part are
-            left to torch. Half precision is normalized in float32, and comes back in half precision.
+        input: ``[B, C, ...]``. The others as in torch; batch statistics without an affine part are left to torch. Half
+            precision is normalized in float32, and comes back in half precision.
     """
-    if running_mean is not None or weight is None or bias is None or not training:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if not training and running_mean is not None and running_var is not None:
+        return _with_running_statistics(input, running_mean, running_var, weight, bias, eps)
+    if weight is None or bias is None or not training:
+        return F.batch_norm(input, None, None, weight, bias, training, momentum, eps)
     x = input.movedim(1, -1)
-    if input.dtype in (torch.float16, torch.bfloat16):
+    if input.dtype in _HALF:
         x, weight, bias = x.float(), weight.float(), bias.float()
     return _Normalize.apply(x, weight, bias, eps)[0].to(input.dtype).movedim(-1, 1)
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``torch.nn.functional.instance_norm``, which updates no running statistics; arguments as in torch."""
+    if not use_input_stats and running_mean is not None and running_var is not None:
+        return _with_running_statistics(input, running_mean, running_var, weight, bias, eps)
+    return F.instance_norm(input, None, None, weight, bias, use_input_stats, momentum, eps)
+
+
+def _with_running_statistics(
+    input: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """An affine map of each channel. torch's own batch normalization under vmap has a wrong second derivative."""
+    scale = (var.float() if var.dtype in _HALF else var).add(eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    shift = (
+        -mean * scale if bias is None else torch.addcmul(bias.to(scale.dtype), mean.to(scale.dtype), scale, value=-1)
+    )
+    shape = (-1, *[1] * (input.dim() - 2))
+    x = input.to(scale.dtype) if input.dtype in _HALF else input
+    return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(input.dtype)
