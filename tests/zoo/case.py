@@ -30,6 +30,8 @@ class Case(NamedTuple):
         plain: what the loop runs, where it is not the same network (a compiled one).
         stateful: calls change what the outputs depend on; each usual way of a loop to treat it counts.
         quick: run by the ordinary suite, not by the long one alone.
+        noise: how far parameters are moved off their initial zeros and ones.
+        lr: inner learning rate.
         refusal: pattern of the error with which the case may be refused although the loop runs.
     """
 
@@ -44,6 +46,8 @@ class Case(NamedTuple):
     stateful: bool = False
     quick: bool = True
     refusal: str = ""
+    noise: float = 0.1
+    lr: float = 0.1
 
     def network(self, plain: bool = False, seed: int = 3) -> nn.Module:
         """The network, with parameters off their initial zeros and ones."""
@@ -56,7 +60,7 @@ class Case(NamedTuple):
         with torch.no_grad():
             for value in net.parameters():
                 real = torch.view_as_real(value) if value.is_complex() else value
-                real += 0.1 * torch.randn(real.shape, generator=generator, dtype=torch.float64)
+                real += self.noise * torch.randn(real.shape, generator=generator, dtype=torch.float64)
         return net
 
     def episode(self, seed: int = 0, tasks: int = TASKS) -> Episode:

@@ -5,6 +5,7 @@ restore a module that is registered twice.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +56,7 @@ class Swapped:
 
     def __init__(self, net: nn.Module, buffers: str = "call") -> None:
         self.net, self.buffers = net, buffers
+        self.replaces = any(isinstance(layer, nn.Hardsigmoid | nn.EmbeddingBag) for layer in net.modules())
         self.names = {id(value): name for name, value in net.named_parameters()}
         self.places = [
             (self.names[id(value)], layer, name)
@@ -86,7 +88,8 @@ class Swapped:
             self.restore()
         self._put(values)
         try:
-            with sdpa_kernel(SDPBackend.MATH), _TwiceDifferentiable():  # what PyTorch can differentiate twice
+            # What PyTorch can differentiate twice.
+            with sdpa_kernel(SDPBackend.MATH), _TwiceDifferentiable() if self.replaces else nullcontext():
                 return self.net(inputs)
         finally:
             self._put(self.values)
@@ -123,6 +126,7 @@ def meta_gradient(
     first_order: bool = False,
     buffers: str = "call",
     adapted: Callable[[str], bool] = lambda name: True,
+    outputs_before: bool = True,
 ) -> Result:
     """The mean over tasks of ``L_q(theta_S)``, its gradient, and the query outputs at ``theta_0 … theta_S``.
 
@@ -135,6 +139,7 @@ def meta_gradient(
         first_order: whether the inner gradients count as constants.
         buffers: see :class:`Swapped`.
         adapted: whether a parameter of that name adapts in the inner loop.
+        outputs_before: whether to give the outputs before the last step, too.
     """
     call = Swapped(net, buffers)
     start = {name: value.detach().clone().requires_grad_(value.requires_grad) for name, value in call.values.items()}
@@ -153,7 +158,7 @@ def meta_gradient(
         for name, grad in zip(leaves, grads, strict=True):
             total[name] += grad / len(tasks)
         with torch.no_grad():
-            before = [call(fast, query_x) for fast in path[:-1]] if buffers == "call" else []
+            before = [call(fast, query_x) for fast in path[:-1]] if outputs_before and buffers == "call" else []
         outputs.append([*before, pytree.tree_map(torch.detach, query)])
     return Result(mean, total, outputs)
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from maml_lightning import MAML, Episode, TextNet
 from tests.runs import ROOT
 from tests.zoo.case import CLASSES, TOKENS, Case
 from tests.zoo.loop import meta_gradient, relative_error
+from tests.zoo.memory import peak_bytes
 from tests.zoo.test_zoo import TOLERANCE
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
@@ -89,18 +89,6 @@ def test_the_meta_gradient_of_adapters_is_that_of_the_plain_loop(variant):
         assert ours.keys() == expected.gradient.keys()
         assert relative_error(ours, expected.gradient) < TOLERANCE
         assert all(value.grad is None for value in net.parameters() if not value.requires_grad)
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    """The most bytes that tensors held at once during a call, beyond those before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    held = peak = 0
-    for event in sorted(recorded.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
 
 
 def peak_of_step(net: nn.Module, steps: int, **settings: Any) -> int:

@@ -17,7 +17,7 @@ from tests.zoo.loop import Result, meta_gradient, relative_error
 
 CASES = [*images.CASES, *sequences.CASES, *python_state.CASES, *random_layers.CASES]
 BY_NAME = {case.name: case for case in CASES}
-LR, TOLERANCE = 0.1, 1e-9
+TOLERANCE = 1e-9
 SETTINGS = {
     "1 step": {"inner_steps": 1, "tasks_per_chunk": 2},
     "3 steps, all": {"inner_steps": 3, "tasks_per_chunk": None},
@@ -30,13 +30,13 @@ QUICK = {"inner_steps": 2, "tasks_per_chunk": 2}
 
 
 def module(case: Case, net: nn.Module, **settings) -> MAML:
-    return MAML(net, inner_lr=LR, loss=case.loss, **settings)
+    return MAML(net, inner_lr=case.lr, loss=case.loss, **settings)
 
 
 def loop(case: Case, net: nn.Module, episode: Episode, inner_steps: int, first_order: bool = False, **ignored):
     """What the plain loop gives: one result, or for stateful networks one of each way to treat their buffers."""
     ways = ("call", "task", "kept") if case.stateful else ("call",)
-    return [meta_gradient(net, episode, LR, inner_steps, case.loss, first_order, way) for way in ways]
+    return [meta_gradient(net, episode, case.lr, inner_steps, case.loss, first_order, way) for way in ways]
 
 
 def step_error(maml: MAML, episode: Episode, expected: list[Result]) -> float:
