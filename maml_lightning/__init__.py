@@ -2,6 +2,10 @@
 
 from maml_lightning.algorithms.inner_loop import InnerLoop, MetaGradient
 from maml_lightning.data import (
+    ArraysDataModule,
+    BenchmarkDataModule,
+    DatasetDataModule,
+    FunctionDataModule,
     GlyphsDataModule,
     ImagesDataModule,
     OmniglotDataModule,
@@ -27,10 +31,14 @@ __all__ = [
     "MAML",
     "MLP",
     "AdaptationMonitor",
+    "ArraysDataModule",
+    "BenchmarkDataModule",
     "ConvNet",
     "ConvNet1d",
     "CostMonitor",
+    "DatasetDataModule",
     "Episode",
+    "FunctionDataModule",
     "GRUNet",
     "GlyphsDataModule",
     "ImagesDataModule",

@@ -32,7 +32,7 @@ def meta_gradient(setup: Setup, chunk: Episode, total: MetaGradient, settings: S
         setup.model.bind(support_gradient),
         ((0, None), None, 0, 0),
         (fast, setup.shared[steps]),
-        setup.buffers,
+        setup.constants,
         *support,
     )
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from maml_lightning.algorithms.algorithm import DEFAULTS, Settings
 from maml_lightning.algorithms.optimizers import InnerOptimizer, Parameters, sgd
 from maml_lightning.algorithms.registry import find_algorithm
 from maml_lightning.algorithms.statistics import deciding
-from maml_lightning.engine.chunks import MetaGradient, detached, fastest_size, mean_over_tasks, split
+from maml_lightning.engine.chunks import MetaGradient, chunk_size, detached, mean_over_tasks, split
 from maml_lightning.engine.execution import Execution, Executor
 from maml_lightning.engine.memory import FlatMemory
 from maml_lightning.episodes import Episode
@@ -25,8 +25,8 @@ class InnerLoop:
     Args:
         net: any ``nn.Module``; run through ``functional_call``, its own parameters are never written.
         loss: ``loss(outputs, targets)``, a scalar mean over the examples.
-        tasks_per_chunk: how many tasks are vectorized together, at least 1; None takes all; "auto" measures what is
-            fastest on the first meta-batch, the same on every process, and keeps it in ``chosen``.
+        tasks_per_chunk: how many tasks are vectorized together, at least 1; None takes all; "auto" goes by the memory
+            that a task of the first meta-batch needs, and keeps it in ``chosen``.
         flat_memory: keep only the fast weights of each step and recompute the rest in the backward pass; peak memory
             then does not grow with the steps, for about a quarter more arithmetic. "auto" does so where the steps
             would otherwise keep more than a quarter of the free memory.
@@ -127,14 +127,8 @@ class InnerLoop:
         def run(chunk: Episode, total: MetaGradient) -> tuple[Tensor, Tensor]:
             return method.meta_gradient(setup, chunk, total, settings)
 
-        size = self._size(setup)
-        if size == "auto":
-            name = "first order" if settings.first_order else method.measured_as or algorithm
-            if name not in self.chosen:
-                self.chosen[name] = fastest_size(
-                    lambda chunk: mean_over_tasks(run, chunk, params, learned, None), episode, self._executor
-                )
-            size = self.chosen[name]
+        name = "first order" if settings.first_order else method.measured_as or algorithm
+        size = self._size(setup, episode, name)
         return mean_over_tasks(run, episode, params, learned, size)
 
     def meta_gradient(
@@ -195,9 +189,7 @@ class InnerLoop:
                 norms.append(torch.stack([move.flatten(1).square().sum(1) for move in moves]).sum(0).sqrt())
             return torch.cat(norms)
 
-    def adapt(
-        self, params: Parameters, inputs: Tensor, targets: Tensor, rates: float | Parameters, steps: int
-    ) -> Parameters:
+    def adapt(self, params: Parameters, inputs: Any, targets: Any, rates: float | Parameters, steps: int) -> Parameters:
         """The parameters of one task after ``steps`` inner steps.
 
         Args:
@@ -211,7 +203,7 @@ class InnerLoop:
             setup = self._setup(params, rates, steps)
             state, step = setup.initial_state(), setup.model.bind(inner.step)
             for arguments in setup.arguments():
-                state = step((state, {}), arguments, setup.buffers, detached(inputs), detached(targets))
+                state = step((state, {}), arguments, setup.constants, detached(inputs), detached(targets))
             return {**state[0], **setup.shared[-1]}
 
     @contextmanager
@@ -224,10 +216,19 @@ class InnerLoop:
         model = inner.Model(self.net, self.loss, self.optimizer, self.proximal)
         return inner.prepare(model, self._executor, self._flat_memory, params, rates, steps)
 
-    def _size(self, setup: inner.Setup) -> int | Literal["auto"] | None:
+    def _size(self, setup: inner.Setup, episode: Episode, name: str) -> int | None:
         """Tasks in a chunk; in a loop over tasks more than one would only take memory."""
-        return 1 if self._executor.way(setup.model) == "loop" else self.tasks_per_chunk
+        known = name in self.chosen or self.tasks_per_chunk != "auto"
+        if not known or not self._executor.knows(setup.model):
+            kept = inner.bytes_per_task(setup, episode)
+        if self._executor.way(setup.model) == "loop":
+            return 1
+        if self.tasks_per_chunk != "auto":
+            return self.tasks_per_chunk
+        if not known:
+            self.chosen[name] = chunk_size(kept, episode.tasks, episode.support_targets.device)
+        return self.chosen[name]
 
     def _evaluation_chunks(self, episode: Episode) -> Iterator[Episode]:
         size = min(self.chosen.values(), default=None) if self.tasks_per_chunk == "auto" else self.tasks_per_chunk
-        return split(Episode(*map(detached, episode)), size)
+        return split(detached(episode), size)

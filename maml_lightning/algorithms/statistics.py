@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from maml_lightning.algorithms.calling import call_with
 from maml_lightning.engine.state import copies_of_stored
 
 _OF_TORCH: set[Callable[..., Tensor]] = {_BatchNorm.forward, SyncBatchNorm.forward, _InstanceNorm.forward}
@@ -110,7 +110,7 @@ def called(net: nn.Module, values: Mapping[str, Tensor], inputs: Any, running: C
     """
     with deciding(net, running):
         buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}  # a layer may write to them
-        return functional_call(net, {**buffers, **values}, (inputs,))
+        return call_with(net, {**buffers, **values}, inputs)
 
 
 def adapted_copy(net: nn.Module, parameters: Mapping[str, Tensor], running: Collection[str]) -> nn.Module:

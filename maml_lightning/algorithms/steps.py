@@ -13,14 +13,13 @@ derivative (functorch #534).
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from maml_lightning.algorithms.calling import call_with
 from maml_lightning.algorithms.optimizers import InnerOptimizer, Parameters
 from maml_lightning.engine.chunks import detached
 from maml_lightning.engine.differentiation import grad, grad_and_value, is_by_autograd
@@ -31,7 +30,7 @@ from maml_lightning.engine.memory import FlatMemory, keep_freed_memory
 from maml_lightning.engine.state import State
 from maml_lightning.episodes import Episode
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Any], Tensor]
 
 
 class Model(NamedTuple):
@@ -50,57 +49,25 @@ class Model(NamedTuple):
     proximal: float
 
 
-def outputs(model: Model, fast: Parameters, shared: Parameters, buffers: Parameters, x: Tensor) -> Tensor:
+def outputs(model: Model, fast: Parameters, shared: Parameters, constants: Parameters, x: Any) -> Tensor:
     """The network's outputs with adapted parameters ``fast`` and those that all tasks share."""
-    values = {**fast, **shared}
-    if is_by_autograd():  # in a loop over tasks the network keeps its own buffers, and may write to them
-        with loop_operators():
-            return _call(model.net, values, x)
-    with task_operators():
-        return _call(model.net, {**values, **buffers}, x)
-
-
-def _call(net: nn.Module, tensors: Parameters, x: Tensor) -> Tensor:
-    own = {path: tensors[name] for path, name in tensor_paths(net).items() if name in tensors}
-    with _uncompiled(net):
-        return functional_call(net, own, (x,), tie_weights=False)
-
-
-@contextmanager
-def _uncompiled(net: nn.Module) -> Iterator[None]:
-    """Run what ``torch.compile`` made of a network, which has no second derivatives, as it was."""
-    if not any(hasattr(layer, "_orig_mod") or layer._compiled_call_impl for layer in net.modules()):
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"), torch._dynamo.config.patch(error_on_nested_fx_trace=False):
-        yield
-
-
-def tensor_paths(net: nn.Module) -> dict[str, str]:
-    """Where each parameter and buffer is kept, and the name by which it is given.
-
-    A tensor that several layers share has one name, the first, and several paths. A layer that is registered twice
-    has one path: ``functional_call`` would swap its tensors twice, and not back (``tie_weights`` does).
-    """
-    paths, names = {}, {}
-    for prefix, layer in net.named_modules():
-        for local, value in (*layer._parameters.items(), *layer._buffers.items()):
-            if value is not None:
-                path = f"{prefix}.{local}".lstrip(".")
-                paths[path] = names.setdefault(id(value), path)
-    return paths
+    alone = is_by_autograd()  # in a loop over tasks the network keeps its own buffers, and may write to them
+    tensors = {**fast, **shared} if alone else {**fast, **shared, **constants}
+    with loop_operators() if alone else task_operators():
+        # torch's own layout, see kernel_layout
+        return call_with(model.net, {name: value.contiguous() for name, value in tensors.items()}, x)
 
 
 def support_gradient(
-    model: Model, params: tuple[Parameters, Parameters], buffers: Parameters, x: Tensor, y: Tensor
+    model: Model, params: tuple[Parameters, Parameters], constants: Parameters, x: Any, y: Any
 ) -> Parameters:
     """``grad L_s`` with respect to the first of ``(adapted, shared)`` parameters."""
     fast, shared = params
-    return grad(lambda fast: model.loss(outputs(model, fast, shared, buffers, x), y))(fast)
+    return grad(lambda fast: model.loss(outputs(model, fast, shared, constants, x), y))(fast)
 
 
 def step(
-    model: Model, differentiable: tuple, fixed: dict[str, Parameters], buffers: Parameters, x: Tensor, y: Tensor
+    model: Model, differentiable: tuple, fixed: dict[str, Parameters], constants: Parameters, x: Any, y: Any
 ) -> tuple[Parameters, Any]:
     """``theta_{k+1}`` and the optimizer's state after it.
 
@@ -109,22 +76,22 @@ def step(
         differentiable: ``((theta_k, state), arguments)``: what the step is differentiated with respect to.
         fixed: arguments that it is not differentiated with respect to. Together they are ``shared`` parameters,
             ``rates`` and, with a proximal term, the ``initial`` parameters.
-        buffers: of the network.
+        constants: buffers and frozen parameters, by name.
         x: support inputs ``[N*K, ...]``.
         y: support targets ``[N*K]``.
     """
     (fast, state), arguments = differentiable[0], {**fixed, **differentiable[1]}
-    gradient = support_gradient(model, (fast, arguments["shared"]), buffers, x, y)
+    gradient = support_gradient(model, (fast, arguments["shared"]), constants, x, y)
     return _update(model, gradient, state, fast, arguments)
 
 
 def first_order_step(
-    model: Model, differentiable: tuple, fixed: dict[str, Parameters], buffers: Parameters, x: Tensor, y: Tensor
+    model: Model, differentiable: tuple, fixed: dict[str, Parameters], constants: Parameters, x: Any, y: Any
 ) -> tuple[Parameters, Any]:
     """The same step, whose derivative lacks the Hessian: the support gradient counts as a constant."""
     (fast, state), arguments = differentiable[0], {**fixed, **differentiable[1]}
-    constants = pytree.tree_map(torch.detach, (fast, arguments["shared"]))
-    return _update(model, support_gradient(model, constants, buffers, x, y), state, fast, arguments)
+    detached_params = pytree.tree_map(torch.detach, (fast, arguments["shared"]))
+    return _update(model, support_gradient(model, detached_params, constants, x, y), state, fast, arguments)
 
 
 def _update(
@@ -137,10 +104,10 @@ def _update(
 
 
 def _query_gradient(
-    model: Model, fast: Parameters, shared: Parameters, buffers: Parameters, x: Tensor, y: Tensor
+    model: Model, fast: Parameters, shared: Parameters, constants: Parameters, x: Any, y: Any
 ) -> tuple[tuple[Parameters, Parameters], Tensor, Tensor]:
     def objective(params: tuple[Parameters, Parameters]) -> tuple[Tensor, Tensor]:
-        predictions = outputs(model, *params, buffers, x)
+        predictions = outputs(model, *params, constants, x)
         return model.loss(predictions, y), predictions
 
     gradient, (value, predictions) = grad_and_value(objective)((fast, shared))
@@ -154,7 +121,7 @@ class Setup(NamedTuple):
         executor: runs the functions of one task over all tasks of a chunk.
         flat_memory: whether the backward pass recomputes the inner steps.
         model: network, loss and optimizer, as they are now.
-        buffers: of the network.
+        constants: buffers and frozen parameters, by name.
         initial: ``theta_0`` of the adapted parameters.
         shared: the other parameters at ``theta_0 … theta_S``.
         rates: the inner learning rates of each step.
@@ -164,7 +131,7 @@ class Setup(NamedTuple):
     executor: Executor
     flat_memory: FlatMemory
     model: State
-    buffers: Parameters
+    constants: Parameters
     initial: Parameters
     shared: list[Parameters]
     rates: list[Parameters]
@@ -201,6 +168,7 @@ def prepare(
         executor: runs the functions of one task over all tasks of a chunk.
         flat_memory: whether the backward pass recomputes the inner steps.
         params: by name, shaped like the network's or ``[S+1, ...]``, one value for each ``theta_k``; those are shared.
+            Where some require a gradient, the others are frozen: they have none.
         rates: a number, or ``[1 or S, ...]`` by name of the adapted parameters.
         steps: inner steps ``S``, at least 0.
     """
@@ -211,13 +179,18 @@ def prepare(
     if not isinstance(rates, dict):
         rate = next(iter(values.values())).new_tensor([rates])
         rates = {name: rate for name in values if name not in per_step}
-    shared = {name: kernel_layout(v) for name, v in values.items() if name not in rates and name not in per_step}
+    trained = {name for name, value in params.items() if value.requires_grad} or set(params)
+    # Copies: a layer may write to its parameters (``max_norm`` of an embedding).
+    values = {name: value.clone() if name in trained else value for name, value in values.items()}
+    rest = {name: kernel_layout(v) for name, v in values.items() if name not in rates and name not in per_step}
+    shared = {name: value for name, value in rest.items() if name in trained}
+    frozen = {name: value for name, value in rest.items() if name not in trained}
     detached_rates = {name: detached(rate) for name, rate in rates.items()}
     return Setup(
         executor,
         flat_memory,
         executor.state(model),
-        {name: buffer.detach() for name, buffer in model.net.named_buffers()},
+        {**{name: buffer.detach() for name, buffer in model.net.named_buffers()}, **frozen},
         {name: kernel_layout(value) for name, value in values.items() if name in rates},
         [{**shared, **_of_step(per_step, k)} for k in range(steps + 1)],
         [_of_step(detached_rates, k) for k in range(steps)],
@@ -225,12 +198,31 @@ def prepare(
     )
 
 
+def bytes_per_task(setup: Setup, episode: Episode) -> int:
+    """Bytes that a task of the episode keeps for the backward pass, and what running the network does beside.
+
+    Args:
+        setup: parameters and rates.
+        episode: ``T`` tasks, of which the first is run.
+    """
+    arguments, count = setup.arguments()[:1], 1 if setup.flat_memory.active else setup.steps
+    kept = 0
+    for each in arguments:
+        support = (setup.constants, episode.support_inputs, episode.support_targets)
+        in_dims = ((None, None), None, None, 0, 0)
+        kept += count * setup.executor.saved_bytes(
+            setup.model.bind(step), in_dims, (setup.initial_state(), {}), each, *support
+        )
+    query = (setup.initial, setup.shared[-1], setup.constants, episode.query_inputs)
+    return kept + setup.executor.saved_bytes(setup.model.bind(outputs), (None, None, None, 0), *query)
+
+
 def task_dim(step: int) -> int | None:
     """The dimension over tasks of ``theta_k``: none at ``k = 0``, which all tasks share."""
     return 0 if step else None
 
 
-def descend(setup: Setup, inputs: Tensor, targets: Tensor) -> Iterator[Parameters]:
+def descend(setup: Setup, inputs: Any, targets: Any) -> Iterator[Parameters]:
     """The fast weights ``theta_0 … theta_S`` one by one, without what a gradient needs.
 
     Args:
@@ -242,20 +234,20 @@ def descend(setup: Setup, inputs: Tensor, targets: Tensor) -> Iterator[Parameter
     yield setup.initial
     for k, arguments in enumerate(setup.arguments()):
         in_dims = ((task_dim(k), None), None, None, 0, 0)
-        state = setup.executor(traced_step, in_dims, (state, {}), arguments, setup.buffers, inputs, targets)
+        state = setup.executor(traced_step, in_dims, (state, {}), arguments, setup.constants, inputs, targets)
         yield state[0]
 
 
-def adapt(setup: Setup, inputs: Tensor, targets: Tensor) -> Parameters:
+def adapt(setup: Setup, inputs: Any, targets: Any) -> Parameters:
     """The fast weights ``theta_S``, ``[T, ...]`` by name; the earlier ones are freed at once."""
     for fast in descend(setup, inputs, targets):  # noqa: B007
         pass
     return fast
 
 
-def predict(setup: Setup, fast: Parameters, step: int, inputs: Tensor) -> Tensor:
+def predict(setup: Setup, fast: Parameters, step: int, inputs: Any) -> Tensor:
     """The outputs ``[T, N*Q, ...]`` of networks with the fast weights of a step."""
-    arguments = (fast, setup.shared[step], setup.buffers, inputs)
+    arguments = (fast, setup.shared[step], setup.constants, inputs)
     return setup.executor(setup.model.bind(outputs), (task_dim(step), None, None, 0), *arguments)
 
 
@@ -268,7 +260,7 @@ def query_gradient(
         ``(gradient to adapted, gradient to shared parameters)``, ``[T, ...]`` by name; the losses ``[T]``; the
         predictions ``[T, N*Q, ...]``.
     """
-    arguments = (fast, setup.shared[step], setup.buffers, chunk.query_inputs, chunk.query_targets)
+    arguments = (fast, setup.shared[step], setup.constants, chunk.query_inputs, chunk.query_targets)
     return setup.executor(setup.model.bind(_query_gradient), (task_dim(step), None, None, 0, 0), *arguments)
 
 

@@ -72,7 +72,7 @@ def _forward(
             ((task_dim(k), None), None, None, 0, 0),
             (state, differentiable),
             fixed,
-            setup.buffers,
+            setup.constants,
             chunk.support_inputs,
             chunk.support_targets,
             recompute=setup.flat_memory.active and not first_order and k < setup.steps - 1,
@@ -81,7 +81,7 @@ def _forward(
         pullbacks.append(pullback)
         if k == 0:
             kept = setup.executor.kept_bytes - before
-            setup.flat_memory.decide(kept, setup.steps, chunk.support_inputs.device)
+            setup.flat_memory.decide(kept, setup.steps, chunk.device)
     return trajectory, pullbacks, state[1]
 
 

@@ -51,7 +51,7 @@ class _Job(NamedTuple):
     recompute: bool
 
     @property
-    def family(self) -> Hashable:
+    def family(self) -> tuple[Hashable, ...]:
         """The same for calls that differ in the signature of the arguments alone."""
         return self.function.function, self.function.state.number, self.pullback, self.in_dims
 
@@ -131,6 +131,7 @@ class Executor:
         self._signatures: dict[Hashable, set[Hashable]] = {}  # seen of each family of calls
         self._states: dict[Hashable, int] = {}
         self._checked: set[Hashable] = set()  # graphs and families of calls that agree with the loop
+        self._examined: set[Hashable] = set()  # networks whose effects are known
         self._lowest: dict[Hashable, int] = {}  # the way that a network was found to need
         self._said: set[str] = set()
 
@@ -148,14 +149,31 @@ class Executor:
         if key not in self._states and len(self._states) < MAX_STATES:
             self._states[key] = len(self._states)
         elif key not in self._states:
-            self._say(
-                f"The network cannot be traced and runs untraced, which is slower: its attributes have changed {MAX_STATES} times"
-            )
+            why = f"its attributes have changed {MAX_STATES} times"
+            self._say(f"The network cannot be traced and runs untraced, which is slower: {why}")
         return State(objects, key, self._states.get(key))
+
+    def knows(self, state: State) -> bool:
+        """Whether it is known what running the network has for effects."""
+        return state.network in self._examined
 
     def way(self, state: State) -> str:
         """How functions of these objects run now: traced, vectorized or loop."""
         return WAYS[self._way(state)]
+
+    def saved_bytes(self, function: Callable, in_dims: tuple, *args: Any) -> int:
+        """Bytes that the backward pass through ``function`` of the first task needs, beside its arguments.
+
+        Runs the task in a loop without effects, and takes the loop from now on where there would have been any.
+        """
+        job, saved = _Job(_bound(function), in_dims, args, pullback=True, recompute=False), 0
+
+        def run() -> None:
+            nonlocal saved
+            saved = loop.saved_bytes(job.function, job.in_dims, job.args)
+
+        self._without_effects(job, run)
+        return saved
 
     def __call__(self, function: Callable, in_dims: tuple, *args: Any) -> Any:
         """``vmap(function, in_dims)(*args)``, without a graph for autograd."""
@@ -193,13 +211,14 @@ class Executor:
         # their traces.
         pays = not seen or key in seen
         seen.add(key)
-        before, reference = None, None
+        before: RandomState | None = None
+        reference: tuple[Any, Callable | None] | None = None
         while (way := self._way(state)) != LOOP:
             traced = way == TRACED and (self._is_traced(key, pays) or self.execution == "traced")
             checked = key if traced else family
             if checked not in self._checked and before is None:
                 before = RandomState(job.device())
-                reference = self._first_task(job, before)
+                reference = self._first_task(job)
                 continue
             try:
                 outputs, pullback = self._replay(job, key, leaves) if traced else job.untraced()
@@ -208,7 +227,7 @@ class Executor:
                 why = _reason(error)
             if not why:
                 self._checked.add(checked)
-                return outputs, (pullback and reference and self._check_once(job, pullback, reference[1])) or pullback
+                return outputs, self._check_once(job, pullback, reference[1]) if pullback and reference else pullback
             if before is not None:
                 before.restore()
             self._lower(state, way + 1, why)
@@ -246,25 +265,36 @@ class Executor:
             return False
         return True
 
-    def _first_task(self, job: _Job, before: RandomState) -> tuple[Any, Callable | None] | None:
-        """Outputs and pullback of the first task by the loop, to compare with; None where they cannot be compared.
+    def _first_task(self, job: _Job) -> tuple[Any, Callable | None] | None:
+        """Outputs and pullback of the first task by the loop, to compare with; None where they cannot be compared."""
+        result = None
 
-        Takes the loop from now on where running the network has effects, which have to happen as in a loop.
+        def run() -> None:
+            nonlocal result
+            result = job.first_task().in_loop()
+
+        return result if self._without_effects(job, run) else None
+
+    def _without_effects(self, job: _Job, run: Callable[[], None]) -> bool:
+        """Run a job in the loop for its results alone; whether they are the same each time.
+
+        Takes the loop from now on where running it has effects, which have to happen as in a loop.
         """
-        state, snapshot = job.function.state, Snapshot(job.function.state)
+        state, snapshot, before = job.function.state, Snapshot(job.function.state), RandomState(job.device())
+        self._examined.add(state.network)
         if has_hooks(state.objects):
             self._lower(state, LOOP, "its hooks have to run at each call")
-            return None
+            return False
         with before.restored():
             try:
-                reference = job.first_task().in_loop()
+                run()
             except Exception as error:  # what a loop cannot run, other ways may
-                reference = _reason(error) and None
+                _reason(error)
             deterministic = before.is_current()
         if why := snapshot.changes():
             snapshot.restore()
             self._lower(state, LOOP, f"it {why}")
-        return reference if deterministic else None
+        return deterministic
 
     def _check_once(self, job: _Job, pullback: Callable, reference: Callable | None) -> Callable:
         """The pullback, which at its first call is compared with that of the first task by the loop."""
@@ -284,7 +314,7 @@ class Executor:
                 return gradients
             self._lower(job.function.state, way + 1, why)
             with random_state.restored():
-                pullbacks[0] = self._run(job)[1]
+                pullbacks[:] = [pullback for pullback in self._run(job)[1:] if pullback]
             return pullbacks[0](cotangents)
 
         return checked

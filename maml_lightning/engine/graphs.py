@@ -25,10 +25,12 @@ structure: Callable[[pytree.TreeSpec], Hashable] = (
 
 
 def simplify(graph: fx.GraphModule) -> None:
-    """Compute equal subexpressions once and merge sums, unless the graph writes in place."""
+    """Drop copies, compute equal subexpressions once and merge sums, unless the graph writes in place."""
     if not any(is_mutable(node) for node in graph.graph.nodes):
+        _drop_copies(graph.graph)
         _share(graph.graph)
         _merge_sums(graph.graph)
+        _copy_where_a_view_fails(graph.graph)
     graph.recompile()
 
 
@@ -46,6 +48,27 @@ def _share(graph: fx.Graph) -> None:
 
 
 _aten = torch.ops.aten
+# What a tensor's strides change the values of.
+_STRIDED = {_aten.as_strided.default, _aten.as_strided_scatter.default, _aten.view.dtype, _aten.view_as_complex.default}
+
+
+def _drop_copies(graph: fx.Graph) -> None:
+    """Copies that are for the network's own code, which has run: between kernels data stays channels-last."""
+    if any(node.target in _STRIDED for node in graph.nodes):
+        return
+    for node in list(graph.nodes):
+        if node.target is _aten.clone.default and not any(user.op == "output" for user in node.users):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _copy_where_a_view_fails(graph: fx.Graph) -> None:
+    """Strides differ from the traced ones where copies were dropped, and where fake tensors have others than real."""
+    for node in graph.nodes:
+        if node.target in (_aten.view.default, _aten._unsafe_view.default):
+            node.target = _aten.reshape.default
+
+
 _LINEAR = {
     _aten.view.default,
     _aten._unsafe_view.default,

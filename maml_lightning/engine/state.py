@@ -139,6 +139,18 @@ def _draws() -> Hashable:
     return random.getstate(), drawn[1].tobytes(), drawn[2]
 
 
+@contextmanager
+def without_effects(net: nn.Module) -> Iterator[None]:
+    """Put back what running a network changes."""
+    state = State((net,), fingerprint((net,)), None)
+    snapshot = Snapshot(state)
+    try:
+        yield
+    finally:
+        if snapshot.changes():
+            snapshot.restore()
+
+
 def modules_of(objects: tuple) -> list[nn.Module]:
     """All layers of the modules among the objects."""
     return [layer for part in objects if isinstance(part, nn.Module) for layer in part.modules()]

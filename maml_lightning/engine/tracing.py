@@ -131,6 +131,6 @@ def traced_pair(function: Callable, joint: Callable, args: tuple, compiled: bool
         args = pytree.tree_unflatten(leaves[: len(leaves) - count], spec)
         return pytree.tree_leaves(joint(pytree.tree_unflatten(leaves[len(leaves) - count :], out_spec), *args))
 
-    forward, backward = cut(trace(flat, [*leaves, *cotangents], compiled), count, count)
-    ready = (_ready(half, compiled) for half in (forward, backward))
-    return TracedPair(*ready, cotangents, out_spec, pytree.tree_structure(args[0]))
+    halves = cut(trace(flat, [*leaves, *cotangents], compiled), count, count)
+    forward, backward = (_ready(half, compiled) for half in halves)
+    return TracedPair(forward, backward, cotangents, out_spec, pytree.tree_structure(args[0]))

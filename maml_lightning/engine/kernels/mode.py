@@ -2,24 +2,43 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch._ops import OpOverload
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
+from torch.overrides import TorchFunctionMode
 
+from maml_lightning.engine.kernels.activations import hardsigmoid, rrelu
 from maml_lightning.engine.kernels.convolution import col2im_sum, conv2d, im2col_views
+from maml_lightning.engine.kernels.embedding import embedding_bag
 from maml_lightning.engine.kernels.normalization import batch_norm, instance_norm, project, standardize
 from maml_lightning.engine.kernels.pooling import max_pool, max_pool_backward, poolings
 from maml_lightning.engine.kernels.recurrence import recurrences
 
+
+def _contiguous(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The kernel with results laid out as torch's own; a traced graph drops the copy (``graphs.py``)."""
+    return lambda *args, **kwargs: kernel(*args, **kwargs).contiguous()
+
+
+# Without a second derivative in torch.
+DIFFERENTIABLE: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.hardsigmoid: hardsigmoid,
+    F.rrelu: rrelu,
+    torch.rrelu: rrelu,
+    torch.rrelu_: partial(rrelu, inplace=True),
+    F.embedding_bag: embedding_bag,
+}
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.conv2d: conv2d,
-    F.conv2d: conv2d,
-    F.batch_norm: batch_norm,
+    torch.conv2d: _contiguous(conv2d),
+    F.conv2d: _contiguous(conv2d),
+    F.batch_norm: _contiguous(batch_norm),
     F.instance_norm: instance_norm,
+    **DIFFERENTIABLE,
     **poolings(),
     **recurrences(),
 }
@@ -36,10 +55,18 @@ COMPILED: dict[OpOverload, Callable[..., Any]] = {
 
 
 class TaskKernels(TorchFunctionMode):
-    """While active, calls of an operator in ``REPLACEMENTS`` (also from ``nn`` layers) run what replaces it."""
+    """While active, calls of an operator in a table (also from ``nn`` layers) run what replaces it.
+
+    Args:
+        table: operators, and what replaces them.
+    """
+
+    def __init__(self, table: dict[Callable[..., Any], Callable[..., Any]] = REPLACEMENTS) -> None:
+        super().__init__()
+        self.table = table
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        return REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))
+        return self.table.get(func, func)(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -54,6 +81,6 @@ def task_operators() -> Iterator[None]:
 
 @contextmanager
 def loop_operators() -> Iterator[None]:
-    """The same for a task by itself: torch's own operators, where they have a second derivative."""
-    with BaseTorchFunctionMode(), sdpa_kernel(SDPBackend.MATH):
+    """The same for a task by itself: torch's own operators where they have a second derivative."""
+    with TaskKernels(DIFFERENTIABLE), sdpa_kernel(SDPBackend.MATH):
         yield

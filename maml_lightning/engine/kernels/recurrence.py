@@ -1,8 +1,8 @@
 """Recurrent layers as a loop over time in terms of operators that vmap and double backward know.
 
 Torch's own add the input's and the state's part of a gate in place, which vmap cannot do where the state is the same
-for all tasks, as the zeros are that a layer begins with; cuDNN's and oneDNN's have no second derivative. Here the input's
-part is one matrix product for all time steps.
+for all tasks, as the zeros are that a layer begins with; cuDNN's and oneDNN's have no second derivative. Here the
+input's part is one matrix product for all time steps.
 """
 
 from collections.abc import Callable, Sequence
