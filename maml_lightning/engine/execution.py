@@ -8,11 +8,10 @@ the first task also runs in the loop, and a way whose results differ is not take
 
 import logging
 from collections.abc import Callable, Hashable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.func import vjp, vmap
 from torch.utils import _pytree as pytree
 
 from maml_lightning.engine import loop
@@ -20,6 +19,7 @@ from maml_lightning.engine.agreement import disagreement
 from maml_lightning.engine.fingerprints import fingerprint, has_hooks
 from maml_lightning.engine.graphs import structure
 from maml_lightning.engine.hoisting import Hoisted
+from maml_lightning.engine.jobs import Job, recomputed_pullback
 from maml_lightning.engine.memory import out_of_memory
 from maml_lightning.engine.state import Bound, RandomState, Snapshot, State, without_state
 from maml_lightning.engine.tracing import TracedPair, signature, traced_call, traced_pair
@@ -32,85 +32,6 @@ MAX_GRAPHS = 64  # so many graphs are kept; inputs of ever new shapes run untrac
 Execution = Literal["auto", "traced", "vectorized", "loop"]
 WAYS: tuple[Literal["traced", "vectorized", "loop"], ...] = ("traced", "vectorized", "loop")
 TRACED, VECTORIZED, LOOP = range(3)
-
-
-class _Job(NamedTuple):
-    """One call of a function of one task: over all tasks, with its pullback or without.
-
-    Args:
-        function: of one task, and the objects that it depends on.
-        in_dims: of ``args``, as for ``vmap``.
-        args: its arguments; with a pullback the first is what it is differentiated with respect to.
-        pullback: whether the pullback is wanted, too.
-        recompute: keep only the arguments for it.
-    """
-
-    function: Bound
-    in_dims: tuple
-    args: tuple
-    pullback: bool
-    recompute: bool
-
-    @property
-    def family(self) -> tuple[Hashable, ...]:
-        """The same for calls that differ in the signature of the arguments alone."""
-        return self.function.function, self.function.state.number, self.pullback, self.in_dims
-
-    def vectorized(self) -> Callable:
-        """The function, vectorized over tasks."""
-        return vmap(self.function, self.in_dims, randomness="different")
-
-    def joint(self) -> Callable:
-        """``joint(cotangents, primal, *args) -> (outputs, gradients)``, vectorized over tasks."""
-
-        # Differentiated inside of vmap: outside, normalization layers have a silently wrong second derivative
-        # (functorch #534).
-        def joint(cotangents: Any, primal: Any, *args: Any) -> tuple:
-            outputs, pullback, *_ = vjp(lambda primal: self.function(primal, *args), primal)
-            return outputs, pullback(cotangents)[0]
-
-        return vmap(joint, (0, *self.in_dims), randomness="different")
-
-    def first_task(self) -> "_Job":
-        """The same of the first task alone."""
-
-        def first(leaf: Tensor, dim: int | None) -> Tensor:
-            return leaf if dim is None else leaf[:1]
-
-        leaves, spec = pytree.tree_flatten(self.args)
-        dims: Any = pytree._broadcast_to_and_flatten(self.in_dims, spec)
-        return self._replace(args=pytree.tree_unflatten(list(map(first, leaves, dims)), spec), recompute=False)
-
-    def in_loop(self) -> tuple[Any, Callable | None]:
-        """Outputs and pullback, by a loop over tasks."""
-        if not self.pullback:
-            return loop.call(self.function, self.in_dims, self.args), None
-        if not self.recompute:
-            return loop.vjp(self.function, self.in_dims, self.args[0], self.args[1:])
-        kept = self._replace(recompute=False)
-        pullback = _recomputed(self, lambda cotangents: kept.in_loop()[1](cotangents))  # type: ignore[misc]
-        return loop.call(self.function, self.in_dims, self.args), pullback
-
-    def untraced(self) -> tuple[Any, Callable | None]:
-        """Outputs and pullback, by ``vmap``."""
-        pullback = _recomputed(self, lambda cotangents: self.joint()(cotangents, *self.args)[1])
-        return self.vectorized()(*self.args), pullback if self.pullback else None
-
-    def device(self) -> torch.device:
-        """Where it runs."""
-        return pytree.tree_leaves(self.args)[0].device
-
-
-def _recomputed(job: _Job, pullback: Callable) -> Callable:
-    """A pullback that computes the function once more, with the random numbers that are drawn after this call."""
-    random_state = RandomState(job.device())
-
-    @torch.no_grad()
-    def recomputed(cotangents: Any) -> Any:
-        with random_state.restored():
-            return pullback(cotangents)
-
-    return recomputed
 
 
 class Executor:
@@ -173,7 +94,7 @@ class Executor:
 
         Runs the task in a loop without effects, and takes the loop from now on where there would have been any.
         """
-        job, saved = _Job(_bound(function), in_dims, args, pullback=True, recompute=False), 0
+        job, saved = Job(_bound(function), in_dims, args, pullback=True, recompute=False), 0
 
         def run() -> None:
             nonlocal saved
@@ -184,7 +105,7 @@ class Executor:
 
     def __call__(self, function: Callable, in_dims: tuple, *args: Any) -> Any:
         """``vmap(function, in_dims)(*args)``, without a graph for autograd."""
-        return self._run(_Job(_bound(function), in_dims, args, pullback=False, recompute=False))[0]
+        return self._run(Job(_bound(function), in_dims, args, pullback=False, recompute=False))[0]
 
     def vjp(
         self, function: Callable, in_dims: tuple, primal: Any, *args: Any, recompute: bool = False
@@ -201,12 +122,12 @@ class Executor:
         Returns:
             the outputs, and ``pullback(cotangents) -> gradients``, all with a leading task dimension.
         """
-        outputs, pullback = self._run(_Job(_bound(function), in_dims, (primal, *args), True, recompute))
+        outputs, pullback = self._run(Job(_bound(function), in_dims, (primal, *args), True, recompute))
         assert pullback is not None
         return outputs, pullback
 
     @torch.no_grad()
-    def _run(self, job: _Job) -> tuple[Any, Callable | None]:
+    def _run(self, job: Job) -> tuple[Any, Callable | None]:
         state = job.function.state
         if self._way(state) == LOOP:
             return self._looped(job)
@@ -272,7 +193,7 @@ class Executor:
             return False
         return True
 
-    def _first_task(self, job: _Job) -> tuple[Any, Callable | None] | None:
+    def _first_task(self, job: Job) -> tuple[Any, Callable | None] | None:
         """Outputs and pullback of the first task by the loop, to compare with; None where they cannot be compared."""
         result = None
 
@@ -282,7 +203,7 @@ class Executor:
 
         return result if self._without_effects(job, run) else None
 
-    def _without_effects(self, job: _Job, run: Callable[[], None]) -> bool:
+    def _without_effects(self, job: Job, run: Callable[[], None]) -> bool:
         """Run a job in the loop for its results alone; whether they are the same each time.
 
         Takes the loop from now on where running it has effects, which have to happen as in a loop.
@@ -303,7 +224,7 @@ class Executor:
             self._lower(state, LOOP, f"it {why}")
         return deterministic
 
-    def _check_once(self, job: _Job, pullback: Callable, reference: Callable | None) -> Callable:
+    def _check_once(self, job: Job, pullback: Callable, reference: Callable | None) -> Callable:
         """The pullback, which at its first call is compared with that of the first task by the loop."""
         way, random_state, pullbacks = self._way(job.function.state), RandomState(job.device()), [pullback]
 
@@ -326,7 +247,7 @@ class Executor:
 
         return checked
 
-    def _looped(self, job: _Job) -> tuple[Any, Callable | None]:
+    def _looped(self, job: Job) -> tuple[Any, Callable | None]:
         try:
             return job.in_loop()
         except NotImplementedError as error:
@@ -334,7 +255,7 @@ class Executor:
                 f"model.net cannot be run: {_reason(error)}. A training loop cannot run it either; replace that layer."
             ) from error
 
-    def _replay(self, job: _Job, key: Hashable, leaves: list[Tensor]) -> tuple[Any, Callable | None]:
+    def _replay(self, job: Job, key: Hashable, leaves: list[Tensor]) -> tuple[Any, Callable | None]:
         """Outputs and pullback by a graph, which is recorded the first time."""
         if key not in self._graphs:
             with torch.autograd.set_detect_anomaly(False):  # fake tensors have nothing to detect
@@ -348,7 +269,7 @@ class Executor:
             return graph(leaves), None
         pair: TracedPair = graph
         if job.recompute:
-            pullback = _recomputed(job, lambda cotangents: pair.pullback(pair.outputs(leaves)[1], cotangents))
+            pullback = recomputed_pullback(job, lambda cotangents: pair.pullback(pair.outputs(leaves)[1], cotangents))
             return self._run(job._replace(pullback=False))[0], pullback
         outputs, residuals = pair.outputs(leaves)
         storages = (tensor.untyped_storage() for tensor in residuals)
