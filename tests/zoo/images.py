@@ -89,7 +89,7 @@ class Dense(nn.Module):
         super().__init__()
         self.efficient = efficient
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.BatchNorm2d(2 + 3 * i), nn.ReLU(), conv(2 + 3 * i, 3)) for i in range(3)
+            nn.Sequential(nn.BatchNorm2d(2 + 3 * i), nn.ReLU(), conv(2 + 3 * i, 3)) for i in range(2)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -262,10 +262,10 @@ CASES = [
                                       shape=(4, 8)), shape=(4, 8)),
     Case("Conv3d", lambda: classifier(nn.Conv3d(1, 3, 3, padding=1), nn.BatchNorm3d(3), nn.ReLU(), nn.MaxPool3d(2),
                                       shape=(1, 4, 4, 4)), shape=(1, 4, 4, 4)),
-    Case("ResNet12", lambda: ResNet12(2, CLASSES, (3, 4))),
+    Case("ResNet12", lambda: ResNet12(2, CLASSES, (4,))),
     Case("ConvNet", lambda: ConvNet(2, CLASSES, 4, 2)),
     Case("ConvNet with pooling", lambda: ConvNet(2, CLASSES, 4, 2, pooling=True)),
-    Case("ResNet block", lambda: classifier(Residual(2, 4), Residual(4, 4), nn.AdaptiveAvgPool2d(1))),
+    Case("ResNet block", lambda: classifier(Residual(2, 4), nn.AdaptiveAvgPool2d(1))),
     Case("DenseNet block", lambda: classifier(Dense())),
     Case("memory-efficient DenseNet block", lambda: classifier(Dense(efficient=True))),
     Case("squeeze-excite", lambda: classifier(conv(), nn.Hardswish(), SqueezeExcite()), refusal=NOT_TWICE),

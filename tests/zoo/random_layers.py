@@ -52,7 +52,7 @@ def make(kind: str, p: float) -> nn.Module:
     if kind == "LayerDrop":
         return LayerDrop(p)
     if kind == "ResNet12":
-        return ResNet12(2, CLASSES, (4, 4), p, 3)
+        return ResNet12(2, CLASSES, (4,), p, 3)
     return classifier(StochasticBlock(kind, p))
 
 

@@ -100,7 +100,7 @@ class Encoder(nn.Module):
     def __init__(self, **options: bool) -> None:
         super().__init__()
         layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True, **options)
-        self.encoder, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(4, CLASSES)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), nn.Linear(4, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.encoder(x).mean(1))
@@ -143,7 +143,7 @@ class GPT(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding, self.position = nn.Embedding(VOCABULARY, 4), nn.Embedding(6, 4)
-        self.blocks = nn.Sequential(Block(4, 2, True), Block(4, 2, True))
+        self.blocks = nn.Sequential(Block(4, 2, True))
         self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, VOCABULARY, bias=False)
         self.head.weight = self.embedding.weight
 
@@ -159,7 +159,7 @@ class ViT(nn.Module):
         super().__init__()
         self.patches, self.token = nn.Conv2d(2, 4, 4, stride=4), nn.Parameter(torch.randn(1, 1, 4))
         self.position = nn.Parameter(torch.randn(1, 5, 4))
-        self.blocks, self.head = nn.Sequential(Block(4, 2, False), Block(4, 2, False)), nn.Linear(4, CLASSES)
+        self.blocks, self.head = nn.Sequential(Block(4, 2, False)), nn.Linear(4, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2)

@@ -30,6 +30,8 @@ QUICK = {"inner_steps": 2, "tasks_per_chunk": 2}
 
 
 def module(case: Case, net: nn.Module, **settings) -> MAML:
+    if case.stateful:  # the order of tasks counts
+        settings["tasks_per_chunk"] = 1
     return MAML(net, inner_lr=case.lr, loss=case.loss, **settings)
 
 
@@ -146,11 +148,10 @@ def check_trajectory(case: Case) -> None:
         with torch.inference_mode():
             outputs = maml.trajectory(episode)
         assert len(outputs) == 3
-        steps = [-1] if case.stateful else range(3)
         errors = [
             max(
                 ((outputs[k][task] - result.outputs[task][k]).norm() / result.outputs[task][k].norm()).item()
-                for k in steps
+                for k in range(3)
                 for task in range(episode.tasks)
             )
             for result in expected
@@ -208,4 +209,6 @@ def test_all_settings_are_those_of_the_plain_loop(case, settings):
 def test_adaptation_evaluation_and_copies_are_those_of_the_plain_loop(case, companion):
     if case.change:
         pytest.skip("differs from another case between steps alone")
+    if case.stateful and companion == "trajectory":
+        pytest.skip("its outputs depend on how often it was called before")
     refused(case, lambda: COMPANIONS[companion](case))
