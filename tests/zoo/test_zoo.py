@@ -37,8 +37,12 @@ def module(case: Case, net: nn.Module, **settings) -> MAML:
 
 def loop(case: Case, net: nn.Module, episode: Episode, inner_steps: int, first_order: bool = False, **ignored):
     """What the plain loop gives: one result, or for stateful networks one of each way to treat their buffers."""
-    ways = ("call", "task", "kept") if case.stateful else ("call",)
-    return [meta_gradient(net, episode, case.lr, inner_steps, case.loss, first_order, way) for way in ways]
+    results, state = [], {name: value.clone() for name, value in net.state_dict().items()}
+    for way in ("call", "task", "kept") if case.stateful else ("call",):
+        results.append(meta_gradient(net, episode, case.lr, inner_steps, case.loss, first_order, way))
+        if case.stateful:
+            net.load_state_dict(state)
+    return results
 
 
 def step_error(maml: MAML, episode: Episode, expected: list[Result]) -> float:
@@ -165,12 +169,16 @@ def check_copies(case: Case) -> None:
     maml = module(case, net, **QUICK)
     maml.training_step(case.episode(0), 0).backward()
     maml.zero_grad()
+    if case.stateful:
+        plain.load_state_dict(net.state_dict())
     expected = loop(case, plain, episode, **QUICK)
     state = {name: value.clone() for name, value in maml.state_dict().items()}
     copies = {"deepcopy": lambda: copy.deepcopy(maml), "pickle": lambda: pickle.loads(pickle.dumps(maml))}
     for name, probe in {"deepcopy": copy.deepcopy, "pickle": pickle.dumps}.items():
+        used = case.network()
+        used(case.episode().support_inputs[0])
         try:
-            probe(case.network())  # what torch cannot copy, nobody can
+            probe(used)  # what torch cannot copy, nobody can
         except Exception:
             del copies[name]
 
