@@ -104,3 +104,8 @@ def _named(outputs: Any) -> dict[str, Any]:
     else:
         names = [*getattr(outputs, "_fields", ())] or (["logits"] if hasattr(outputs, "logits") else [])
     return {name: value for name in names if (value := getattr(outputs, name, None)) is not None}
+
+
+def examples_of(part: Part) -> int:
+    """How many examples each task has in a part of an episode."""
+    return leaves(part)[0].shape[1]

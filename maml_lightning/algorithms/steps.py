@@ -29,6 +29,7 @@ from maml_lightning.engine.kernels.mode import loop_operators, task_operators
 from maml_lightning.engine.memory import FlatMemory, keep_freed_memory
 from maml_lightning.engine.state import State
 from maml_lightning.episodes import Episode
+from maml_lightning.structures import examples_of
 
 Loss = Callable[[Tensor, Any], Tensor]
 
@@ -199,22 +200,21 @@ def prepare(
 
 
 def bytes_per_task(setup: Setup, episode: Episode) -> int:
-    """Bytes that a task of the episode keeps for the backward pass, and what running the network does beside.
+    """About how many bytes a task of the episode keeps for the backward pass, from a run of its support set.
 
     Args:
         setup: parameters and rates.
         episode: ``T`` tasks, of which the first is run.
     """
-    arguments, count = setup.arguments()[:1], 1 if setup.flat_memory.active else setup.steps
-    kept = 0
-    for each in arguments:
-        support = (setup.constants, episode.support_inputs, episode.support_targets)
-        in_dims = ((None, None), None, None, 0, 0)
-        kept += count * setup.executor.saved_bytes(
-            setup.model.bind(step), in_dims, (setup.initial_state(), {}), each, *support
-        )
-    query = (setup.initial, setup.shared[-1], setup.constants, episode.query_inputs)
-    return kept + setup.executor.saved_bytes(setup.model.bind(outputs), (None, None, None, 0), *query)
+    model, shared = setup.model, (setup.constants, episode.support_inputs)
+    step_dims, dims = ((None, None), None, None, 0, 0), (None, None, None, 0)
+    kept = setup.executor.saved_bytes(model.bind(outputs), dims, setup.initial, setup.shared[-1], *shared)
+    kept = kept * examples_of(episode.query_inputs) // max(examples_of(episode.support_inputs), 1)
+    for arguments in setup.arguments()[:1]:
+        support: tuple = ((setup.initial_state(), {}), arguments, *shared, episode.support_targets)
+        count = 1 if setup.flat_memory.active else setup.steps
+        kept += count * setup.executor.saved_bytes(model.bind(step), step_dims, *support)
+    return kept
 
 
 def task_dim(step: int) -> int | None:
