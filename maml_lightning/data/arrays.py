@@ -33,9 +33,10 @@ class ArraysDataModule(EpisodicDataModule):
     its own classes from 0 without a gap.
 
     Args:
-        train: training classes.
-        val: validation classes.
-        test: test classes.
+        train: training classes: a file (.npz, .npy, .pt) with inputs and integer labels, or with one array
+            [classes, examples, ...]; from Python also the arrays themselves.
+        val: validation classes, likewise.
+        test: test classes, likewise.
         ways: classes per episode ``N``, at least 2. With targets, tasks per episode, at least 1.
 
     Raises:
