@@ -28,9 +28,9 @@ class ArraysDataModule(EpisodicDataModule):
     be predicted of each example (numbers, several labels, labels of pixels) in place of its class; labels then say
     which task an example is of. Files are ``.npz``, ``.npy``, or ``.pt`` of tensors; no code in them is run.
 
-    Inputs of type uint8 are pictures: they are scaled to [0, 1], and gray ones get their channel. All other inputs
-    stay as they are. No class may be in two splits: a label is the same class in all splits, unless each split numbers
-    its own classes from 0 without a gap.
+    Inputs ``[H, W]`` or ``[C, H, W]`` of type uint8 are pictures: they are scaled to [0, 1], and gray ones get their
+    channel. All other inputs stay as they are. No class may be in two splits: a label is the same class in all splits,
+    unless each split numbers its own classes from 0 without a gap.
 
     Args:
         train: training classes: a file (.npz, .npy, .pt) with inputs and integer labels, or with one array
