@@ -66,7 +66,7 @@ class Preparation(NamedTuple):
                 for index in range(task * size, (task + 1) * size):
                     example = tree_map(lambda leaf, index=index: leaf[index], inputs)
                     for transform in self.augmentation:
-                        example = transform(example)
+                        example = _transformed(transform, example)
                     augmented.append(example)
         return tree_map(_stacked, *augmented)
 
@@ -85,6 +85,20 @@ def say_what_is_scaled(setting: str, inputs: Tree) -> None:
 
 def _scaled(leaf: Tensor) -> Tensor:
     return leaf.float().div_(255) if is_of_pictures(leaf) else leaf
+
+
+def _transformed(transform: Callable[[Any], Any], example: Tree) -> Any:
+    try:
+        return transform(example)
+    except Exception as error:  # whatever a transform raises
+        kinds = ", ".join(
+            f"{leaf.dtype} {list(leaf.shape)}".removeprefix("torch.") for leaf in leaves(example).values()
+        )
+        name = getattr(transform, "__name__", type(transform).__name__)
+        raise SettingError(
+            f"data.augmentation {name} does not take an example {kinds} ({' '.join(str(error).split())[:200]}); give "
+            "another, or leave it out."
+        ) from error
 
 
 def _stacked(*values: Any) -> Tensor:

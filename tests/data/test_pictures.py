@@ -105,6 +105,7 @@ def test_pretraining_is_augmented_as_well():
         ({"mean": [0.1, 0.2]}, r"data.mean \[0.1, 0.2\] has 2 values .* examples are \[3, 4, 4\]; give"),
         ({"std": [0.0]}, r"data.std must be above 0 \(got \[0.0\]\)"),
         ({"augmentation": [lambda picture: picture[..., : 1 + int(torch.randint(2, ()))]]}, r"data.augmentation gives"),
+        ({"augmentation": [v2.RandomCrop(9)]}, r"RandomCrop does not take an example uint8 \[3, 4, 4\]"),
         ({"augmentation": [lambda picture: None]}, r"data.augmentation gives NoneType; give transforms whose results"),
     ],
 )  # fmt: skip
