@@ -107,6 +107,8 @@ class InputSpec(NamedTuple):
         background = border.median().item()
         plain = ((border - background).abs() < 0.1).float().mean().item() > 0.8
         channels = cast(Literal[1, 3], images.shape[-3])
+        if images.min() < 0 or images.max() > 1:  # normalized, as pictures to predict would not be
+            return None
         return cls(ways, channels, images.shape[-1], background if plain else None)
 
 

@@ -28,14 +28,15 @@ class ArraysDataModule(EpisodicDataModule):
     be predicted of each example (numbers, several labels, labels of pixels) in place of its class; labels then say
     which task an example is of. Files are ``.npz``, ``.npy``, or ``.pt`` of tensors; no code in them is run.
 
-    Inputs of type uint8 are pictures: they are scaled to [0, 1], and gray ones get their channel. All other inputs
-    stay as they are. No class may be in two splits: a label is the same class in all splits, unless each split numbers
-    its own classes from 0 without a gap.
+    Inputs ``[H, W]`` or ``[C, H, W]`` of type uint8 are pictures: they are scaled to [0, 1], and gray ones get their
+    channel. All other inputs stay as they are. No class may be in two splits: a label is the same class in all splits,
+    unless each split numbers its own classes from 0 without a gap.
 
     Args:
-        train: training classes.
-        val: validation classes.
-        test: test classes.
+        train: training classes: a file (.npz, .npy, .pt) with inputs and integer labels, or with one array
+            [classes, examples, ...]; from Python also the arrays themselves.
+        val: validation classes, likewise.
+        test: test classes, likewise.
         ways: classes per episode ``N``, at least 2. With targets, tasks per episode, at least 1.
 
     Raises:

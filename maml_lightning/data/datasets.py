@@ -49,7 +49,7 @@ class EpisodeDataset(TaskDataset):
     """Episodes drawn from the examples of one split's classes; a whole meta-batch is one gather.
 
     Examples are ordered by label: ``K`` of label 0, then ``K`` of label 1, and so on, in the query set likewise. Inputs
-    of type uint8 are pictures, and 255 becomes 1.0; all others are as they are.
+    ``[(C,) H, W]`` of type uint8 are pictures, and 255 becomes 1.0; all others are as they are.
 
     Args:
         examples: of the classes; or images ``[classes, examples, (C,) H, W]``, uint8.

@@ -62,6 +62,11 @@ def leaves(tree: Tree, name: str = "") -> dict[str, Any]:
     return {name: tree}
 
 
+def is_of_pictures(leaf: Tensor) -> bool:
+    """Whether examples ``[examples, ...]`` are pictures: uint8 ``[(C,) H, W]``, or more; not the bytes of a vector."""
+    return leaf.dtype == torch.uint8 and leaf.ndim > 2
+
+
 def take(source: Tree | Reader, rows: Tensor, seeds: Sequence[int]) -> Tree:
     """The examples of these rows.
 

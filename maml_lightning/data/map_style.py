@@ -129,9 +129,10 @@ class DatasetDataModule(EpisodicDataModule):
     """Episodes of any map-style dataset: one of torchvision, a Hugging Face dataset with_format("torch"), or your own.
 
     An example is a tuple ``(input, label)``, or with several inputs ``(input, input, ..., label)``; or a dict. Labels
-    are integers or names. Pictures and uint8 tensors are scaled to [0, 1], other inputs stay as they are. The dataset
-    is read once, with its transforms, and kept in memory if it fits into half of what is available; else examples are
-    read when they are drawn.
+    are integers or names. Pictures, as uint8 tensors too, are scaled to [0, 1], other inputs stay as they are.
+
+    The dataset is read once, with its transforms, and kept in memory if it fits into half of what is available; else
+    examples are read when they are drawn.
 
     Args:
         dataset: of all classes, which are split; or of the training classes, if there are others for the rest.

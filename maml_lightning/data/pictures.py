@@ -7,12 +7,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from maml_lightning.data.examples import Tree, leaves, seeded, tree_map
+from maml_lightning.data.examples import Tree, is_of_pictures, leaves, seeded, tree_map
 from maml_lightning.errors import SettingError
 
 
 class Preparation(NamedTuple):
-    """What is done to inputs: augmentation, then 255 of uint8 becomes 1.0, then normalization.
+    """What is done to inputs: augmentation, then 255 of uint8 pictures becomes 1.0, then normalization.
 
     Args:
         mean: subtracted from each channel ``C`` of pictures ``[C, H, W]``, or one for all; in the scale of [0, 1].
@@ -66,7 +66,7 @@ class Preparation(NamedTuple):
                 for index in range(task * size, (task + 1) * size):
                     example = tree_map(lambda leaf, index=index: leaf[index], inputs)
                     for transform in self.augmentation:
-                        example = transform(example)
+                        example = _transformed(transform, example)
                     augmented.append(example)
         return tree_map(_stacked, *augmented)
 
@@ -76,7 +76,7 @@ AS_THEY_ARE = Preparation()
 
 def say_what_is_scaled(setting: str, inputs: Tree) -> None:
     """Print which inputs, each tensor ``[examples, ...]``, are taken for pictures."""
-    shapes = [list(leaf.shape[1:]) for leaf in leaves(inputs).values() if leaf.dtype == torch.uint8]
+    shapes = [list(leaf.shape[1:]) for leaf in leaves(inputs).values() if is_of_pictures(leaf)]
     if shapes:
         rank_zero_info(
             f"{setting}: uint8 pictures {shapes[0]} are scaled to [0, 1]; inputs of another type stay as they are."
@@ -84,7 +84,21 @@ def say_what_is_scaled(setting: str, inputs: Tree) -> None:
 
 
 def _scaled(leaf: Tensor) -> Tensor:
-    return leaf.float().div_(255) if leaf.dtype == torch.uint8 else leaf
+    return leaf.float().div_(255) if is_of_pictures(leaf) else leaf
+
+
+def _transformed(transform: Callable[[Any], Any], example: Tree) -> Any:
+    try:
+        return transform(example)
+    except Exception as error:  # whatever a transform raises
+        kinds = ", ".join(
+            f"{leaf.dtype} {list(leaf.shape)}".removeprefix("torch.") for leaf in leaves(example).values()
+        )
+        name = getattr(transform, "__name__", type(transform).__name__)
+        raise SettingError(
+            f"data.augmentation {name} does not take an example {kinds} ({' '.join(str(error).split())[:200]}); give "
+            "another, or leave it out."
+        ) from error
 
 
 def _stacked(*values: Any) -> Tensor:

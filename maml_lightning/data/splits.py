@@ -5,11 +5,10 @@ from itertools import combinations
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from maml_lightning.data.datasets import Split
-from maml_lightning.data.examples import Examples, Tree, content_hashes, leaves
+from maml_lightning.data.examples import Examples, Tree, content_hashes, is_of_pictures, leaves
 from maml_lightning.data.random_numbers import choose, random_bits
 from maml_lightning.errors import SettingError
 from maml_lightning.files import shown
@@ -94,7 +93,7 @@ def check_nothing_shared(first: str, ours: Examples, second: str, theirs: Exampl
     """
     known = set(content_hashes(ours))
     hashes, start = content_hashes(theirs), 0
-    pictures = all(leaf.dtype == torch.uint8 for leaf in leaves(theirs.inputs).values())
+    pictures = all(map(is_of_pictures, leaves(theirs.inputs).values()))
     for index, count in enumerate(theirs.counts):
         found = [place for place in range(start, start + count) if hashes[place] in known]
         start += count

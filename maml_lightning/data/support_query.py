@@ -236,7 +236,8 @@ class SupportQueryDataModule(LightningDataModule):
             raise SettingError("ckpt_path is not given, and an untrained network predicts nothing; give --ckpt_path.")
         if spec is None:
             raise SettingError(
-                "The checkpoint does not record what images its network was trained on; train it with this version."
+                "The checkpoint does not record what images its network was trained on: they were not square, or not "
+                "in [0, 1] (data.mean, data.std), or it is of an earlier version; train it on such with this version."
             )
         if self.ways > spec.ways:
             raise SettingError(

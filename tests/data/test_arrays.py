@@ -102,6 +102,13 @@ def test_pictures_of_uint8_are_scaled_and_it_is_said_once(caplog: pytest.LogCapt
     assert first_batch(coded(4, 4, dtype=torch.uint8)).support_inputs.shape == (4, 6, 1, 4, 4)
 
 
+def test_bytes_that_are_no_pictures_stay_as_they_are():
+    """Such as a mask beside token ids."""
+    batch = first_batch(coded(7, dtype=torch.uint8))
+    assert batch.support_inputs.dtype == torch.uint8
+    check_codes(batch)
+
+
 def test_inputs_may_be_dicts_and_tuples():
     tokens, mask = coded(7, dtype=torch.int64), coded(7, dtype=torch.bool)
     named = {"input_ids": tokens, "attention_mask": mask}

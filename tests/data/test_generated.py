@@ -51,7 +51,7 @@ def accuracy(name: str, features=lambda inputs: inputs.flatten(2)) -> float:
 
 
 def test_classes_can_be_told_from_their_support_sets():
-    assert accuracy("series") > 0.8
+    assert accuracy("series") > 0.6
     assert accuracy("table", lambda rows: rows[..., :5]) > accuracy("table") > 0.5
     assert accuracy("table", lambda rows: rows[..., 5:]) < 0.25  # noise
     assert accuracy("texts", lambda tokens: torch.nn.functional.one_hot(tokens, 200)[..., 1:].float().mean(2)) > 0.8

@@ -10,7 +10,11 @@ import pytest
 
 from cli import main
 from maml_lightning.data import (
+    ArraysDataModule,
+    BenchmarkDataModule,
+    DatasetDataModule,
     EpisodicDataModule,
+    FunctionDataModule,
     GlyphsDataModule,
     ImagesDataModule,
     OmniglotDataModule,
@@ -103,6 +107,17 @@ def test_help_has_every_setting_with_its_description_type_and_default(
         assert re.search(
             rf"--data\.{name}{metavar}(,--data.{name}\+{metavar})?{expected}{kind}{re.escape(default)}[,)]", printed
         ), name
+
+
+@pytest.mark.parametrize("module", [ArraysDataModule, BenchmarkDataModule, DatasetDataModule, FunctionDataModule])
+def test_help_describes_every_setting(module: type, folder: Path, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        main(["fit", "--data.help", module.__name__])
+    printed = "".join(capsys.readouterr().out.split())
+    described = descriptions(module)
+    assert set(described) == set(inspect.signature(module).parameters)
+    for name, text in described.items():
+        assert re.search(rf"--data\.{name}[^()]*{re.escape(text.replace(' ', ''))}", printed), name
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from cli import main
-from maml_lightning import ArraysDataModule, GlyphsDataModule, SettingError
+from maml_lightning import ArraysDataModule, GlyphsDataModule, InputSpec, SettingError
 from maml_lightning.data import EpisodeDataset
 from maml_lightning.data.pictures import Preparation
 from tests.data.numbers import Numbers, equal
@@ -42,6 +42,12 @@ def test_normalization_is_of_all_splits_and_augmentation_of_training():
         assert dataset.pictures.mean == [0.5]
         assert len(dataset.pictures.augmentation) == (split == "train")
         assert dataset[0].support_inputs.min() < 0
+
+
+def test_normalized_pictures_are_not_taken_for_pictures_to_predict():
+    """Pictures to classify are read in [0, 1]: a network of normalized ones would see others than it was trained on."""
+    assert InputSpec.of(colors()[0].query_inputs, 3) is not None
+    assert InputSpec.of(colors(pictures=Preparation([0.5], [0.25]))[0].query_inputs, 3) is None
 
 
 class Recorder:
@@ -99,6 +105,7 @@ def test_pretraining_is_augmented_as_well():
         ({"mean": [0.1, 0.2]}, r"data.mean \[0.1, 0.2\] has 2 values .* examples are \[3, 4, 4\]; give"),
         ({"std": [0.0]}, r"data.std must be above 0 \(got \[0.0\]\)"),
         ({"augmentation": [lambda picture: picture[..., : 1 + int(torch.randint(2, ()))]]}, r"data.augmentation gives"),
+        ({"augmentation": [v2.RandomCrop(9)]}, r"RandomCrop does not take an example uint8 \[3, 4, 4\]"),
         ({"augmentation": [lambda picture: None]}, r"data.augmentation gives NoneType; give transforms whose results"),
     ],
 )  # fmt: skip
