@@ -20,7 +20,7 @@ from maml_lightning.engine.fingerprints import fingerprint, has_hooks
 from maml_lightning.engine.graphs import structure
 from maml_lightning.engine.hoisting import Hoisted
 from maml_lightning.engine.jobs import Job, recomputed_pullback
-from maml_lightning.engine.memory import out_of_memory
+from maml_lightning.engine.memory import out_of_memory, return_freed_memory
 from maml_lightning.engine.state import Bound, RandomState, Snapshot, State, without_state
 from maml_lightning.engine.tracing import TracedPair, signature, traced_call, traced_pair
 from maml_lightning.errors import SettingError
@@ -219,6 +219,7 @@ class Executor:
             except Exception as error:  # what a loop cannot run, other ways may
                 _reason(error)
             deterministic = before.is_current()
+        return_freed_memory()
         if why := snapshot.changes():
             snapshot.restore()
             self._lower(state, LOOP, f"it {why}")
@@ -238,6 +239,8 @@ class Executor:
                 why = expected and disagreement(gradients, expected(first))
             except Exception as error:
                 why = _reason(error)
+            del expected
+            return_freed_memory()
             if not why:
                 return gradients
             self._lower(job.function.state, way + 1, why)

@@ -9,7 +9,8 @@ from typing import Literal
 import psutil
 import torch
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of the GNU C library
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of the GNU C library
+_LARGE = 2**25  # its largest threshold
 
 
 def free_bytes(device: torch.device) -> int:
@@ -58,15 +59,29 @@ class FlatMemory:
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Let the process reuse freed memory instead of returning it to the system after every large tensor.
+    """Let the process reuse freed memory instead of returning it to the system after every tensor.
 
-    Each return costs page faults when the next tensor is filled: a third of the time of a meta-batch on a CPU
-    (benchmarks). Like the caching allocator of CUDA tensors, the process stays as large as its peak. Only the GNU C
-    library has the switch; elsewhere nothing happens.
+    Each return costs page faults when the next tensor is filled: a third of the time of a meta-batch of small images
+    on a CPU (benchmarks). Tensors of 32 MB and more, which are slow to compute anyway, go back at once: kept, they
+    leave gaps that others do not fit into. Only the GNU C library has the switches; elsewhere nothing happens.
     """
+    library = _c_library()
+    if library is not None:
+        library.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+        library.mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def return_freed_memory() -> None:
+    """Return all freed memory to the system, after something that is not done again."""
+    library = _c_library()
+    if library is not None:
+        library.malloc_trim(0)
+
+
+@functools.cache
+def _c_library() -> ctypes.CDLL | None:
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        library = ctypes.CDLL(None)
+        return library if library.mallopt and library.malloc_trim else None
     except (AttributeError, OSError, TypeError):
-        return
-    mallopt(_M_MMAP_MAX, 0)
-    mallopt(_M_TRIM_THRESHOLD, -1)
+        return None
