@@ -165,6 +165,6 @@ def meta_gradient(
 
 def relative_error(ours: dict[str, Tensor | None], theirs: dict[str, Tensor]) -> float:
     """Largest error of a tensor, relative to the norm of the whole gradient; parameters are matched by position."""
-    norm = torch.stack([value.norm() for value in theirs.values()]).norm().clamp_min(1e-12)
+    norm = torch.stack([value.norm().double() for value in theirs.values()]).norm().clamp_min(1e-12)
     pairs = list(zip(ours.values(), theirs.values(), strict=True))
     return max(((torch.zeros_like(b) if a is None else a) - b).norm().item() for a, b in pairs) / norm.item()

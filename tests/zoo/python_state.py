@@ -192,6 +192,19 @@ class Unused(Perceptron):
         self.unused = nn.Linear(3, 2)
 
 
+class FirstHalf(Perceptron):
+    """Its first parameter is of another dtype than the others, and unused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.ones(2))
+
+    def double(self) -> nn.Module:
+        super().double()
+        self.first.data = self.first.data.bfloat16()
+        return self
+
+
 class Autocast(Perceptron):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
@@ -299,6 +312,7 @@ CASES = [
     vector("autograd in forward", Gradient, refusal="torch.func"),
     vector("autograd.Function", OwnFunction),
     vector("unused layer", Unused),
+    vector("first parameter of another dtype", FirstHalf),
     vector("autocast off in forward", Autocast),
     vector("no_grad in forward", NoGradPart),
     vector("frozen parameter", frozen),

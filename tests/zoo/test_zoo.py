@@ -194,7 +194,7 @@ def check_copies(case: Case) -> None:
 
 # Where tasks are vectorized, PyTorch warns of operators that it then runs one by one.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
-COMPANIONS = {"adapt": check_adapt, "trajectory": check_trajectory, "copies": check_copies}
+COMPANIONS = {"trajectory": check_trajectory, "copies": check_copies}
 quick = [case for case in CASES if case.quick]
 ids = {"ids": lambda value: value.name if isinstance(value, Case) else None}
 
@@ -211,10 +211,15 @@ def test_all_settings_are_those_of_the_plain_loop(case, settings):
     refused(case, lambda: check_steps(case, **SETTINGS[settings]))
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if not case.change], **ids)
+def test_adapt_is_that_of_the_plain_loop(case):
+    refused(case, lambda: check_adapt(case))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("companion", COMPANIONS)
 @pytest.mark.parametrize("case", CASES, **ids)
-def test_adaptation_evaluation_and_copies_are_those_of_the_plain_loop(case, companion):
+def test_evaluation_and_copies_are_those_of_the_plain_loop(case, companion):
     if case.change:
         pytest.skip("differs from another case between steps alone")
     if case.stateful and companion == "trajectory":
