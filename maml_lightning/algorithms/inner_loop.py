@@ -36,7 +36,8 @@ class InnerLoop:
             (iMAML, equation 3); 0 is none.
 
     ``running`` names the normalization layers that use their running statistics; None goes by what the network is
-    when it is called, see :mod:`~maml_lightning.algorithms.statistics`.
+    when it is called, see :mod:`~maml_lightning.algorithms.statistics`. With ``query_statistics`` support, batch
+    normalization of the queries takes the statistics of the task's support set under the same fast weights.
 
     Parameters are given by name, shaped like the network's or with a leading dimension ``[S+1, ...]``, one value for
     each ``theta_k``: those are not adapted. Inner learning rates are a number, or a dictionary ``[1 or S, ...]`` by
@@ -68,6 +69,7 @@ class InnerLoop:
             raise SettingError(f"model.tasks_per_chunk must be at least 1, null or auto (got {tasks_per_chunk}).")
         self.net, self.loss = net, loss
         self.running: Collection[str] | None = None
+        self.query_statistics: Literal["batch", "support"] = "batch"
         self.tasks_per_chunk = tasks_per_chunk
         self.chosen: dict[str, int] = {}
         self.optimizer = optimizer or sgd()
@@ -180,7 +182,7 @@ class InnerLoop:
             setup, chunks = self._setup(params, rates, steps), []
             for chunk in self._evaluation_chunks(episode):
                 path = inner.descend(setup, chunk.support_inputs, chunk.support_targets)
-                chunks.append([inner.predict(setup, fast, k, chunk.query_inputs) for k, fast in enumerate(path)])
+                chunks.append([inner.predict(setup, fast, k, chunk) for k, fast in enumerate(path)])
             return [torch.cat(outputs) for outputs in zip(*chunks, strict=True)]
 
     def moved(self, params: Parameters, episode: Episode, rates: float | Parameters, steps: int) -> Tensor:
@@ -219,7 +221,8 @@ class InnerLoop:
             yield
 
     def _setup(self, params: Parameters, rates: float | Parameters, steps: int) -> inner.Setup:
-        model = inner.Model(self.net, self.loss, self.optimizer, self.proximal)
+        of_support = self.query_statistics == "support"
+        model = inner.Model(self.net, self.loss, self.optimizer, self.proximal, of_support)
         return inner.prepare(model, self._tracer, self._flat_memory, params, rates, steps)
 
     def _evaluation_chunks(self, episode: Episode) -> Iterator[Episode]:

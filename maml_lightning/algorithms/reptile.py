@@ -19,7 +19,7 @@ def meta_gradient(setup: Setup, chunk: Episode, total: MetaGradient, settings: S
     targets = torch.cat([chunk.support_targets, chunk.query_targets], 1)
     fast = adapt(setup, inputs, targets)
     add_sum(total.gradient, {name: value - fast[name] for name, value in setup.initial.items()}, setup.steps)
-    predictions = predict(setup, fast, setup.steps, chunk.query_inputs)
+    predictions = predict(setup, fast, setup.steps, chunk)
     loss = setup.model.objects.loss
     losses = [loss(output, target) for output, target in zip(predictions, chunk.query_targets, strict=True)]
     return torch.stack(losses), predictions

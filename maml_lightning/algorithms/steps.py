@@ -24,9 +24,11 @@ from maml_lightning.algorithms.optimizers import InnerOptimizer, Parameters
 from maml_lightning.engine.chunks import detached
 from maml_lightning.engine.kernels.layout import kernel_layout
 from maml_lightning.engine.kernels.mode import TaskKernels
+from maml_lightning.engine.kernels.normalization import OfSupport
 from maml_lightning.engine.memory import FlatMemory, keep_freed_memory
 from maml_lightning.engine.tracing import State, Tracer
 from maml_lightning.episodes import Episode
+from maml_lightning.task_statistics import statistics_of_first
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -39,18 +41,33 @@ class Model(NamedTuple):
         loss: ``loss(outputs, targets)``, a scalar.
         optimizer: of the inner loop.
         proximal: strength ``mu`` of the proximal term, 0 for none.
+        of_support: whether queries are normalized with the statistics of the support set.
     """
 
     net: nn.Module
     loss: Loss
     optimizer: InnerOptimizer
     proximal: float
+    of_support: bool = False
 
 
 def outputs(model: Model, fast: Parameters, shared: Parameters, buffers: Parameters, x: Tensor) -> Tensor:
     """The network's outputs with adapted parameters ``fast`` and those that all tasks share."""
     with TaskKernels():
         return functional_call(model.net, {**fast, **shared, **buffers}, (x,))
+
+
+def query_outputs(
+    model: Model, fast: Parameters, shared: Parameters, buffers: Parameters, x: Tensor, support: Any
+) -> Tensor:
+    """The outputs on queries ``x``, which run together with the ``support`` inputs where their statistics count."""
+    if not model.of_support:
+        return outputs(model, fast, shared, buffers, x)
+    both = pytree.tree_map(lambda *parts: torch.cat(parts), support, x)
+    first, examples = (len(pytree.tree_leaves(part)[0]) for part in (support, both))
+    with statistics_of_first(first, examples), OfSupport():
+        predictions = outputs(model, fast, shared, buffers, both)
+    return pytree.tree_map(lambda part: part[first:], predictions)
 
 
 def support_gradient(
@@ -99,10 +116,10 @@ def _update(
 
 
 def _query_gradient(
-    model: Model, fast: Parameters, shared: Parameters, buffers: Parameters, x: Tensor, y: Tensor
+    model: Model, fast: Parameters, shared: Parameters, buffers: Parameters, x: Tensor, y: Tensor, support: Any
 ) -> tuple[tuple[Parameters, Parameters], Tensor, Tensor]:
     def objective(params: tuple[Parameters, Parameters]) -> tuple[Tensor, Tensor]:
-        predictions = outputs(model, *params, buffers, x)
+        predictions = query_outputs(model, *params, buffers, x, support)
         return model.loss(predictions, y), predictions
 
     gradient, (value, predictions) = grad_and_value(objective, has_aux=True)((fast, shared))
@@ -136,6 +153,14 @@ class Setup(NamedTuple):
     def steps(self) -> int:
         """Inner steps ``S``."""
         return len(self.rates)
+
+    def task_dim(self, step: int) -> int | None:
+        """The dimension over tasks of ``theta_k``: none at ``k = 0``, which all tasks share."""
+        return 0 if step else None
+
+    def beside_queries(self, chunk: Episode) -> Any:
+        """The inputs that queries are evaluated with: those of the support set, or none."""
+        return chunk.support_inputs if self.model.objects.of_support else ()
 
     def arguments(self) -> list[dict[str, Parameters]]:
         """What each step takes beside ``theta_k`` and the optimizer's state."""
@@ -187,11 +212,6 @@ def prepare(
     )
 
 
-def task_dim(step: int) -> int | None:
-    """The dimension over tasks of ``theta_k``: none at ``k = 0``, which all tasks share."""
-    return 0 if step else None
-
-
 def descend(setup: Setup, inputs: Tensor, targets: Tensor) -> Iterator[Parameters]:
     """The fast weights ``theta_0 … theta_S`` one by one, without what a gradient needs.
 
@@ -203,7 +223,7 @@ def descend(setup: Setup, inputs: Tensor, targets: Tensor) -> Iterator[Parameter
     state, traced_step = setup.initial_state(), setup.model.bind(step)
     yield setup.initial
     for k, arguments in enumerate(setup.arguments()):
-        in_dims = ((task_dim(k), None), None, None, 0, 0)
+        in_dims = ((setup.task_dim(k), None), None, None, 0, 0)
         state = setup.tracer(traced_step, in_dims, (state, {}), arguments, setup.buffers, inputs, targets)
         yield state[0]
 
@@ -215,10 +235,10 @@ def adapt(setup: Setup, inputs: Tensor, targets: Tensor) -> Parameters:
     return fast
 
 
-def predict(setup: Setup, fast: Parameters, step: int, inputs: Tensor) -> Tensor:
-    """The outputs ``[T, N*Q, ...]`` of networks with the fast weights of a step."""
-    arguments = (fast, setup.shared[step], setup.buffers, inputs)
-    return setup.tracer(setup.model.bind(outputs), (task_dim(step), None, None, 0), *arguments)
+def predict(setup: Setup, fast: Parameters, step: int, chunk: Episode) -> Tensor:
+    """The outputs ``[T, N*Q, ...]`` on the query inputs of networks with the fast weights of a step."""
+    arguments = (fast, setup.shared[step], setup.buffers, chunk.query_inputs, setup.beside_queries(chunk))
+    return setup.tracer(setup.model.bind(query_outputs), (setup.task_dim(step), None, None, 0, 0), *arguments)
 
 
 def query_gradient(
@@ -230,8 +250,9 @@ def query_gradient(
         ``(gradient to adapted, gradient to shared parameters)``, ``[T, ...]`` by name; the losses ``[T]``; the
         predictions ``[T, N*Q, ...]``.
     """
-    arguments = (fast, setup.shared[step], setup.buffers, chunk.query_inputs, chunk.query_targets)
-    return setup.tracer(setup.model.bind(_query_gradient), (task_dim(step), None, None, 0, 0), *arguments)
+    queries = (chunk.query_inputs, chunk.query_targets, setup.beside_queries(chunk))
+    arguments = (fast, setup.shared[step], setup.buffers, *queries)
+    return setup.tracer(setup.model.bind(_query_gradient), (setup.task_dim(step), None, None, 0, 0, 0), *arguments)
 
 
 def _of_step(values: Parameters, step: int) -> Parameters:

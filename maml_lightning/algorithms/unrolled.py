@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from maml_lightning.algorithms.algorithm import Algorithm, Settings
 from maml_lightning.algorithms.optimizers import Parameters
-from maml_lightning.algorithms.steps import Setup, first_order_step, query_gradient, step, task_dim
+from maml_lightning.algorithms.steps import Setup, first_order_step, query_gradient, step
 from maml_lightning.engine.chunks import MetaGradient, add_sum
 from maml_lightning.episodes import Episode
 
@@ -69,7 +69,7 @@ def _forward(
         before = setup.tracer.kept_bytes
         state, pullback = setup.tracer.vjp(
             traced_step,
-            ((task_dim(k), None), None, None, 0, 0),
+            ((setup.task_dim(k), None), None, None, 0, 0),
             (state, differentiable),
             fixed,
             setup.buffers,

@@ -20,7 +20,7 @@ from maml_lightning.algorithms.unrolled import multi_step_weights
 from maml_lightning.episodes import Episode, InputSpec
 from maml_lightning.processes import every_process, reduce_logged, rows_of_every_process
 from maml_lightning.training import checks, chunks, loading, non_finite, resume, scores
-from maml_lightning.training.normalization import RunningStatistics, report_batch_statistics
+from maml_lightning.training.normalization import RunningStatistics, current_loop, report_unused
 from maml_lightning.training.settings import check_values
 from maml_lightning.training.surrogate import surrogate_loss
 
@@ -65,6 +65,8 @@ class MAML(LightningModule):
         inner_clip_norm: clip each task's inner gradient to this norm, above 0; null does not clip.
         proximal: strength of imaml's pull to the initialization, above 0.
         implicit_iterations: imaml's conjugate gradient iterations, 1 or more.
+        query_statistics: batch normalizes queries with the statistics of their batch, so that predictions depend on the
+            other queries (transductive); support with those of the support set (MetaBN, Bronskill et al. 2020).
         non_finite: stop where a loss, a gradient or an output is not finite, naming the step and the episodes; or skip
             the meta-step, and count it in train/skipped_steps.
 
@@ -101,6 +103,7 @@ class MAML(LightningModule):
         inner_clip_norm: float | None = None,
         proximal: float = 2.0,
         implicit_iterations: int = 5,
+        query_statistics: Literal["batch", "support"] = "batch",
         non_finite: Literal["stop", "skip"] = "stop",
     ) -> None:
         check_values(dict(locals()))
@@ -117,7 +120,8 @@ class MAML(LightningModule):
         optimizer = optimizer_of(inner_optimizer, inner_weight_decay, inner_clip_norm)
         proximal = proximal if find_algorithm(algorithm).proximal else 0.0
         self._loop = InnerLoop(net, loss, tasks_per_chunk, flat_memory, compile, optimizer, proximal)
-        report_batch_statistics(net, self._statistics.layers(self))
+        self.query_statistics = query_statistics
+        report_unused(self)
         self._checked = False  # whether the network was found to fit the data
         self.inputs: InputSpec | None = None  # the pictures that it was trained on
         self._rows: list[Tensor] = []  # of each batch's episodes, see training/scores.py
@@ -135,8 +139,8 @@ class MAML(LightningModule):
     def adapt(self, support_inputs: Tensor, support_targets: Tensor, steps: int | None = None) -> nn.Module:
         """A copy of the network, adapted to one task.
 
-        Normalization layers use the statistics of the batch that they see: give it queries together with the support
-        inputs, and drop the outputs of those, where there are few queries or not all classes among them.
+        Unless ``query_statistics`` is support, it normalizes with the statistics of the batch that it sees: give it
+        queries together with the support inputs, and drop the outputs of those.
 
         Args:
             support_inputs: ``[N*K, C, H, W]``.
@@ -146,7 +150,8 @@ class MAML(LightningModule):
         start, rates = self._start()
         steps = self.eval_inner_steps if steps is None else steps
         parameters = self._inner_loop.adapt(start, support_inputs, support_targets, rates, steps)
-        return adapted_copy(self.net, parameters, self._statistics.layers(self))
+        support = support_inputs if self.query_statistics == "support" else None
+        return adapted_copy(self.net, parameters, self._statistics.layers(self), support)
 
     def trajectory(self, episode: Episode, steps: int | None = None) -> list[Tensor]:
         """The outputs on the query inputs before adaptation and after each inner step, without gradients.
@@ -171,11 +176,8 @@ class MAML(LightningModule):
 
     @property
     def _inner_loop(self) -> InnerLoop:
-        """The inner loop of what ``net`` and ``loss`` are now."""
-        if self._loop.net is not self.net:
-            report_batch_statistics(self.net, self._statistics.layers(self))
-        self._loop.net, self._loop.loss, self._loop.running = self.net, self.loss, self._statistics.layers(self)
-        return self._loop
+        """The inner loop of what this module is now."""
+        return current_loop(self, self._loop)
 
     def train(self, mode: bool = True) -> Self:
         """Change the mode; normalization layers in evaluation mode stay in it, as in `net.bn.eval()`."""

@@ -16,6 +16,7 @@ _LEAST = {
     "implicit_iterations": 1,
 }
 _POSITIVE = ("inner_lr", "outer_lr", "inner_clip_norm", "proximal")
+_CHOICES = {"query_statistics": ("batch", "support")}
 _OFF = (None, False, 0, "all")  # the defaults of settings that add something to plain MAML
 
 
@@ -34,6 +35,9 @@ def check_values(settings: Mapping[str, Any]) -> None:
         value = settings[name]
         if value is not None and not value > 0:
             raise SettingError(f"model.{name} must be above 0 (got {value}).")
+    for name, choices in _CHOICES.items():
+        if settings[name] not in choices:
+            raise SettingError(f"model.{name} must be one of {', '.join(choices)} (got {settings[name]}).")
     name = settings["algorithm"]
     algorithm = find_algorithm(name)
     for setting, reason in algorithm.unsupported.items():
