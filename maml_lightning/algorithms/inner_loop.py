@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from maml_lightning.algorithms import steps as inner
 from maml_lightning.algorithms.algorithm import DEFAULTS, Settings
 from maml_lightning.algorithms.optimizers import InnerOptimizer, Parameters, sgd
+from maml_lightning.algorithms.prototypes import labels_of, of_task, of_tasks
 from maml_lightning.algorithms.registry import find_algorithm
-from maml_lightning.algorithms.statistics import deciding
+from maml_lightning.algorithms.statistics import adapted_copy, deciding, uses_running_statistics
 from maml_lightning.engine.chunks import MetaGradient, detached, fastest_size, mean_over_tasks, split
 from maml_lightning.engine.memory import FlatMemory
 from maml_lightning.engine.tracing import Tracer
@@ -37,7 +38,8 @@ class InnerLoop:
 
     ``running`` names the normalization layers that use their running statistics; None goes by what the network is
     when it is called, see :mod:`~maml_lightning.algorithms.statistics`. With ``query_statistics`` support, batch
-    normalization of the queries takes the statistics of the task's support set under the same fast weights.
+    normalization of the queries takes the statistics of the task's support set under the same fast weights. With
+    ``head`` prototypes, see :mod:`~maml_lightning.algorithms.prototypes`.
 
     Parameters are given by name, shaped like the network's or with a leading dimension ``[S+1, ...]``, one value for
     each ``theta_k``: those are not adapted. Inner learning rates are a number, or a dictionary ``[1 or S, ...]`` by
@@ -70,6 +72,7 @@ class InnerLoop:
         self.net, self.loss = net, loss
         self.running: Collection[str] | None = None
         self.query_statistics: Literal["batch", "support"] = "batch"
+        self.head: Literal["learned", "prototypes"] = "learned"
         self.tasks_per_chunk = tasks_per_chunk
         self.chosen: dict[str, int] = {}
         self.optimizer = optimizer or sgd()
@@ -108,6 +111,14 @@ class InnerLoop:
         with deciding(self.net, self.running):
             return self._gradient(algorithm, params, episode, rates, steps, settings)
 
+    def adapted(
+        self, params: Parameters, inputs: Tensor, targets: Tensor, rates: float | Parameters, steps: int
+    ) -> nn.Module:
+        """A copy of the network with the parameters of :meth:`adapt`, a plain module that is run by itself."""
+        parameters = self.adapt(params, inputs, targets, rates, steps)
+        running = uses_running_statistics(self.net) if self.running is None else self.running
+        return adapted_copy(self.net, parameters, running, inputs if self.query_statistics == "support" else None)
+
     def _gradient(
         self,
         algorithm: str,
@@ -117,7 +128,8 @@ class InnerLoop:
         steps: int,
         settings: Settings,
     ) -> MetaGradient:
-        method, setup = find_algorithm(algorithm), self._setup(params, rates, steps)
+        method = find_algorithm(algorithm)
+        setup = self._setup(params, rates, steps, episode.support_targets, episode.query_targets)
         if steps < (least := method.min_inner_steps):
             raise SettingError(
                 f"model.inner_steps must be at least {least} with model.algorithm {algorithm} (got {steps})."
@@ -179,8 +191,9 @@ class InnerLoop:
             ``steps + 1`` tensors ``[T, N*Q, ...]``.
         """
         with self._evaluating():
-            setup, chunks = self._setup(params, rates, steps), []
+            every, chunks = self._setup(params, rates, steps, episode.support_targets), []
             for chunk in self._evaluation_chunks(episode):
+                setup = of_tasks(every, chunk)
                 path = inner.descend(setup, chunk.support_inputs, chunk.support_targets)
                 chunks.append([inner.predict(setup, fast, k, chunk) for k, fast in enumerate(path)])
             return [torch.cat(outputs) for outputs in zip(*chunks, strict=True)]
@@ -188,10 +201,12 @@ class InnerLoop:
     def moved(self, params: Parameters, episode: Episode, rates: float | Parameters, steps: int) -> Tensor:
         """How far ``steps`` inner steps move each task's parameters, in the Euclidean norm: ``[T]``."""
         with self._evaluating():
-            setup, norms = self._setup(params, rates, steps), []
+            every, norms = self._setup(params, rates, steps, episode.support_targets), []
             for chunk in self._evaluation_chunks(episode):
+                setup = of_tasks(every, chunk)
                 fast = inner.adapt(setup, chunk.support_inputs, chunk.support_targets)
-                moves = [(fast[n] - value).expand(chunk.tasks, *value.shape) for n, value in setup.initial.items()]
+                each = setup.task_dim(0) == 0  # whether a task has an initialization of its own
+                moves = [(fast[n] - v).expand(chunk.tasks, *v.shape[each:]) for n, v in setup.initial.items()]
                 norms.append(torch.stack([move.flatten(1).square().sum(1) for move in moves]).sum(0).sqrt())
             return torch.cat(norms)
 
@@ -208,7 +223,8 @@ class InnerLoop:
             steps: inner steps ``S``, at least 0.
         """
         with self._evaluating():
-            setup = self._setup(params, rates, steps)
+            setup = self._setup(params, rates, steps, targets)
+            setup = of_task(setup, detached(inputs), detached(targets))
             state, step = setup.initial_state(), setup.model.bind(inner.step)
             for arguments in setup.arguments():
                 state = step((state, {}), arguments, setup.buffers, detached(inputs), detached(targets))
@@ -220,10 +236,11 @@ class InnerLoop:
         with torch.inference_mode(False), torch.no_grad(), deciding(self.net, self.running):
             yield
 
-    def _setup(self, params: Parameters, rates: float | Parameters, steps: int) -> inner.Setup:
+    def _setup(self, params: Parameters, rates: float | Parameters, steps: int, *targets: Tensor) -> inner.Setup:
         of_support = self.query_statistics == "support"
         model = inner.Model(self.net, self.loss, self.optimizer, self.proximal, of_support)
-        return inner.prepare(model, self._tracer, self._flat_memory, params, rates, steps)
+        setup = inner.prepare(model, self._tracer, self._flat_memory, params, rates, steps)
+        return setup._replace(labels=labels_of(*targets)) if self.head == "prototypes" else setup
 
     def _evaluation_chunks(self, episode: Episode) -> Iterator[Episode]:
         size = min(self.chosen.values(), default=None) if self.tasks_per_chunk == "auto" else self.tasks_per_chunk

@@ -29,6 +29,7 @@ ALGORITHM = Algorithm(
     meta_gradient,
     unsupported={
         **OF_UNROLLED_STEPS,
+        "head": "learns a shared initialization alone",
         "adapted_parameters": "moves only adapted parameters, so that the others would not be learned",
     },
     min_inner_steps=1,

@@ -131,6 +131,12 @@ def adapted_copy(
     """
     with torch.inference_mode(False):
         copied = copy.deepcopy(net)
+        for name, value in parameters.items():
+            path, _, own = name.rpartition(".")
+            layer = copied.get_submodule(path)
+            if getattr(layer, own).shape != value.shape:  # a last layer of as many classes as the task has
+                setattr(layer, own, nn.Parameter(value.clone()))
+                setattr(layer, "out_features", len(value))  # noqa: B010
         copied.load_state_dict(parameters, strict=False)
     for name, layer in tracking_layers(copied).items():
         training = layer.training

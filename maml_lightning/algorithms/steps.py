@@ -138,6 +138,8 @@ class Setup(NamedTuple):
         shared: the other parameters at ``theta_0 … theta_S``.
         rates: the inner learning rates of each step.
         learned_rates: whether a rate requires a gradient.
+        labels: of the classes ``[N]`` where the last layer starts from their prototypes, else None.
+        state: where ``initial`` is each task's own, ``[T, ...]``, the optimizer's state that goes with it.
     """
 
     tracer: Tracer
@@ -148,6 +150,8 @@ class Setup(NamedTuple):
     shared: list[Parameters]
     rates: list[Parameters]
     learned_rates: bool
+    labels: Tensor | None = None
+    state: Any = None
 
     @property
     def steps(self) -> int:
@@ -155,8 +159,8 @@ class Setup(NamedTuple):
         return len(self.rates)
 
     def task_dim(self, step: int) -> int | None:
-        """The dimension over tasks of ``theta_k``: none at ``k = 0``, which all tasks share."""
-        return 0 if step else None
+        """The dimension over tasks of ``theta_k``: none at ``k = 0`` where all tasks share it."""
+        return None if step == 0 and self.state is None else 0
 
     def beside_queries(self, chunk: Episode) -> Any:
         """The inputs that queries are evaluated with: those of the support set, or none."""
@@ -170,7 +174,8 @@ class Setup(NamedTuple):
 
     def initial_state(self) -> tuple[Parameters, Any]:
         """``theta_0`` and the optimizer's state before the first step."""
-        return self.initial, self.model.objects.optimizer.init(self.initial)
+        state = self.model.objects.optimizer.init(self.initial) if self.state is None else self.state
+        return self.initial, state
 
 
 def prepare(

@@ -10,26 +10,19 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from maml_lightning.algorithms.inner_loop import InnerLoop
+from maml_lightning.algorithms.prototypes import labels_of
 from maml_lightning.algorithms.statistics import called
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
 from maml_lightning.training import earlier_releases
 
 
-def check_fit(
-    net: nn.Module,
-    running: Collection[str],
-    loss: Callable[[Tensor, Tensor], Tensor],
-    episode: Episode,
-    inner_steps: int,
-    trainer: Trainer | None,
-) -> None:
+def check_fit(loop: InnerLoop, episode: Episode, inner_steps: int, trainer: Trainer | None) -> None:
     """Check that the network and the loss take the episodes.
 
     Args:
-        net: the network.
-        running: its normalization layers that use their running statistics.
-        loss: the loss of inner and outer loop.
+        loop: the inner loop of the network and the loss.
         episode: ``T`` tasks, of which the first is tried. Pretraining data have an empty support set.
         inner_steps: adaptation steps in training.
         trainer: whose data the episodes are of, if there is one. In predict the network may have more outputs than the
@@ -45,9 +38,12 @@ def check_fit(
             "(data.pretraining); set it to 0."
         )
     inputs, targets = (part[0] for part in (episode[2:] if pretraining else episode[:2]))
-    outputs = _outputs(net, running, inputs, pretraining)
-    _check_outputs(outputs, targets, pretraining, trainer)
-    _check_loss(loss, outputs, targets)
+    outputs = _outputs(loop.net, loop.running or (), inputs, pretraining)
+    if loop.head == "prototypes":
+        outputs = outputs.new_zeros(*outputs.shape[:-1], len(labels_of(episode.support_targets)))
+    else:
+        _check_outputs(outputs, targets, pretraining, trainer)
+    _check_loss(loop.loss, outputs, targets)
 
 
 def _check_outputs(outputs: Tensor, targets: Tensor, pretraining: bool, trainer: Trainer | None) -> None:
@@ -146,12 +142,17 @@ def check_strategy(strategy: str) -> None:
 
 
 def check_same_network(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Check that a checkpoint has the tensors of a module, running statistics apart, which older ones lack.
+    """Check that a checkpoint has the tensors of a module.
+
+    Running statistics may be missing, as in those of earlier releases: the module keeps its own. So it does with a last
+    layer of another number of classes, which has no say where it starts from prototypes.
 
     Raises:
         SettingError: it has not; names a tensor that differs.
     """
     earlier_releases.add_running_statistics(module, checkpoint)
+    if getattr(module, "head", None) == "prototypes":
+        _keep_last_layer(module, checkpoint["state_dict"])
     ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
     if ours != theirs:
@@ -161,3 +162,13 @@ def check_same_network(module: nn.Module, checkpoint: dict[str, Any]) -> None:
             f"{name} is {theirs.get(name, 'missing')} in it and {ours.get(name, 'missing')} here; "
             "give the data.ways and the model settings that it was trained with."
         )
+
+
+def _keep_last_layer(module: nn.Module, state: dict[str, Any]) -> None:
+    """Take a module's own values for the one linear layer that has another number of outputs in a checkpoint."""
+    ours = module.state_dict()
+    others = [n for n, v in ours.items() if n in state and v.shape != state[n].shape]
+    layers = {name.rpartition(".")[0] for name in others}
+    linear = [layer for layer in layers if isinstance(module.get_submodule(layer), nn.Linear)]
+    if len(layers) == len(linear) == 1 and all(ours[n].shape[1:] == state[n].shape[1:] for n in others):
+        state.update({name: ours[name] for name in others})

@@ -15,7 +15,7 @@ from maml_lightning.algorithms.inner_loop import InnerLoop, MetaGradient
 from maml_lightning.algorithms.optimizers import Parameters
 from maml_lightning.algorithms.optimizers import inner_optimizer as optimizer_of
 from maml_lightning.algorithms.registry import find_algorithm
-from maml_lightning.algorithms.statistics import adapted_copy, called
+from maml_lightning.algorithms.statistics import called
 from maml_lightning.algorithms.unrolled import multi_step_weights
 from maml_lightning.episodes import Episode, InputSpec
 from maml_lightning.processes import every_process, reduce_logged, rows_of_every_process
@@ -67,6 +67,8 @@ class MAML(LightningModule):
         implicit_iterations: imaml's conjugate gradient iterations, 1 or more.
         query_statistics: batch normalizes queries with the statistics of their batch, so that predictions depend on the
             other queries (transductive); support with those of the support set (MetaBN, Bronskill et al. 2020).
+        head: learned; or prototypes: the last linear layer starts from the mean features of the support classes, of any
+            number, and then adapts like all else (ProtoMAML, Triantafillou et al. 2020).
         non_finite: stop where a loss, a gradient or an output is not finite, naming the step and the episodes; or skip
             the meta-step, and count it in train/skipped_steps.
 
@@ -104,23 +106,22 @@ class MAML(LightningModule):
         proximal: float = 2.0,
         implicit_iterations: int = 5,
         query_statistics: Literal["batch", "support"] = "batch",
+        head: Literal["learned", "prototypes"] = "learned",
         non_finite: Literal["stop", "skip"] = "stop",
     ) -> None:
         check_values(dict(locals()))
         super().__init__()
         self.save_hyperparameters(ignore=["net", "loss"])
-        self.net, self.loss, self._statistics = net, loss, RunningStatistics()
+        self.net, self.loss, self.query_statistics, self._statistics = net, loss, query_statistics, RunningStatistics()
         self.inner_lr, self.inner_steps, self.first_order, self.outer_lr = inner_lr, inner_steps, first_order, outer_lr
         self.eval_inner_steps = inner_steps if eval_inner_steps is None else eval_inner_steps
         self.algorithm, self.implicit_iterations, self.non_finite = algorithm, implicit_iterations, non_finite
-        self.multi_step_epochs, self.first_order_epochs = multi_step_epochs, first_order_epochs
-        self.adaptation = Adaptation(
-            net, inner_lr, inner_steps, adapted_parameters, learn_inner_lr, per_step_normalization
-        )
+        self.multi_step_epochs, self.first_order_epochs, self.head = multi_step_epochs, first_order_epochs, head
+        learned = (learn_inner_lr, per_step_normalization)
+        self.adaptation = Adaptation(net, inner_lr, inner_steps, adapted_parameters, *learned)
         optimizer = optimizer_of(inner_optimizer, inner_weight_decay, inner_clip_norm)
         proximal = proximal if find_algorithm(algorithm).proximal else 0.0
         self._loop = InnerLoop(net, loss, tasks_per_chunk, flat_memory, compile, optimizer, proximal)
-        self.query_statistics = query_statistics
         report_unused(self)
         self._checked = False  # whether the network was found to fit the data
         self.inputs: InputSpec | None = None  # the pictures that it was trained on
@@ -149,9 +150,7 @@ class MAML(LightningModule):
         """
         start, rates = self._start()
         steps = self.eval_inner_steps if steps is None else steps
-        parameters = self._inner_loop.adapt(start, support_inputs, support_targets, rates, steps)
-        support = support_inputs if self.query_statistics == "support" else None
-        return adapted_copy(self.net, parameters, self._statistics.layers(self), support)
+        return self._inner_loop.adapted(start, support_inputs, support_targets, rates, steps)
 
     def trajectory(self, episode: Episode, steps: int | None = None) -> list[Tensor]:
         """The outputs on the query inputs before adaptation and after each inner step, without gradients.
@@ -296,9 +295,8 @@ class MAML(LightningModule):
         """The batch, its shapes checked; the first one of a network is tried on it."""
         episode = Episode(*batch).check()
         if self._loop.net is not self.net or not self._checked:
-            checks.check_fit(
-                self.net, self._statistics.layers(self), self.loss, episode, self.inner_steps, self._trainer
-            )
+            self._checked = False
+            checks.check_fit(self._inner_loop, episode, self.inner_steps, self._trainer)
             self._checked = True
         if self.inputs is None and self.training and episode.support_targets.dtype == torch.int64:
             ways = getattr(getattr(self._trainer, "datamodule", None), "ways", int(episode.query_targets.max()) + 1)

@@ -52,7 +52,7 @@ def current_loop(maml: Any, loop: InnerLoop) -> InnerLoop:
     if loop.net is not maml.net:
         report_unused(maml)
     loop.net, loop.loss, loop.query_statistics = maml.net, maml.loss, maml.query_statistics
-    loop.running = maml._statistics.layers(maml)
+    loop.running, loop.head = maml._statistics.layers(maml), maml.head
     return loop
 
 

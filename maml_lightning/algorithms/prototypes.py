@@ -1,0 +1,129 @@
+"""ProtoMAML: the head starts from the support classes' mean features (Triantafillou et al. 2020, section 3).
+
+A prototypical network classifies by the squared distance to each class's mean feature ``c_k``. As
+``-|f - c_k|^2 = 2 c_k f - |c_k|^2 - |f|^2`` and the last term is the same for all classes, that is a linear layer with
+``W_k = 2 c_k`` and ``b_k = -|c_k|^2``. It is where a task's last layer starts; then it is adapted like all else. The
+gradient goes through the prototypes, with first_order as well: that drops second derivatives of the inner steps alone.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from maml_lightning.algorithms.optimizers import Parameters
+from maml_lightning.algorithms.steps import Model, Setup, outputs
+from maml_lightning.episodes import Episode
+from maml_lightning.errors import SettingError
+
+_NO_EXAMPLES = -1e9  # the bias of a class of which the support set has none; small enough to be added up in any type
+
+
+class _LinearCalls(TorchFunctionMode):
+    """While active, notes the inputs and weights of linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: tuple[Any, ...] = ()
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is F.linear:
+            names = ("input", "weight", "bias")
+            given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+            self.last = tuple(given.get(name) for name in names)
+        return func(*args, **(kwargs or {}))
+
+
+def labels_of(support_targets: Tensor, query_targets: Tensor | None = None) -> Tensor:
+    """The labels ``0 ... N-1`` of the classes in support targets.
+
+    Raises:
+        SettingError: there are none, or the targets are no classes, or a query's class is not among them.
+    """
+    if support_targets.is_floating_point() or support_targets.numel() == 0:
+        what = "floats" if support_targets.is_floating_point() else "an empty support set"
+        raise SettingError(
+            f"model.head prototypes needs support targets that are classes (got {what}); set it to learned."
+        )
+    classes = int(support_targets.max()) + 1
+    if query_targets is not None and int(query_targets.max()) >= classes:
+        raise SettingError(
+            f"model.head prototypes needs support examples of each query's class (got a query of class "
+            f"{int(query_targets.max())}, but {classes} classes in the support set); set it to learned."
+        )
+    return torch.arange(classes, device=support_targets.device)
+
+
+def of_task(setup: Setup, inputs: Any, targets: Any) -> Setup:
+    """The setup of one task ``[N*K, ...]``, whose last layer starts from its prototypes if there are labels."""
+    if setup.labels is None:
+        return setup
+    params = (setup.initial, setup.shared[0])
+    fast, state = setup.model.bind(_start)(params, setup.buffers, inputs, targets, setup.labels)
+    return setup._replace(initial=fast, state=state)
+
+
+def of_tasks(setup: Setup, chunk: Episode) -> Setup:
+    """The setup of a chunk, in which each task has a ``theta_0`` of its own, ``[T, ...]``, if there are labels."""
+    return setup if setup.labels is None else _of_tasks(setup.tracer, setup, chunk)
+
+
+def with_pullback(setup: Setup, chunk: Episode) -> tuple[Setup, Callable[[Any], tuple[Parameters, Parameters]]]:
+    """The same, with the pullback of ``theta_0`` and the optimizer's state to the (adapted, shared) parameters."""
+    if setup.labels is None:
+        return setup, lambda adjoint: (adjoint[0], {})
+    pullbacks: list[Callable[[Any], Any]] = []
+
+    def run(*args: Any) -> Any:
+        start, pullback = setup.tracer.vjp(*args, recompute=setup.flat_memory.active)
+        pullbacks.append(pullback)
+        return start
+
+    return _of_tasks(run, setup, chunk), pullbacks[0]
+
+
+def _of_tasks(run: Callable[..., Any], setup: Setup, chunk: Episode) -> Setup:
+    support = (chunk.support_inputs, chunk.support_targets)
+    arguments = ((setup.initial, setup.shared[0]), setup.buffers, *support, setup.labels)
+    fast, state = run(setup.model.bind(_start), ((None, None), None, 0, 0, None), *arguments)
+    return setup._replace(initial=fast, state=state)
+
+
+def _start(
+    model: Model, params: tuple[Parameters, Parameters], buffers: Parameters, x: Any, y: Tensor, labels: Tensor
+) -> tuple[Parameters, Any]:
+    """``theta_0`` of one task, with the prototypes of its classes as last layer, and the optimizer's state."""
+    with _LinearCalls() as calls:
+        outputs(model, *params, buffers, x)
+    fast = _with_prototypes(params[0], calls, y, labels)
+    return fast, model.optimizer.init(fast)
+
+
+def _with_prototypes(fast: Parameters, calls: _LinearCalls, targets: Tensor, labels: Tensor) -> Parameters:
+    """The parameters of one task, with the prototypes in place of those of the last linear layer.
+
+    Args:
+        fast: the adapted parameters by name; the network has just run on the support inputs with them.
+        calls: what was noted then.
+        targets: of the support set, ``[N*K]``.
+        labels: ``0 ... N-1``.
+
+    Raises:
+        SettingError: the network does not end in a linear layer that is adapted and has a bias.
+    """
+    features, *layer = calls.last or (None, None, None)
+    names = [next((name for name, value in fast.items() if value is own), None) for own in layer]
+    weight, bias = names
+    if weight is None or bias is None or features is None or features.shape[:-1] != targets.shape:
+        raise SettingError(
+            "model.head prototypes needs a network whose last layer to run is an nn.Linear with a bias, on one vector "
+            "of features for each example, not frozen and among model.adapted_parameters; use model.head learned."
+        )
+    of_class = (targets[:, None] == labels).to(fast[weight].dtype)
+    count = of_class.sum(0)
+    means = of_class.T @ features.to(of_class.dtype) / count.clamp(min=1)[:, None]
+    absent = max(_NO_EXAMPLES, torch.finfo(of_class.dtype).min / 2)
+    return {**fast, weight: 2 * means, bias: torch.where(count > 0, -means.square().sum(1), absent)}
