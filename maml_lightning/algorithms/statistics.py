@@ -21,6 +21,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 
 from maml_lightning.errors import SettingError
+from maml_lightning.task_statistics import TaskNorm
 
 _TRACK = "track_running_stats"
 _OF_TORCH: set[Callable[..., Tensor]] = {_BatchNorm.forward, SyncBatchNorm.forward, _InstanceNorm.forward}
@@ -154,7 +155,7 @@ def adapted_copy(
 def _keep_statistics(adapted: nn.Module, inputs: Any) -> None:
     """The variances kept are those that a batch is normalized with, without Bessel's correction."""
     recorded, entered = _Recorded(), adapted.eval().modules()
-    hooks = [layer.register_forward_pre_hook(lambda layer, _: recorded.calls.append(layer)) for layer in entered]
+    hooks = [layer.register_forward_pre_hook(recorded.enter) for layer in entered]
     try:
         with torch.inference_mode(False), torch.no_grad(), recorded:
             adapted(inputs)
@@ -162,7 +163,7 @@ def _keep_statistics(adapted: nn.Module, inputs: Any) -> None:
         for hook in hooks:
             hook.remove()
     for layer, (mean, var) in recorded.statistics.items():
-        kept: dict[str, Any] = {"running_mean": mean, "running_var": var}
+        kept: dict[str, Any] = {} if isinstance(layer, TaskNorm) else {"running_mean": mean, "running_var": var}
         if type(layer).forward in _OF_TORCH:
             kept |= {_TRACK: True, "num_batches_tracked": torch.ones_like(mean[0], dtype=torch.int64)}
         for key, value in {**kept, "training": False, "train": partial(_stay, layer)}.items():
@@ -174,11 +175,31 @@ class _Recorded(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[nn.Module] = []  # layers as they were entered
+        self._layer = nn.Module()  # entered last
         self.statistics: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return (self._normalize if func is F.batch_norm else func)(*args, **(kwargs or {}))
+
+    def enter(self, layer: nn.Module, args: tuple) -> None:
+        """Hook before a layer runs."""
+        self._layer = layer
+        if isinstance(layer, TaskNorm):
+            self._note(layer, args[0])
+            layer.keep_statistics(args[0])
+
+    def _note(self, layer: nn.Module, input: Tensor) -> tuple[Tensor, Tensor]:
+        if layer in self.statistics or "running_mean" not in layer._buffers:
+            raise SettingError(
+                f"model.query_statistics support: {type(layer).__name__} normalizes several times or has no "
+                "running_mean, so that no copy can keep its statistics; use MAML.trajectory, or "
+                "model.query_statistics batch."
+            )
+        wide = input.detach().float() if input.dtype in (torch.float16, torch.bfloat16) else input.detach()
+        var, mean = torch.var_mean(wide, (0, *range(2, input.dim())), correction=0)
+        dtype = next((value.dtype for value in layer.parameters()), wide.dtype)
+        self.statistics[layer] = (mean.to(dtype), var.to(dtype))
+        return self.statistics[layer]
 
     def _normalize(
         self,
@@ -192,16 +213,7 @@ class _Recorded(TorchFunctionMode):
         eps: float = 1e-5,
     ) -> Tensor:
         if training:
-            layer = self.calls[-1]
-            if layer in self.statistics or "running_mean" not in layer._buffers:
-                raise SettingError(
-                    f"model.query_statistics support: {type(layer).__name__} normalizes several times or has no "
-                    "running_mean, so that no copy can keep its statistics; use MAML.trajectory, or "
-                    "model.query_statistics batch."
-                )
-            dims = (0, *range(2, input.dim()))
-            running_var, running_mean = torch.var_mean(input.detach(), dims, correction=0)
-            self.statistics[layer] = (running_mean, running_var)
+            running_mean, running_var = self._note(self._layer, input)
         return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
 
 
