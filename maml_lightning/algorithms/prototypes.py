@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from maml_lightning.algorithms.optimizers import Parameters
@@ -23,17 +23,19 @@ _NO_EXAMPLES = -1e9  # the bias of a class of which the support set has none; sm
 
 
 class _LinearCalls(TorchFunctionMode):
-    """While active, notes the inputs and weights of linear layers."""
+    """While active, notes the last linear layer of a network that ran and its inputs, ``("", None)`` of no layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.last: tuple[Any, ...] = ()
+        self.layers = {name: layer for name, layer in net.named_modules() if isinstance(layer, nn.Linear)}
+        self.last: tuple[str, Tensor | None] = ("", None)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is F.linear:
-            names = ("input", "weight", "bias")
-            given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
-            self.last = tuple(given.get(name) for name in names)
+            given = {**dict(zip(("input", "weight"), args, strict=False)), **(kwargs or {})}
+            weights = ((name, layer._parameters.get("weight")) for name, layer in self.layers.items())
+            found = [name for name, weight in weights if weight is given["weight"]]
+            self.last = (found[0], given["input"]) if found else ("", None)
         return func(*args, **(kwargs or {}))
 
 
@@ -96,7 +98,7 @@ def _start(
     model: Model, params: tuple[Parameters, Parameters], buffers: Parameters, x: Any, y: Tensor, labels: Tensor
 ) -> tuple[Parameters, Any]:
     """``theta_0`` of one task, with the prototypes of its classes as last layer, and the optimizer's state."""
-    with _LinearCalls() as calls:
+    with _LinearCalls(model.net) as calls:
         outputs(model, *params, buffers, x)
     fast = _with_prototypes(params[0], calls, y, labels)
     return fast, model.optimizer.init(fast)
@@ -114,10 +116,9 @@ def _with_prototypes(fast: Parameters, calls: _LinearCalls, targets: Tensor, lab
     Raises:
         SettingError: the network does not end in a linear layer that is adapted and has a bias.
     """
-    features, *layer = calls.last or (None, None, None)
-    names = [next((name for name, value in fast.items() if value is own), None) for own in layer]
-    weight, bias = names
-    if weight is None or bias is None or features is None or features.shape[:-1] != targets.shape:
+    layer, features = calls.last
+    weight, bias = (f"{layer}.{name}".lstrip(".") for name in ("weight", "bias"))
+    if features is None or {weight, bias} - fast.keys() or features.shape[:-1] != targets.shape:
         raise SettingError(
             "model.head prototypes needs a network whose last layer to run is an nn.Linear with a bias, on one vector "
             "of features for each example, not frozen and among model.adapted_parameters; use model.head learned."
