@@ -2,6 +2,10 @@
 
 from maml_lightning.algorithms.inner_loop import InnerLoop, MetaGradient
 from maml_lightning.data import (
+    ArraysDataModule,
+    BenchmarkDataModule,
+    DatasetDataModule,
+    FunctionDataModule,
     GlyphsDataModule,
     ImagesDataModule,
     OmniglotDataModule,
@@ -12,7 +16,8 @@ from maml_lightning.data import (
 from maml_lightning.deprecation import old_names
 from maml_lightning.episodes import Episode, InputSpec
 from maml_lightning.errors import NonFiniteError, SettingError
-from maml_lightning.networks import MLP, ConvNet
+from maml_lightning.networks import MLP, ConvNet, ResNet12
+from maml_lightning.sequence_networks import ConvNet1d, GRUNet, TextNet
 from maml_lightning.trained import load
 from maml_lightning.training.checkpoints import LastCheckpoint
 from maml_lightning.training.cost import CostMonitor
@@ -26,9 +31,15 @@ __all__ = [
     "MAML",
     "MLP",
     "AdaptationMonitor",
+    "ArraysDataModule",
+    "BenchmarkDataModule",
     "ConvNet",
+    "ConvNet1d",
     "CostMonitor",
+    "DatasetDataModule",
     "Episode",
+    "FunctionDataModule",
+    "GRUNet",
     "GlyphsDataModule",
     "ImagesDataModule",
     "InnerLoop",
@@ -38,10 +49,12 @@ __all__ = [
     "NonFiniteError",
     "OmniglotDataModule",
     "PredictionReport",
+    "ResNet12",
     "SettingError",
     "SinusoidsDataModule",
     "SupportQueryDataModule",
     "TestReport",
+    "TextNet",
     "__version__",
     "load",
     "support_set",

@@ -1,56 +1,76 @@
 """Episodes: the tensors of a batch of tasks, and what images a network was trained on."""
 
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from maml_lightning.deprecation import old_names
 from maml_lightning.errors import SettingError
+from maml_lightning.structures import describe, leaves, plain
 
 
 class Episode(NamedTuple):
     """A batch of ``T`` few-shot tasks: a support set to adapt on and a query set to evaluate on.
 
     Classification targets are ``int64`` in ``[0, N)``; regression targets are floats shaped like the network's
-    output. All four tensors carry the task dimension first.
+    output. Each part is a tensor, or a tuple, list or dict of tensors; all tensors carry the task dimension first.
+    The network is called as ``net(x)``, ``net(*x)`` of a tuple or list, ``net(**x)`` of a dict.
 
     Args:
         support_inputs: ``[T, N*K, ...]``, images ``[T, N*K, C, H, W]``.
-        support_targets: ``[T, N*K]`` for classification, ``[T, K, D]`` for regression.
+        support_targets: ``[T, N*K]`` for classification, ``[T, K, D]`` for regression, ``[T, K, H, W]`` for pixels.
         query_inputs: ``[T, N*Q, ...]``.
-        query_targets: ``[T, N*Q]`` or ``[T, Q, D]``.
+        query_targets: ``[T, N*Q]``, ``[T, Q, D]`` or ``[T, Q, H, W]``.
     """
 
-    support_inputs: Tensor
-    support_targets: Tensor
-    query_inputs: Tensor
-    query_targets: Tensor
+    support_inputs: Any
+    support_targets: Any
+    query_inputs: Any
+    query_targets: Any
 
     def check(self) -> "Episode":
         """Return the episode if its shapes agree.
 
         Raises:
-            SettingError: the numbers of tasks differ, or those of inputs and targets in a set.
+            SettingError: a part holds anything but tensors, the numbers of tasks differ, or those of inputs and targets
+                in a set that are one tensor each.
         """
-        shapes = {name: tuple(tensor.shape) for name, tensor in self._asdict().items()}
-        if len({shape[:1] for shape in shapes.values()}) != 1 or not self.support_inputs.shape[:1]:
+        episode = Episode(*map(plain, self))
+        tensors = {name: leaves(part) for name, part in episode._asdict().items()}
+        for name, found in tensors.items():
+            if not found or not all(isinstance(leaf, Tensor) for leaf in found):
+                others = {type(leaf).__name__ for leaf in found if not isinstance(leaf, Tensor)} or {"nothing"}
+                raise SettingError(
+                    f"An Episode's {name} must be a tensor, or a tuple or dict of tensors; it holds "
+                    f"{', '.join(sorted(others))}. Make tensors of it, or leave it out."
+                )
+        sizes = {leaf.shape[:1] for found in tensors.values() for leaf in found}
+        if len(sizes) != 1 or not all(sizes):
+            shapes = ", ".join(f"{name} {describe(part)}" for name, part in episode._asdict().items())
             raise SettingError(
                 f"An Episode's tensors must share the task dimension T; got {shapes}. Add it with [None]."
             )
         for part in ("support", "query"):
-            inputs, targets = shapes[f"{part}_inputs"], shapes[f"{part}_targets"]
-            if inputs[:2] != targets[:2] or len(inputs) < 2:
+            inputs, targets = (getattr(episode, f"{part}_{kind}") for kind in ("inputs", "targets"))
+            if not isinstance(inputs, Tensor) or not isinstance(targets, Tensor):
+                continue  # whose tensors may be of the task as a whole
+            if inputs.shape[:2] != targets.shape[:2] or inputs.dim() < 2:
                 raise SettingError(
-                    f"An Episode needs one target per {part} input: got {part}_inputs {inputs} and "
-                    f"{part}_targets {targets}; both must begin with [T, examples]."
+                    f"An Episode needs one target per {part} input: got {part}_inputs {list(inputs.shape)} and "
+                    f"{part}_targets {list(targets.shape)}; both must begin with [T, examples]."
                 )
-        return self
+        return episode
 
     @property
     def tasks(self) -> int:
         """``T``, the number of tasks in the batch."""
-        return self.support_inputs.shape[0]
+        return len(leaves(self)[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return leaves(self)[0].device
 
 
 class InputSpec(NamedTuple):
@@ -69,9 +89,19 @@ class InputSpec(NamedTuple):
     background: float | None
 
     @classmethod
-    def of(cls, images: Tensor, ways: int) -> "InputSpec | None":
+    def of_episode(cls, episode: Episode, ways: int | None = None) -> "InputSpec | None":
+        """The specification of an episode's pictures, of one class each; None of anything else."""
+        targets = episode.query_targets
+        if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or targets.dim() != 2:
+            return None
+        return cls.of(episode.query_inputs, int(targets.max()) + 1 if ways is None else ways)
+
+    @classmethod
+    def of(cls, images: Any, ways: int) -> "InputSpec | None":
         """The specification of images ``[..., C, H, W]`` in [0, 1]; None if the inputs are not square images."""
-        if images.dim() < 4 or images.shape[-3] not in (1, 3) or images.shape[-1] != images.shape[-2]:
+        if not isinstance(images, Tensor) or not images.is_floating_point() or images.dim() < 4:
+            return None
+        if images.shape[-3] not in (1, 3) or images.shape[-1] != images.shape[-2]:
             return None
         border = torch.cat([images[..., 0, :], images[..., -1, :], images[..., 0], images[..., -1]], -1).float()
         background = border.median().item()

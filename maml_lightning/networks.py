@@ -1,8 +1,10 @@
-"""Networks for few-shot learning: the convolutional network and the perceptron of the MAML paper."""
+"""Networks for few-shot learning: those of the MAML paper, and ResNet-12."""
 
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maml_lightning.errors import SettingError
@@ -118,3 +120,100 @@ class MLP(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Outputs ``[B, out_features]`` of inputs ``[B, ...]``."""
         return self.head(self.body(inputs))
+
+
+class ResNet12(nn.Module):
+    """The residual network of few-shot papers: four blocks of three 3x3 convolutions, and a mean over positions.
+
+    As in Lee et al. (2019, section 4.1) after Oreshkin et al. (2018): each convolution is followed by batch
+    normalization, with LeakyReLU of slope 0.1; a 1x1 convolution is the shortcut, and each block ends with 2x2 max
+    pooling. It normalizes with the statistics of the current batch, as :class:`ConvNet` does.
+
+    Args:
+        in_channels: channels of the images, 1 or more.
+        out_features: classes; the command line sets it to the data's ``ways``.
+        hidden_channels: filters of each block; each block halves the image.
+        drop_probability: in training, the share of the last two blocks' outputs that DropBlock (Ghiasi et al. 2018)
+            sets to zero, at least 0 and below 1.
+        drop_size: side of DropBlock's squares, an odd number.
+
+    Raises:
+        SettingError: an argument is out of range.
+
+    Example:
+        >>> ResNet12(hidden_channels=(8, 16, 16, 32))(torch.rand(10, 3, 84, 84)).shape
+        torch.Size([10, 5])
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_features: int = 5,
+        hidden_channels: Sequence[int] = (64, 160, 320, 640),
+        drop_probability: float = 0.0,
+        drop_size: int = 5,
+    ) -> None:
+        super().__init__()
+        smallest = min(hidden_channels, default=0)
+        check_sizes(in_channels=in_channels, out_features=out_features, hidden_channels=smallest, drop_size=drop_size)
+        if not 0 <= drop_probability < 1:
+            raise SettingError(
+                f"model.net.drop_probability must be at least 0 and below 1 (got {drop_probability}); 0 drops nothing."
+            )
+        if drop_size % 2 == 0:
+            raise SettingError(f"model.net.drop_size must be odd (got {drop_size}); take {drop_size + 1}.")
+        self.body = nn.Sequential()
+        for block, filters in enumerate(hidden_channels):
+            self.body.append(_ResidualBlock(in_channels, filters))
+            if drop_probability and block >= len(hidden_channels) - 2:
+                self.body.append(_DropBlock(drop_probability, drop_size))
+            in_channels = filters
+        self.head = nn.Linear(in_channels, out_features)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``[B, out_features]`` of images ``[B, C, H, W]``."""
+        return self.head(self.body(images).mean((2, 3)))
+
+
+class _ResidualBlock(nn.Module):
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for index in range(3):
+            layers += [*_normalized(in_channels if index == 0 else channels, channels, 3), nn.LeakyReLU(0.1)]
+        self.layers = nn.Sequential(*layers[:-1])
+        self.shortcut = nn.Sequential(*_normalized(in_channels, channels, 1))
+        self.pool = nn.Sequential(nn.MaxPool2d(2), nn.LeakyReLU(0.1))  # in this order, as in ConvNet
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(self.layers(x) + self.shortcut(x))
+
+
+def _normalized(in_channels: int, channels: int, size: int) -> tuple[nn.Module, nn.Module]:
+    convolution = nn.Conv2d(in_channels, channels, size, padding=size // 2, bias=False)
+    nn.init.kaiming_normal_(convolution.weight, a=0.1, mode="fan_out", nonlinearity="leaky_relu")
+    return convolution, nn.BatchNorm2d(channels, track_running_stats=False)
+
+
+class _DropBlock(nn.Module):
+    """Sets squares to zero; the rest is scaled so that the mean stays (Ghiasi et al. 2018, algorithm 1)."""
+
+    def __init__(self, probability: float, size: int) -> None:
+        super().__init__()
+        self.probability, self.size = probability, size
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        # A square is dropped around each center; borders are padded, so that it may lie outside in part.
+        centers = (torch.rand_like(x) < self.probability / self.size**2).to(x.dtype)
+        kept = 1 - F.max_pool2d(centers, self.size, stride=1, padding=self.size // 2)
+        return x * kept / kept.mean().clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def check_sizes(**sizes: int) -> None:
+    """Check that arguments of a network are at least 1."""
+    for name, value in sizes.items():
+        if not isinstance(value, int) or value < 1:
+            what = "data.ways" if name == "out_features" else "it"
+            raise SettingError(f"model.net.{name} must be at least 1 (got {value}); raise {what}.")

@@ -3,7 +3,8 @@
 import torch
 
 from maml_lightning import Episode, GlyphsDataModule
-from maml_lightning.data import EpisodeDataset
+from maml_lightning.data import EpisodeDataset, TaskDataModule, TaskDataset
+from tests.structures import CASES, stacked
 
 
 class BrokenDataset(EpisodeDataset):
@@ -25,4 +26,33 @@ class BrokenValidation(GlyphsDataModule):
         dataset = super().make_dataset(split)
         if split == "val":
             dataset.__class__ = BrokenDataset
+        return dataset
+
+
+class CaseDataset(TaskDataset):
+    """Episodes of a case of tests/structures.py."""
+
+    name = ""
+
+    def __getitems__(self, indices) -> Episode:
+        with torch.random.fork_rng():
+            return Episode(*stacked([self._episode(index) for index in indices]))
+
+    def _episode(self, index: int) -> tuple:
+        torch.manual_seed(index)
+        case = CASES[self.name]
+        return tuple(part(n) for n in (self.shots, self.query_shots) for part in (case.inputs, case.targets))
+
+
+class CaseData(TaskDataModule):
+    """Data of a case of tests/structures.py, by its name."""
+
+    def __init__(self, name: str = "dict", **settings: int) -> None:
+        super().__init__(**settings)
+        self.name = name
+
+    def make_dataset(self, split):
+        settings = {"shots": self.shots, "query_shots": self.query_shots, "seed": self.seed}
+        dataset = CaseDataset(split, self.episodes[split], **settings)
+        dataset.name = self.name
         return dataset

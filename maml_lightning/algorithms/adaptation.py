@@ -1,8 +1,9 @@
 """Which parameters adapt at which learning rate: the settings in which the members of the MAML family differ."""
 
+import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -10,17 +11,23 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from maml_lightning.algorithms.optimizers import Parameters
 from maml_lightning.errors import SettingError
+from maml_lightning.structures import call
 from maml_lightning.task_statistics import TaskNorm
 
 _NORMALIZATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, TaskNorm)
 
 
-def adapted_names(net: nn.Module, which: str | Sequence[str] = "all") -> list[str]:
+def adapted_names(
+    net: nn.Module, which: str | Sequence[str] = "all", head: str | None = None, names: Sequence[str] | None = None
+) -> list[str]:
     """Names of the parameters that the inner loop changes; frozen ones (``requires_grad=False``) never are.
 
     Args:
+        net: the network.
         which: all; head, the last layer with parameters; body, all but the head; or name patterns such as
             ``"body.3.*"``.
+        head: the name of the last layer, see :func:`last_layer`; None takes the last that is registered.
+        names: of the parameters to choose from; None takes those that are not frozen.
 
     Raises:
         SettingError: a pattern, or the whole selection, matches no parameter.
@@ -29,13 +36,14 @@ def adapted_names(net: nn.Module, which: str | Sequence[str] = "all") -> list[st
         >>> adapted_names(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)), "head")
         ['2.weight', '2.bias']
     """
-    names = [name for name, value in net.named_parameters() if value.requires_grad]
+    if names is None:
+        names = [name for name, value in net.named_parameters() if value.requires_grad]
     if which == "all" and names:
-        return names
-    layers = [name for name, layer in net.named_modules() if any(True for _ in layer.parameters(recurse=False))]
-    prefix = f"{layers[-1]}." if layers and layers[-1] else ""
-    head = [name for name in names if name.startswith(prefix)]
-    groups = {"all": names, "head": head, "body": [name for name in names if name not in head]}
+        return list(names)
+    layers = _layers(net)
+    last = (layers[-1] if layers else "") if head is None else head
+    of_head = [name for name in names if name.startswith(f"{last}." if last else "")]
+    groups = {"all": list(names), "head": of_head, "body": [name for name in names if name not in of_head]}
     if isinstance(which, str) and which in groups:
         chosen, missed = groups[which], [] if groups[which] else [which]
     else:
@@ -48,6 +56,71 @@ def adapted_names(net: nn.Module, which: str | Sequence[str] = "all") -> list[st
             f"they are {', '.join(names) or 'none'}."
         )
     return chosen
+
+
+def last_layer(net: nn.Module, inputs: Any) -> str | None:
+    """The name of the network's last layer: of those with parameters of their own, the one that runs last.
+
+    A layer whose parameters another one reads without calling it, as ``nn.MultiheadAttention`` those of its
+    ``out_proj``, runs with that one. Where nothing tells two layers apart, the one registered later counts.
+
+    Args:
+        net: the network; it runs once, in evaluation mode.
+        inputs: of one task.
+
+    Returns:
+        None where the network has no such layer or does not take the inputs.
+
+    Example:
+        >>> class HeadFirst(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.head, self.body = nn.Linear(3, 2), nn.Linear(4, 3)
+        ...
+        ...     def forward(self, x):
+        ...         return self.head(self.body(x))
+        >>> last_layer(HeadFirst(), torch.rand(5, 4))
+        'head'
+    """
+    layers, calls = _layers(net), _calls(net, inputs)
+    if not layers or calls is None:
+        return None
+    last = {name: place for place, name in enumerate(calls)}  # when each was last called
+
+    def when(index: int) -> float:
+        name = layers[index]
+        while name and name not in last:  # the layer that it is part of
+            name = name.rpartition(".")[0]
+        return last[name] if name else (math.inf if index == len(layers) - 1 else -1)
+
+    return layers[max(range(len(layers)), key=lambda index: (when(index), index))]
+
+
+def _calls(net: nn.Module, inputs: Any) -> list[str] | None:
+    """The names of the layers that a network calls, in their order; None where it does not take the inputs."""
+    calls: list[str] = []
+    modes = {layer: layer.training for layer in net.modules()}
+    hooks = [
+        layer.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+        for name, layer in net.named_modules()
+        if name
+    ]
+    try:
+        with torch.no_grad():
+            call(net.eval(), inputs)
+    except Exception:  # whatever a user's network raises; it will again where it matters
+        return None
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer, mode in modes.items():
+            layer.training = mode
+    return calls
+
+
+def _layers(net: nn.Module) -> list[str]:
+    """The names of the layers that have parameters of their own, as they are registered."""
+    return [name for name, layer in net.named_modules() if any(True for _ in layer.parameters(recurse=False))]
 
 
 class Adaptation(nn.Module):
@@ -100,7 +173,10 @@ class Adaptation(nn.Module):
             for name, value in (free or values).items():  # all are frozen where another MAML learns them already
                 self.by_step[_key(name)] = nn.Parameter(value.detach().repeat(steps + 1, *[1] * value.dim()))
                 value.requires_grad_(False)
+        self.trainable = [name for name, value in net.named_parameters() if value.requires_grad]
         self.names = adapted_names(net, adapted)
+        self.head: str | None = None  # the last layer, once it is known
+        self._head_of: list[str] = []  # the layers of the network that it is of
         shapes = {
             None: {},
             "network": {"all": (1,)},
@@ -114,6 +190,28 @@ class Adaptation(nn.Module):
     def first_of_steps(self) -> Parameters:
         """The parameters with one value for each ``theta_0 … theta_S``, as they are at ``theta_0``."""
         return {key.replace("/", "."): value[0] for key, value in self.by_step.items()}
+
+    def find_head(self, net: nn.Module, inputs: Any) -> None:
+        """Find the last layer of a network that has not run yet, see :func:`last_layer`.
+
+        Raises:
+            SettingError: it is not the last that is registered, and each of its tensors has a learned rate: those were
+                made before it was known.
+        """
+        if self.adapted not in ("head", "body") or self._head_of == (layers := _layers(net)):
+            return
+        head = last_layer(net, inputs)
+        if head is None:
+            return
+        if head != layers[-1] and self.learn not in (None, "network"):
+            names = [head] if self.adapted == "head" else [layer for layer in layers if layer != head]
+            patterns = ", ".join(f"{name}.*" for name in names)
+            raise SettingError(
+                f"model.adapted_parameters {self.adapted} with model.learn_inner_lr {self.learn} needs a network whose "
+                f"last layer to run ({head}) is also the last that is registered ({layers[-1]}); give "
+                f"model.adapted_parameters [{patterns}]."
+            )
+        self.head, self._head_of = head, layers
 
     def params(self, net: nn.Module) -> Parameters:
         """The network's parameters by name, those per step with a leading dimension ``[S+1, ...]``."""
@@ -131,9 +229,10 @@ class Adaptation(nn.Module):
         """The inner learning rates of what adapts, ``[1 or S, ...]`` by name: ``inner_lr`` where none is learned."""
         own = dict(net.named_parameters())
         if any(value.requires_grad for value in own.values()):
-            names = [name for name in adapted_names(net, self.adapted) if _key(name) not in self.by_step]
+            chosen = adapted_names(net, self.adapted, self.head)
         else:
-            names = [name for name in self.names if name in own]
+            chosen = adapted_names(net, self.adapted, self.head, [name for name in self.trainable if name in own])
+        names = [name for name in chosen if _key(name) not in self.by_step]
         if not self.learn:
             return dict.fromkeys(names, next(iter(own.values())).new_tensor([inner_lr]))
         rates = {n: self.learnt.get("all" if self.learn == "network" else _key(n)) for n in names}

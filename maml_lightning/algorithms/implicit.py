@@ -28,11 +28,11 @@ def meta_gradient(setup: Setup, chunk: Episode, total: MetaGradient, settings: S
     support, steps, mu = (chunk.support_inputs, chunk.support_targets), setup.steps, setup.model.objects.proximal
     fast = adapt(setup, *support)
     (gradient, shared_gradient), loss, predictions = query_gradient(setup, fast, steps, chunk)
-    _, pullback = setup.tracer.vjp(
+    _, pullback = setup.executor.vjp(
         setup.model.bind(support_gradient),
         ((0, None), None, 0, 0),
         (fast, setup.shared[steps]),
-        setup.buffers,
+        setup.constants,
         *support,
     )
 

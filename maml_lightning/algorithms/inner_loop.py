@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,9 @@ from maml_lightning.algorithms.optimizers import InnerOptimizer, Parameters, sgd
 from maml_lightning.algorithms.prototypes import labels_of, of_task, of_tasks
 from maml_lightning.algorithms.registry import find_algorithm
 from maml_lightning.algorithms.statistics import adapted_copy, deciding, uses_running_statistics
-from maml_lightning.engine.chunks import MetaGradient, detached, fastest_size, mean_over_tasks, split
+from maml_lightning.engine.chunks import MetaGradient, chunk_size, detached, mean_over_tasks, split
+from maml_lightning.engine.execution import Execution, Executor
 from maml_lightning.engine.memory import FlatMemory
-from maml_lightning.engine.tracing import Tracer
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
 
@@ -26,8 +26,8 @@ class InnerLoop:
     Args:
         net: any ``nn.Module``; run through ``functional_call``, its own parameters are never written.
         loss: ``loss(outputs, targets)``, a scalar mean over the examples.
-        tasks_per_chunk: how many tasks are vectorized together, at least 1; None takes all; "auto" measures what is
-            fastest on the first meta-batch, the same on every process, and keeps it in ``chosen``.
+        tasks_per_chunk: how many tasks are vectorized together, at least 1; None takes all; "auto" goes by the memory
+            that a task of the first meta-batch needs, and keeps it in ``chosen``.
         flat_memory: keep only the fast weights of each step and recompute the rest in the backward pass; peak memory
             then does not grow with the steps, for about a quarter more arithmetic. "auto" does so where the steps
             would otherwise keep more than a quarter of the free memory.
@@ -35,6 +35,7 @@ class InnerLoop:
         optimizer: of the inner loop; None is gradient descent.
         proximal: strength ``mu`` of the proximal term, ``mu / 2 |theta - theta_0|^2`` added to ``L_s``
             (iMAML, equation 3); 0 is none.
+        execution: see :mod:`~maml_lightning.engine.execution`.
 
     ``running`` names the normalization layers that use their running statistics; None goes by what the network is
     when it is called, see :mod:`~maml_lightning.algorithms.statistics`. With ``query_statistics`` support, batch
@@ -66,6 +67,7 @@ class InnerLoop:
         compile: bool = False,
         optimizer: InnerOptimizer | None = None,
         proximal: float = 0.0,
+        execution: Execution = "auto",
     ) -> None:
         if isinstance(tasks_per_chunk, int) and tasks_per_chunk < 1:
             raise SettingError(f"model.tasks_per_chunk must be at least 1, null or auto (got {tasks_per_chunk}).")
@@ -78,7 +80,7 @@ class InnerLoop:
         self.optimizer = optimizer or sgd()
         self.proximal = proximal
         self._flat_memory = FlatMemory(flat_memory)
-        self._tracer = Tracer(compile)
+        self._executor = Executor(execution, compile)
 
     @property
     def flat(self) -> bool:
@@ -108,7 +110,7 @@ class InnerLoop:
         Raises:
             SettingError: there is no algorithm of that name, or it needs more steps.
         """
-        with deciding(self.net, self.running):
+        with deciding(self.net, self.running), self._releasing():
             return self._gradient(algorithm, params, episode, rates, steps, settings)
 
     def adapted(
@@ -139,14 +141,8 @@ class InnerLoop:
         def run(chunk: Episode, total: MetaGradient) -> tuple[Tensor, Tensor]:
             return method.meta_gradient(setup, chunk, total, settings)
 
-        size = self.tasks_per_chunk
-        if size == "auto":
-            name = "first order" if settings.first_order else method.measured_as or algorithm
-            if name not in self.chosen:
-                self.chosen[name] = fastest_size(
-                    lambda chunk: mean_over_tasks(run, chunk, params, learned, None), episode, self._tracer
-                )
-            size = self.chosen[name]
+        name = "first order" if settings.first_order else method.measured_as or algorithm
+        size = self._size(setup, episode, name)
         return mean_over_tasks(run, episode, params, learned, size)
 
     def meta_gradient(
@@ -212,9 +208,7 @@ class InnerLoop:
                 )
             return torch.cat(norms)
 
-    def adapt(
-        self, params: Parameters, inputs: Tensor, targets: Tensor, rates: float | Parameters, steps: int
-    ) -> Parameters:
+    def adapt(self, params: Parameters, inputs: Any, targets: Any, rates: float | Parameters, steps: int) -> Parameters:
         """The parameters of one task after ``steps`` inner steps.
 
         Args:
@@ -229,21 +223,42 @@ class InnerLoop:
             setup = of_task(setup, detached(inputs), detached(targets))
             state, step = setup.initial_state(), setup.model.bind(inner.step)
             for arguments in setup.arguments():
-                state = step((state, {}), arguments, setup.buffers, detached(inputs), detached(targets))
+                state = step((state, {}), arguments, setup.constants, detached(inputs), detached(targets))
             return {**state[0], **setup.shared[-1]}
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         # grad under inference mode silently returns zeros (pytorch #177318); clones are no inference tensors.
-        with torch.inference_mode(False), torch.no_grad(), deciding(self.net, self.running):
+        with torch.inference_mode(False), torch.no_grad(), deciding(self.net, self.running), self._releasing():
             yield
 
-    def _setup(self, params: Parameters, rates: float | Parameters, steps: int, *targets: Tensor) -> inner.Setup:
+    @contextmanager
+    def _releasing(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._executor.release()
+
+    def _setup(self, params: Parameters, rates: float | Parameters, steps: int, *targets: Any) -> inner.Setup:
         of_support = self.query_statistics == "support"
         model = inner.Model(self.net, self.loss, self.optimizer, self.proximal, of_support)
-        setup = inner.prepare(model, self._tracer, self._flat_memory, params, rates, steps)
+        setup = inner.prepare(model, self._executor, self._flat_memory, params, rates, steps)
         return setup._replace(labels=labels_of(*targets)) if self.head == "prototypes" else setup
+
+    def _size(self, setup: inner.Setup, episode: Episode, name: str) -> int | None:
+        """Tasks in a chunk; in a loop over tasks more than one would only take memory."""
+        known = name in self.chosen or self.tasks_per_chunk != "auto"
+        if not known or not self._executor.knows(setup.model):
+            first = next(split(episode, 1))
+            kept = inner.bytes_per_task(of_tasks(setup, first), first)
+        if self._executor.way(setup.model) == "loop":
+            return 1
+        if self.tasks_per_chunk != "auto":
+            return self.tasks_per_chunk
+        if not known:
+            self.chosen[name] = chunk_size(kept, episode.tasks, episode.support_targets.device)
+        return self.chosen[name]
 
     def _evaluation_chunks(self, episode: Episode) -> Iterator[Episode]:
         size = min(self.chosen.values(), default=None) if self.tasks_per_chunk == "auto" else self.tasks_per_chunk
-        return split(Episode(*map(detached, episode)), size)
+        return split(detached(episode), size)

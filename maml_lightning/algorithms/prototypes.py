@@ -39,16 +39,15 @@ class _LinearCalls(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def labels_of(support_targets: Tensor, query_targets: Tensor | None = None) -> Tensor:
+def labels_of(support_targets: Any, query_targets: Any = None) -> Tensor:
     """The labels ``0 ... N-1`` of the classes in support targets.
 
     Raises:
         SettingError: there are none, or the targets are no classes, or a query's class is not among them.
     """
-    if support_targets.is_floating_point() or support_targets.numel() == 0:
-        what = "floats" if support_targets.is_floating_point() else "an empty support set"
+    if (kind := _kind(support_targets)) != "classes":
         raise SettingError(
-            f"model.head prototypes needs support targets that are classes (got {what}); set it to learned."
+            f"model.head prototypes needs support targets that are classes (got {kind}); set it to learned."
         )
     classes = int(support_targets.max()) + 1
     if query_targets is not None and int(query_targets.max()) >= classes:
@@ -59,18 +58,24 @@ def labels_of(support_targets: Tensor, query_targets: Tensor | None = None) -> T
     return torch.arange(classes, device=support_targets.device)
 
 
+def _kind(targets: Any) -> str:
+    if not isinstance(targets, Tensor):
+        return type(targets).__name__
+    return "floats" if targets.is_floating_point() else "classes" if targets.numel() else "none"
+
+
 def of_task(setup: Setup, inputs: Any, targets: Any) -> Setup:
     """The setup of one task ``[N*K, ...]``, whose last layer starts from its prototypes if there are labels."""
     if setup.labels is None:
         return setup
     params = (setup.initial, setup.shared[0])
-    fast, state = setup.model.bind(_start)(params, setup.buffers, inputs, targets, setup.labels)
+    fast, state = setup.model.bind(_start)(params, setup.constants, inputs, targets, setup.labels)
     return setup._replace(initial=fast, state=state)
 
 
 def of_tasks(setup: Setup, chunk: Episode) -> Setup:
     """The setup of a chunk, in which each task has a ``theta_0`` of its own, ``[T, ...]``, if there are labels."""
-    return setup if setup.labels is None else _of_tasks(setup.tracer, setup, chunk)
+    return setup if setup.labels is None else _of_tasks(setup.executor, setup, chunk)
 
 
 def with_pullback(setup: Setup, chunk: Episode) -> tuple[Setup, Callable[[Any], tuple[Parameters, Parameters]]]:
@@ -80,7 +85,7 @@ def with_pullback(setup: Setup, chunk: Episode) -> tuple[Setup, Callable[[Any], 
     pullbacks: list[Callable[[Any], Any]] = []
 
     def run(*args: Any) -> Any:
-        start, pullback = setup.tracer.vjp(*args, recompute=setup.flat_memory.active)
+        start, pullback = setup.executor.vjp(*args, recompute=setup.flat_memory.active)
         pullbacks.append(pullback)
         return start
 
@@ -89,17 +94,17 @@ def with_pullback(setup: Setup, chunk: Episode) -> tuple[Setup, Callable[[Any], 
 
 def _of_tasks(run: Callable[..., Any], setup: Setup, chunk: Episode) -> Setup:
     support = (chunk.support_inputs, chunk.support_targets)
-    arguments = ((setup.initial, setup.shared[0]), setup.buffers, *support, setup.labels)
+    arguments = ((setup.initial, setup.shared[0]), setup.constants, *support, setup.labels)
     fast, state = run(setup.model.bind(_start), ((None, None), None, 0, 0, None), *arguments)
     return setup._replace(initial=fast, state=state)
 
 
 def _start(
-    model: Model, params: tuple[Parameters, Parameters], buffers: Parameters, x: Any, y: Tensor, labels: Tensor
+    model: Model, params: tuple[Parameters, Parameters], constants: Parameters, x: Any, y: Tensor, labels: Tensor
 ) -> tuple[Parameters, Any]:
     """``theta_0`` of one task, with the prototypes of its classes as last layer, and the optimizer's state."""
     with _LinearCalls(model.net) as calls:
-        outputs(model, *params, buffers, x)
+        outputs(model, *params, constants, x)
     fast = _with_prototypes(params[0], calls, y, labels)
     return fast, model.optimizer.init(fast)
 

@@ -11,17 +11,18 @@ from maml_lightning.algorithms.algorithm import OF_UNROLLED_STEPS, Algorithm, Se
 from maml_lightning.algorithms.steps import Setup, adapt, predict
 from maml_lightning.engine.chunks import MetaGradient, add_sum
 from maml_lightning.episodes import Episode
+from maml_lightning.structures import joined, tasks_of
 
 
 def meta_gradient(setup: Setup, chunk: Episode, total: MetaGradient, settings: Settings) -> tuple[Tensor, Tensor]:
     """Add the moves of a chunk's tasks to ``total``; see :class:`Algorithm`."""
-    inputs = torch.cat([chunk.support_inputs, chunk.query_inputs], 1)
-    targets = torch.cat([chunk.support_targets, chunk.query_targets], 1)
+    inputs = joined([chunk.support_inputs, chunk.query_inputs], 1)
+    targets = joined([chunk.support_targets, chunk.query_targets], 1)
     fast = adapt(setup, inputs, targets)
     add_sum(total.gradient, {name: value - fast[name] for name, value in setup.initial.items()}, setup.steps)
     predictions = predict(setup, fast, setup.steps, chunk)
     loss = setup.model.objects.loss
-    losses = [loss(output, target) for output, target in zip(predictions, chunk.query_targets, strict=True)]
+    losses = [loss(output, target) for output, target in zip(predictions, tasks_of(chunk.query_targets), strict=True)]
     return torch.stack(losses), predictions
 
 

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 
+from maml_lightning.algorithms.calling import call_with
+from maml_lightning.engine.state import copies_of_stored
 from maml_lightning.errors import SettingError
+from maml_lightning.structures import call
 from maml_lightning.task_statistics import TaskNorm
 
 _TRACK = "track_running_stats"
@@ -115,7 +117,7 @@ def called(net: nn.Module, values: Mapping[str, Tensor], inputs: Any, running: C
     """
     with deciding(net, running):
         buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}  # a layer may write to them
-        return functional_call(net, {**buffers, **values}, (inputs,))
+        return call_with(net, {**buffers, **values}, inputs)
 
 
 def adapted_copy(
@@ -131,7 +133,7 @@ def adapted_copy(
             lets it use those of the batch.
     """
     with torch.inference_mode(False):
-        copied = copy.deepcopy(net)
+        copied = copy.deepcopy(net, copies_of_stored(net))
         for name, value in parameters.items():
             path, _, own = name.rpartition(".")
             layer = copied.get_submodule(path)
@@ -158,7 +160,7 @@ def _keep_statistics(adapted: nn.Module, inputs: Any) -> None:
     hooks = [layer.register_forward_pre_hook(recorded.enter) for layer in entered]
     try:
         with torch.inference_mode(False), torch.no_grad(), recorded:
-            adapted(inputs)
+            call(adapted, inputs)
     finally:
         for hook in hooks:
             hook.remove()

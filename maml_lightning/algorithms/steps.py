@@ -17,20 +17,22 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, grad_and_value
 from torch.utils import _pytree as pytree
 
+from maml_lightning.algorithms.calling import call_with
 from maml_lightning.algorithms.optimizers import InnerOptimizer, Parameters
 from maml_lightning.engine.chunks import detached
+from maml_lightning.engine.differentiation import grad, grad_and_value, is_by_autograd
+from maml_lightning.engine.execution import Executor
 from maml_lightning.engine.kernels.layout import kernel_layout
-from maml_lightning.engine.kernels.mode import TaskKernels
+from maml_lightning.engine.kernels.mode import loop_operators, task_operators
 from maml_lightning.engine.kernels.normalization import OfSupport
 from maml_lightning.engine.memory import FlatMemory, keep_freed_memory
-from maml_lightning.engine.tracing import State, Tracer
+from maml_lightning.engine.state import State
 from maml_lightning.episodes import Episode
 from maml_lightning.task_statistics import statistics_of_first
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Any], Tensor]
 
 
 class Model(NamedTuple):
@@ -51,35 +53,38 @@ class Model(NamedTuple):
     of_support: bool = False
 
 
-def outputs(model: Model, fast: Parameters, shared: Parameters, buffers: Parameters, x: Tensor) -> Tensor:
+def outputs(model: Model, fast: Parameters, shared: Parameters, constants: Parameters, x: Any) -> Tensor:
     """The network's outputs with adapted parameters ``fast`` and those that all tasks share."""
-    with TaskKernels():
-        return functional_call(model.net, {**fast, **shared, **buffers}, (x,))
+    alone = is_by_autograd()  # in a loop over tasks the network keeps its own buffers, and may write to them
+    tensors = {**fast, **shared} if alone else {**fast, **shared, **constants}
+    with loop_operators() if alone else task_operators():
+        # torch's own layout, see kernel_layout
+        return call_with(model.net, {name: value.contiguous() for name, value in tensors.items()}, x)
 
 
 def query_outputs(
-    model: Model, fast: Parameters, shared: Parameters, buffers: Parameters, x: Tensor, support: Any
+    model: Model, fast: Parameters, shared: Parameters, constants: Parameters, x: Any, support: Any
 ) -> Tensor:
     """The outputs on queries ``x``, which run together with the ``support`` inputs where their statistics count."""
     if not model.of_support:
-        return outputs(model, fast, shared, buffers, x)
+        return outputs(model, fast, shared, constants, x)
     both = pytree.tree_map(lambda *parts: torch.cat(parts), support, x)
     first, examples = (len(pytree.tree_leaves(part)[0]) for part in (support, both))
     with statistics_of_first(first, examples), OfSupport():
-        predictions = outputs(model, fast, shared, buffers, both)
+        predictions = outputs(model, fast, shared, constants, both)
     return pytree.tree_map(lambda part: part[first:], predictions)
 
 
 def support_gradient(
-    model: Model, params: tuple[Parameters, Parameters], buffers: Parameters, x: Tensor, y: Tensor
+    model: Model, params: tuple[Parameters, Parameters], constants: Parameters, x: Any, y: Any
 ) -> Parameters:
     """``grad L_s`` with respect to the first of ``(adapted, shared)`` parameters."""
     fast, shared = params
-    return grad(lambda fast: model.loss(outputs(model, fast, shared, buffers, x), y))(fast)
+    return grad(lambda fast: model.loss(outputs(model, fast, shared, constants, x), y))(fast)
 
 
 def step(
-    model: Model, differentiable: tuple, fixed: dict[str, Parameters], buffers: Parameters, x: Tensor, y: Tensor
+    model: Model, differentiable: tuple, fixed: dict[str, Parameters], constants: Parameters, x: Any, y: Any
 ) -> tuple[Parameters, Any]:
     """``theta_{k+1}`` and the optimizer's state after it.
 
@@ -88,22 +93,22 @@ def step(
         differentiable: ``((theta_k, state), arguments)``: what the step is differentiated with respect to.
         fixed: arguments that it is not differentiated with respect to. Together they are ``shared`` parameters,
             ``rates`` and, with a proximal term, the ``initial`` parameters.
-        buffers: of the network.
+        constants: buffers and frozen parameters, by name.
         x: support inputs ``[N*K, ...]``.
         y: support targets ``[N*K]``.
     """
     (fast, state), arguments = differentiable[0], {**fixed, **differentiable[1]}
-    gradient = support_gradient(model, (fast, arguments["shared"]), buffers, x, y)
+    gradient = support_gradient(model, (fast, arguments["shared"]), constants, x, y)
     return _update(model, gradient, state, fast, arguments)
 
 
 def first_order_step(
-    model: Model, differentiable: tuple, fixed: dict[str, Parameters], buffers: Parameters, x: Tensor, y: Tensor
+    model: Model, differentiable: tuple, fixed: dict[str, Parameters], constants: Parameters, x: Any, y: Any
 ) -> tuple[Parameters, Any]:
     """The same step, whose derivative lacks the Hessian: the support gradient counts as a constant."""
     (fast, state), arguments = differentiable[0], {**fixed, **differentiable[1]}
-    constants = pytree.tree_map(torch.detach, (fast, arguments["shared"]))
-    return _update(model, support_gradient(model, constants, buffers, x, y), state, fast, arguments)
+    detached_params = pytree.tree_map(torch.detach, (fast, arguments["shared"]))
+    return _update(model, support_gradient(model, detached_params, constants, x, y), state, fast, arguments)
 
 
 def _update(
@@ -116,13 +121,13 @@ def _update(
 
 
 def _query_gradient(
-    model: Model, fast: Parameters, shared: Parameters, buffers: Parameters, x: Tensor, y: Tensor, support: Any
+    model: Model, fast: Parameters, shared: Parameters, constants: Parameters, x: Any, y: Any, support: Any
 ) -> tuple[tuple[Parameters, Parameters], Tensor, Tensor]:
     def objective(params: tuple[Parameters, Parameters]) -> tuple[Tensor, Tensor]:
-        predictions = query_outputs(model, *params, buffers, x, support)
+        predictions = query_outputs(model, *params, constants, x, support)
         return model.loss(predictions, y), predictions
 
-    gradient, (value, predictions) = grad_and_value(objective, has_aux=True)((fast, shared))
+    gradient, (value, predictions) = grad_and_value(objective)((fast, shared))
     return gradient, value, predictions
 
 
@@ -130,10 +135,10 @@ class Setup(NamedTuple):
     """What the tasks of a meta-batch are adapted with.
 
     Args:
-        tracer: runs the functions of one task over all tasks of a chunk.
+        executor: runs the functions of one task over all tasks of a chunk.
         flat_memory: whether the backward pass recomputes the inner steps.
         model: network, loss and optimizer, as they are now.
-        buffers: of the network.
+        constants: buffers and frozen parameters, by name.
         initial: ``theta_0`` of the adapted parameters.
         shared: the other parameters at ``theta_0 … theta_S``.
         rates: the inner learning rates of each step.
@@ -142,10 +147,10 @@ class Setup(NamedTuple):
         state: where ``initial`` is each task's own, ``[T, ...]``, the optimizer's state that goes with it.
     """
 
-    tracer: Tracer
+    executor: Executor
     flat_memory: FlatMemory
     model: State
-    buffers: Parameters
+    constants: Parameters
     initial: Parameters
     shared: list[Parameters]
     rates: list[Parameters]
@@ -180,7 +185,7 @@ class Setup(NamedTuple):
 
 def prepare(
     model: Model,
-    tracer: Tracer,
+    executor: Executor,
     flat_memory: FlatMemory,
     params: Parameters,
     rates: float | Parameters,
@@ -190,9 +195,10 @@ def prepare(
 
     Args:
         model: network, loss and optimizer.
-        tracer: runs the functions of one task over all tasks of a chunk.
+        executor: runs the functions of one task over all tasks of a chunk.
         flat_memory: whether the backward pass recomputes the inner steps.
         params: by name, shaped like the network's or ``[S+1, ...]``, one value for each ``theta_k``; those are shared.
+            Where some require a gradient, the others are frozen: they have none.
         rates: a number, or ``[1 or S, ...]`` by name of the adapted parameters.
         steps: inner steps ``S``, at least 0.
     """
@@ -203,13 +209,18 @@ def prepare(
     if not isinstance(rates, dict):
         rate = next(iter(values.values())).new_tensor([rates])
         rates = {name: rate for name in values if name not in per_step}
-    shared = {name: kernel_layout(v) for name, v in values.items() if name not in rates and name not in per_step}
+    trained = {name for name, value in params.items() if value.requires_grad} or set(params)
+    # Copies: a layer may write to its parameters (``max_norm`` of an embedding).
+    values = {name: value.clone() if name in trained else value for name, value in values.items()}
+    rest = {name: kernel_layout(v) for name, v in values.items() if name not in rates and name not in per_step}
+    shared = {name: value for name, value in rest.items() if name in trained}
+    frozen = {name: value for name, value in rest.items() if name not in trained}
     detached_rates = {name: detached(rate) for name, rate in rates.items()}
     return Setup(
-        tracer,
+        executor,
         flat_memory,
-        tracer.state(model),
-        {name: buffer.detach() for name, buffer in model.net.named_buffers()},
+        executor.state(model),
+        {**{name: buffer.detach() for name, buffer in model.net.named_buffers()}, **frozen},
         {name: kernel_layout(value) for name, value in values.items() if name in rates},
         [{**shared, **_of_step(per_step, k)} for k in range(steps + 1)],
         [_of_step(detached_rates, k) for k in range(steps)],
@@ -217,7 +228,27 @@ def prepare(
     )
 
 
-def descend(setup: Setup, inputs: Tensor, targets: Tensor) -> Iterator[Parameters]:
+def bytes_per_task(setup: Setup, episode: Episode) -> int:
+    """Bytes that a task of the episode keeps for the backward pass, and what running the network does beside.
+
+    Args:
+        setup: parameters and rates.
+        episode: ``T`` tasks, of which the first is run.
+    """
+    arguments, count = setup.arguments()[:1], 1 if setup.flat_memory.active else setup.steps
+    kept = 0
+    for each in arguments:
+        support = (setup.constants, episode.support_inputs, episode.support_targets)
+        in_dims = ((setup.task_dim(0), None), None, None, 0, 0)
+        kept += count * setup.executor.saved_bytes(
+            setup.model.bind(step), in_dims, (setup.initial_state(), {}), each, *support
+        )
+    query = (setup.initial, setup.shared[-1], setup.constants, episode.query_inputs, setup.beside_queries(episode))
+    of_query = (setup.task_dim(0), None, None, 0, 0)
+    return kept + setup.executor.saved_bytes(setup.model.bind(query_outputs), of_query, *query)
+
+
+def descend(setup: Setup, inputs: Any, targets: Any) -> Iterator[Parameters]:
     """The fast weights ``theta_0 … theta_S`` one by one, without what a gradient needs.
 
     Args:
@@ -229,11 +260,11 @@ def descend(setup: Setup, inputs: Tensor, targets: Tensor) -> Iterator[Parameter
     yield setup.initial
     for k, arguments in enumerate(setup.arguments()):
         in_dims = ((setup.task_dim(k), None), None, None, 0, 0)
-        state = setup.tracer(traced_step, in_dims, (state, {}), arguments, setup.buffers, inputs, targets)
+        state = setup.executor(traced_step, in_dims, (state, {}), arguments, setup.constants, inputs, targets)
         yield state[0]
 
 
-def adapt(setup: Setup, inputs: Tensor, targets: Tensor) -> Parameters:
+def adapt(setup: Setup, inputs: Any, targets: Any) -> Parameters:
     """The fast weights ``theta_S``, ``[T, ...]`` by name; the earlier ones are freed at once."""
     for fast in descend(setup, inputs, targets):  # noqa: B007
         pass
@@ -242,8 +273,8 @@ def adapt(setup: Setup, inputs: Tensor, targets: Tensor) -> Parameters:
 
 def predict(setup: Setup, fast: Parameters, step: int, chunk: Episode) -> Tensor:
     """The outputs ``[T, N*Q, ...]`` on the query inputs of networks with the fast weights of a step."""
-    arguments = (fast, setup.shared[step], setup.buffers, chunk.query_inputs, setup.beside_queries(chunk))
-    return setup.tracer(setup.model.bind(query_outputs), (setup.task_dim(step), None, None, 0, 0), *arguments)
+    arguments = (fast, setup.shared[step], setup.constants, chunk.query_inputs, setup.beside_queries(chunk))
+    return setup.executor(setup.model.bind(query_outputs), (setup.task_dim(step), None, None, 0, 0), *arguments)
 
 
 def query_gradient(
@@ -256,8 +287,8 @@ def query_gradient(
         predictions ``[T, N*Q, ...]``.
     """
     queries = (chunk.query_inputs, chunk.query_targets, setup.beside_queries(chunk))
-    arguments = (fast, setup.shared[step], setup.buffers, *queries)
-    return setup.tracer(setup.model.bind(_query_gradient), (setup.task_dim(step), None, None, 0, 0, 0), *arguments)
+    arguments = (fast, setup.shared[step], setup.constants, *queries)
+    return setup.executor(setup.model.bind(_query_gradient), (setup.task_dim(step), None, None, 0, 0, 0), *arguments)
 
 
 def _of_step(values: Parameters, step: int) -> Parameters:

@@ -69,13 +69,13 @@ def _forward(
     for k, arguments in enumerate(setup.arguments()):
         differentiable = {name: value for name, value in arguments.items() if with_gradient[name]}
         fixed = {name: value for name, value in arguments.items() if not with_gradient[name]}
-        before = setup.tracer.kept_bytes
-        state, pullback = setup.tracer.vjp(
+        before = setup.executor.kept_bytes
+        state, pullback = setup.executor.vjp(
             traced_step,
             ((setup.task_dim(k), None), None, None, 0, 0),
             (state, differentiable),
             fixed,
-            setup.buffers,
+            setup.constants,
             chunk.support_inputs,
             chunk.support_targets,
             recompute=setup.flat_memory.active and not first_order and k < setup.steps - 1,
@@ -83,8 +83,8 @@ def _forward(
         trajectory.append(state[0])
         pullbacks.append(pullback)
         if k == 0:
-            kept = setup.tracer.kept_bytes - before
-            setup.flat_memory.decide(kept, setup.steps, chunk.support_inputs.device)
+            kept = setup.executor.kept_bytes - before
+            setup.flat_memory.decide(kept, setup.steps, chunk.device)
     return trajectory, pullbacks, state[1]
 
 

@@ -20,6 +20,10 @@ BASES: dict[str, tuple[type, str]] = {
     "optimizer": (optim.Optimizer, "a torch.optim.Optimizer"),
     "lr_scheduler": (optim.lr_scheduler.LRScheduler, "a torch.optim.lr_scheduler.LRScheduler"),
 }
+_FUNCTIONS = {
+    "loss": "a function of (outputs, targets) with type annotations, such as torch.nn.functional.mse_loss,",
+    "metric": "a class of torchmetrics, or a function of (outputs, targets),",
+}
 _OWN = {"data": "my_module.MyData", "model.net": "my_module.MyNet"}
 
 
@@ -72,6 +76,12 @@ def explanation(message: str) -> str | None:
     Returns:
         None where the message is about something else.
     """
+    if function := re.search(
+        r'Parser key "(?:\w+\.)?model\.(loss|metric)".* callable class: ([^\n]+)', message, re.DOTALL
+    ):
+        name, reason = function[1], function[2].partition(". Got value")[0].rstrip(".")
+        given = re.search(r"(?:Given|Got) value: (?:\{'class_path': ')?([\w.]+)", message)
+        return f"model.{name} {given[1] if given else ''}: {reason}; give {_FUNCTIONS[name]} by its import path."
     setting = re.search(rf'Parser key "(?:\w+\.)?({"|".join(map(re.escape, BASES))})"', message)
     if setting and re.search(
         "add_function_arguments|no signature found", message

@@ -29,7 +29,7 @@ from maml_lightning.training.checkpoints import LastCheckpoint, read_checkpoint
 from maml_lightning.training.checks import check_strategy
 from maml_lightning.training.cost import CostMonitor
 from maml_lightning.training.inspection import AdaptationMonitor
-from maml_lightning.training.monitoring import check_loss, direction
+from maml_lightning.training.monitoring import check_loss, direction, score_of_loss
 from maml_lightning.training.reports import PredictionReport, TestReport
 
 SECONDS_TO_LEAVE = 20  # for the other processes, after a signal that all have agreed on
@@ -197,7 +197,7 @@ class MAMLCommandLine(LightningCLI):
             self.optimizer_follows = True
             config.optimizer = Namespace(class_path="torch.optim.Adam", init_args=Namespace(lr=config.model.outer_lr))
         if config.checkpoint.monitor is None:
-            score = getattr(locate(config.data.class_path), "score", "accuracy")
+            score = getattr(locate(config.data.class_path), "score", "accuracy") or score_of_loss(config.model.loss)
             config.checkpoint.monitor = f"val/{score}"
         if "checkpoint.mode" not in self.given:
             config.checkpoint.mode = direction(config.checkpoint.monitor, "checkpoint.mode")

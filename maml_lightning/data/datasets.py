@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from maml_lightning.data.random_numbers import Integers, below, choose, random_bits
+from maml_lightning.data.examples import Examples, Tree, take, tree_map
+from maml_lightning.data.pictures import AS_THEY_ARE, Preparation
+from maml_lightning.data.random_numbers import Bits, Integers, below, choose, random_bits
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
 
 Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 class TaskDataset(Dataset[Episode], ABC):
@@ -27,7 +30,7 @@ class TaskDataset(Dataset[Episode], ABC):
         seed: seed of the episodes.
     """
 
-    def __init__(self, split: str, episodes: int, *, shots: int, query_shots: int, seed: int):
+    def __init__(self, split: str, episodes: int, *, shots: int = 1, query_shots: int = 1, seed: int):
         self.split, self.episodes, self.seed = split, episodes, seed
         self.shots, self.query_shots = shots, query_shots
 
@@ -45,30 +48,33 @@ class TaskDataset(Dataset[Episode], ABC):
 class EpisodeDataset(TaskDataset):
     """Episodes drawn from the examples of one split's classes; a whole meta-batch is one gather.
 
-    Examples are ordered by label: ``K`` of label 0, then ``K`` of label 1, and so on, in the query set likewise.
+    Examples are ordered by label: ``K`` of label 0, then ``K`` of label 1, and so on, in the query set likewise. Inputs
+    of type uint8 are pictures, and 255 becomes 1.0; all others are as they are.
 
     Args:
-        images: ``[classes, examples, H, W]`` or ``[classes, examples, C, H, W]``, uint8; 255 becomes 1.0.
-        counts: how many examples each class has, if that differs; ``images`` is then ``[sum of counts, C, H, W]``.
+        examples: of the classes; or images ``[classes, examples, (C,) H, W]``, uint8.
         split: name of the split; its episodes depend on it.
         episodes: the length reported to a ``DataLoader``; any index from 0 is an episode.
-        ways: classes per episode ``N``, at least 2.
+        ways: classes per episode ``N``, at least 2; at least 1 if the examples have targets of their own.
         shots: support examples per class ``K``, at least 1.
         query_shots: query examples per class ``Q``, at least 1.
         seed: seed of the episodes.
         rotations: whether each class rotated by 90, 180 and 270 degrees is a class of its own (square images).
         pretraining: return the examples of a batch of episodes as one query set without a support set, labeled with
             their classes among all of the split's.
+        counts: how many examples each class has, if that differs; ``examples`` is then ``[sum of counts, C, H, W]``.
         groups: a group number for each class, if all classes of an episode must be of one group. Each group with
             enough classes is equally likely; rotated classes form groups of their own.
+        pictures: augmentation and normalization of the inputs.
 
     Raises:
-        SettingError: the split (or each of its groups) has too few classes, or too few examples per class.
+        SettingError: the split (or each of its groups) has too few classes, or too few examples per class; or the
+            inputs cannot be rotated or normalized.
     """
 
     def __init__(
         self,
-        images: Tensor,
+        examples: Tensor | Examples,
         split: str,
         episodes: int,
         *,
@@ -80,17 +86,25 @@ class EpisodeDataset(TaskDataset):
         pretraining: bool = False,
         counts: Sequence[int] | None = None,
         groups: Sequence[int] | None = None,
+        pictures: Preparation = AS_THEY_ARE,
     ):
         super().__init__(split, episodes, shots=shots, query_shots=query_shots, seed=seed)
-        if counts is None:
-            counts = [images.shape[1]] * images.shape[0]
-            images = (images if images.ndim == 5 else images.unsqueeze(2)).flatten(0, 1)
+        if not isinstance(examples, Examples):
+            examples = images(examples, counts)
+        _check_sizes(examples, split, ways, shots, query_shots)
+        if examples.targets is not None and (rotations or pretraining):
+            name = "rotations" if rotations else "pretraining"
+            raise SettingError(
+                f"data.{name} true needs classes as targets, but the {split} split has others; leave it out."
+            )
+        pictures.check(examples.inputs)
         turns = 4 if rotations else 1
         # rotated once, not after each draw: four times the memory, a third of the time
-        self.images = torch.cat([images.rot90(turn, (-2, -1)) for turn in range(4)]) if rotations else images
-        self.counts = np.array([*counts] * turns, np.int64)
+        self.examples = rotated(examples) if rotations else examples
+        self.counts = np.array(self.examples.counts, np.int64)
         self.starts = torch.from_numpy(self.counts.cumsum() - self.counts)
         self.ways, self.pretraining, self.classes = ways, pretraining, len(self.counts)
+        self.pictures = pictures
         if ways > self.classes:
             raise SettingError(
                 f"data.ways is {ways}, but the {split} split has {self.classes} classes; lower data.ways."
@@ -101,11 +115,6 @@ class EpisodeDataset(TaskDataset):
             raise SettingError(
                 f"data.ways is {ways}, but the largest group of the {split} split has {max(map(len, all_groups))} "
                 "classes; lower data.ways."
-            )
-        if shots + query_shots > self.counts.min():
-            raise SettingError(
-                f"data.shots + data.query_shots is {shots} + {query_shots}, but a class of the {split} split has "
-                f"{self.counts.min()} examples; lower one of the two."
             )
 
     def draw(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -123,22 +132,78 @@ class EpisodeDataset(TaskDataset):
         return torch.from_numpy(classes), torch.from_numpy(examples)
 
     def __getitems__(self, indices: Sequence[int]) -> Episode:
-        """The episodes with these indices as one batch: inputs float in [0, 1], targets int64."""
+        """The episodes with these indices as one batch; classes as targets are int64."""
         classes, examples = self.draw(indices)
+        rows = self.starts[classes][..., None] + examples
+        if self.examples.rows is not None:
+            rows = self.examples.rows[rows]
+        seeds = random_bits(self.seed, f"{self.split} transforms", indices, 2)
         if self.pretraining:
-            inputs = self._gather(classes, examples).flatten(0, 1)[None]
+            inputs = self._inputs(rows.flatten(1), seeds[:, 0])
+            inputs = tree_map(lambda leaf: leaf.flatten(0, 1)[None], inputs)
             targets = classes.flatten().repeat_interleave(examples.shape[-1])[None]
-            return Episode(inputs[:, :0], targets[:, :0], inputs, targets)
-        tensors: list[Tensor] = []
-        for part in (examples[..., : self.shots], examples[..., self.shots :]):
-            labels = torch.arange(self.ways).repeat_interleave(part.shape[-1])
-            tensors += [self._gather(classes, part), labels.repeat(len(indices), 1)]
-        return Episode(*tensors)
+            return Episode(tree_map(lambda leaf: leaf[:, :0], inputs), targets[:, :0], inputs, targets)
+        parts: list[Tree] = []
+        for part, drawn in enumerate((rows[..., : self.shots], rows[..., self.shots :])):
+            parts += [self._inputs(drawn.flatten(1), seeds[:, part]), self._targets(drawn, seeds[:, part])]
+        return Episode(*parts)
 
-    def _gather(self, classes: Tensor, examples: Tensor) -> Tensor:
-        rows = (self.starts[classes][..., None] + examples).flatten(1)
-        inputs = self.images.index_select(0, rows.flatten())
-        return inputs.view(*rows.shape, *inputs.shape[1:]).float().div_(255)
+    def _inputs(self, rows: Tensor, seeds: Bits) -> Tree:
+        """The inputs of these rows ``[T, n]``, each tensor ``[T, n, ...]``."""
+        inputs = take(self.examples.inputs, rows, seeds.tolist())
+        return _by_task(self.pictures.prepare(inputs, len(rows), seeds.tolist()), rows)
+
+    def _targets(self, rows: Tensor, seeds: Bits) -> Tree:
+        """The targets of these rows ``[T, N, n]``, each tensor ``[T, N*n, ...]``."""
+        if self.examples.targets is not None:
+            return _by_task(take(self.examples.targets, rows.flatten(1), seeds.tolist()), rows.flatten(1))
+        return torch.arange(self.ways).repeat_interleave(rows.shape[-1]).repeat(len(rows), 1)
+
+
+def images(pixels: Tensor, counts: Sequence[int] | None = None) -> Examples:
+    """The examples of images ``[classes, examples, (C,) H, W]``, or ``[n, C, H, W]`` and how many each class has."""
+    if counts is not None:
+        return Examples(pixels, counts)
+    channels = pixels if pixels.ndim == 5 else pixels.unsqueeze(2)
+    return Examples(channels.flatten(0, 1), [pixels.shape[1]] * pixels.shape[0])
+
+
+def rotated(examples: Examples) -> Examples:
+    """The examples with each class rotated by 90, 180 and 270 degrees as further classes.
+
+    Raises:
+        SettingError: the inputs are not square images.
+    """
+    inputs, count = examples.inputs, len(examples.counts)
+    if not isinstance(inputs, Tensor) or inputs.ndim < 3 or inputs.shape[-1] != inputs.shape[-2]:
+        shape = list(inputs.shape[1:]) if isinstance(inputs, Tensor) else "of several tensors, or not in memory"
+        raise SettingError(f"data.rotations true needs square pictures, but examples are {shape}; leave it out.")
+    names = [f"{examples.name(index)} rotated by {90 * turn}" for turn in range(1, 4) for index in range(count)]
+    rows = examples.rows
+    return Examples(
+        torch.cat([inputs.rot90(turn, (-2, -1)) for turn in range(4)]),
+        [*examples.counts] * 4,
+        [*(examples.name(index) for index in range(count)), *names],
+        None if rows is None else torch.cat([rows + turn * len(inputs) for turn in range(4)]),
+    )
+
+
+def _check_sizes(examples: Examples, split: str, ways: int, shots: int, query_shots: int) -> None:
+    least = 2 if examples.targets is None else 1
+    if ways < least:
+        raise SettingError(f"data.ways must be at least {least} (got {ways}); raise it.")
+    if len(examples.counts) == 0:
+        raise SettingError(f"The {split} split is empty; give it examples of at least {ways} classes.")
+    smallest = int(np.argmin(examples.counts))
+    if shots + query_shots > (count := examples.counts[smallest]):
+        raise SettingError(
+            f"data.shots + data.query_shots is {shots} + {query_shots}, but class {examples.name(smallest)} of the "
+            f"{split} split has {count} examples; lower one of the two, or leave the class out."
+        )
+
+
+def _by_task(tree: Tree, rows: Tensor) -> Tree:
+    return tree_map(lambda leaf: leaf.view(*rows.shape, *leaf.shape[1:]), tree)
 
 
 def _members(groups: Sequence[int], turns: int) -> list[Integers]:

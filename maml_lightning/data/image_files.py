@@ -59,8 +59,12 @@ def _image_files(folder: Path, parents: tuple[Path, ...] | None) -> Iterator[Pat
             yield file
 
 
-def class_folders(folder: Path) -> dict[str, list[Path]]:
-    """The image files of each class, one folder per class, by name.
+def class_folders(folder: Path, depth: int = 1) -> dict[str, list[Path]]:
+    """The image files of each class, at any depth in the class's folder, by name.
+
+    Args:
+        folder: holds the classes' folders.
+        depth: how many folders deep they are, at least 1. Of a class in ``a/b`` that is the name.
 
     Raises:
         SettingError: the folder is missing or cannot be read, or a class has no images.
@@ -68,8 +72,12 @@ def class_folders(folder: Path) -> dict[str, list[Path]]:
     if not folder.is_dir():
         raise SettingError(f"{shown(folder)} is not a folder; give one that holds a folder of images for each class.")
     with _readable(folder):
-        classes = [Path(entry) for entry in entries(folder) if stat.S_ISDIR(entry.stat().st_mode)]
-    found = {path.name: image_files(path) for path in classes}
+        inside = [Path(entry) for entry in entries(folder) if stat.S_ISDIR(entry.stat().st_mode)]
+    if depth > 1:
+        return {
+            f"{path.name}/{name}": files for path in inside for name, files in class_folders(path, depth - 1).items()
+        }
+    found = {path.name: image_files(path, nested=True) for path in inside}
     for name, files in found.items():
         if not files:
             raise SettingError(
@@ -117,6 +125,8 @@ def decode(
 ) -> Pixels:
     """An image as ``[channels, side, side]``, whatever its size and mode; transparency becomes white.
 
+    16 bits are scaled to 8, floats from [0, 1]; their negative values and those that are not finite become black.
+
     Args:
         source: a file or its bytes; of an animation the first frame.
         side: edge length afterwards, in pixels; resized by Lanczos.
@@ -135,8 +145,7 @@ def decode(
                     raise DecodeError(f"is {opened.size} pixels large, not {size}")
                 image = ImageOps.exif_transpose(opened)
                 if image.mode.startswith(("I", "F")):  # 16 bits and more, which convert() would clip
-                    values = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0).clip(0)
-                    image = Image.fromarray((values / max(values.max(), 1) * 255).astype(np.uint8))
+                    image = Image.fromarray(_eight_bits(np.asarray(image, np.float64), image.mode))
                 if image.has_transparency_data:
                     image = image.convert("RGBA")
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -154,6 +163,15 @@ def decode(
         raise DecodeError(
             f"cannot be read ({getattr(error, 'strerror', None) or 'it is not a complete image'})"
         ) from error
+
+
+def _eight_bits(values: npt.NDArray[np.float64], mode: str) -> Pixels:
+    """16-bit values, or floats in [0, 1], as 8 bits, all images alike; what is negative or not finite is black."""
+    highest, kind = (1, "floats") if mode.startswith("F") else (65535, "integers of 16 bits")
+    values = np.nan_to_num(values, posinf=0, neginf=0).clip(0)
+    if values.max(initial=0) > highest:
+        raise DecodeError(f"has values up to {values.max():.6g}, but {kind} are read as 0 to {highest}: scale them")
+    return (values * 255 / highest).astype(np.uint8)
 
 
 def _padded(image: Image.Image) -> Image.Image:

@@ -6,7 +6,6 @@ import io
 import os
 import re
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -16,8 +15,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from maml_lightning.data.checks import at_least
-from maml_lightning.data.datasets import Split
+from maml_lightning.data.datasets import SPLITS, EpisodeDataset, Split
+from maml_lightning.data.examples import Examples
 from maml_lightning.data.image_files import class_folders, read_image
+from maml_lightning.data.image_lists import listed_classes, listed_splits
 from maml_lightning.data.modules import EpisodicDataModule
 from maml_lightning.data.packs import (
     VERSION,
@@ -32,11 +33,11 @@ from maml_lightning.data.packs import (
     sweep,
     temporary,
 )
-from maml_lightning.data.random_numbers import choose, random_bits
+from maml_lightning.data.splits import check_disjoint, split_classes
 from maml_lightning.errors import SettingError
 from maml_lightning.files import shown, write_whole
 
-SHARES: dict[Split, float] = {"train": 0.64, "val": 0.16, "test": 0.2}  # of the classes; mini-ImageNet's proportions
+QUERY_SHOTS = 15  # of mini-ImageNet
 Shape = tuple[int, Literal[1, 3], int, int]  # images, channels, side, side
 
 
@@ -159,6 +160,17 @@ def _describe(file: Path, sources: Sources, pixels: list[int], digest: bytes, sh
     save_arrays(_about(file), about)
 
 
+def packed_digests(file: Path) -> dict[bytes, str]:
+    """The files that a pack was made from, by the digest of their bytes; none if it is not there."""
+    about = load_arrays(_about(file))
+    try:
+        sources = None if about is None else Sources.of_arrays(about)
+    except (ValueError, KeyError):
+        sources = None
+    found = () if sources is None else zip(sources.digests, sources.names, strict=True)
+    return {digest.tobytes(): name for digest, name in found}
+
+
 def _superseded(folder: Path, split: Split, side: int, channels: int) -> None:
     """Remove packs with the names of earlier versions, which held a checksum of the files' sizes and times."""
     name = re.compile(rf"(\.?){split}_{channels}x{side}_[0-9a-f]{{8}}\.npy(\.[0-9a-f]{{32}})?")
@@ -169,30 +181,26 @@ def _superseded(folder: Path, split: Split, side: int, channels: int) -> None:
                     file.unlink()
 
 
-def split_classes(names: Sequence[str], seed: int) -> dict[Split, list[str]]:
-    """Disjoint classes of each split, 64, 16 and 20 %, by a permutation that the seed draws."""
-    order = choose(random_bits(seed, "classes", [0], 2 * len(names)), len(names))[0]
-    ends = np.round(np.cumsum([0, *SHARES.values()]) * len(names)).astype(int)
-    return {
-        split: sorted(names[index] for index in order[first:last])
-        for split, first, last in zip(SHARES, ends[:-1], ends[1:], strict=True)
-    }
-
-
 class ImagesDataModule(EpisodicDataModule):
     """Episodes of your own images, ``ROOT/{train,val,test}/CLASS/*.png`` or other common formats.
 
-    Without those three folders (``ROOT/CLASS/*.png``) the classes are split 64/16/20 % by ``split_seed``. Classes may
-    differ in size; each needs at least ``shots + query_shots`` images. Images are packed once into ``ROOT/.packed``,
-    again when a file's bytes or the pack have changed, and mapped into memory, so they may be larger than it (with
-    ``rotations`` they are held in memory). A start compares each file's size, times and inode, and reads the files in
-    which one differs.
+    Without those three folders (``ROOT/CLASS/*.png``) the classes are split 64/16/20 % by ``split_seed``. With
+    ``ROOT/{train,val,test}.csv``, the columns ``filename`` and ``label`` name the images in ``ROOT/images`` or ROOT and
+    their classes, as of mini-ImageNet. Subfolders of a class count too. Classes may differ in size. No class and no
+    image may be in two splits.
+
+    Images are packed once into ``ROOT/.packed``, again when a file's bytes or the pack have changed, and mapped into
+    memory, so they may be larger than it (with ``rotations`` they are held in memory). A start compares each file's
+    size, times and inode, and reads the files in which one differs.
 
     Args:
-        root: the folder of the splits, or of the classes.
+        root: the folder of the splits, of the classes, or of the lists.
         size: edge length of the images in pixels, at least 1; images that are not square are cropped at the center.
         channels: 3 for color, 1 for grayscale; the network's ``in_channels``.
         split_seed: draws which classes are for training, validation and test, if there are no folders for them.
+        class_depth: how many folders deep the classes are: 1 for CLASS, 2 for ALPHABET/CHARACTER.
+        query_shots: query examples per class ``Q``, at least 1; null takes 15, or as many as the smallest class has
+            beside ``shots``.
 
     Raises:
         SettingError: a setting is out of range, or a folder or an image cannot be read.
@@ -204,50 +212,106 @@ class ImagesDataModule(EpisodicDataModule):
         size: int = 84,
         channels: Literal[1, 3] = 3,
         split_seed: int = 0,
+        class_depth: int = 1,
         *,
-        query_shots: int = 15,
+        query_shots: int | None = None,
         meta_batch_size: int = 4,
         train_episodes: int = 4000,
         **settings: Any,
     ):
         super().__init__(
-            query_shots=query_shots, meta_batch_size=meta_batch_size, train_episodes=train_episodes, **settings
+            query_shots=QUERY_SHOTS if query_shots is None else query_shots,
+            meta_batch_size=meta_batch_size,
+            train_episodes=train_episodes,
+            **settings,
         )
         at_least("size", size, 1)
+        at_least("class_depth", class_depth, 1)
         self.root, self.size, self.channels, self.split_seed = Path(root), size, channels, split_seed
+        self.class_depth, self._fits_query_shots = class_depth, query_shots is None
+        self._classes: dict[Split, dict[str, list[Path]]] = {}
 
     def classes_of(self, split: Split) -> dict[str, list[Path]]:
         """The image files of each class of a split.
 
         Raises:
-            SettingError: there are none, or only some of the three folders exist.
+            SettingError: there are none, or only some of the three folders or lists exist, or splits share a class.
         """
-        present = [name for name in SHARES if (self.root / name).is_dir()]
-        if len(present) == len(SHARES):
-            found = class_folders(self.root / split)
-        elif present:
-            missing = next(name for name in SHARES if name not in present)
-            raise SettingError(
-                f"data.root {shown(self.root)} has {', '.join(present)} but no folder {missing}; give all of train, "
-                "val and test, or only the classes."
-            )
-        else:
-            classes = class_folders(self.root)
-            found = {name: classes[name] for name in split_classes(list(classes), self.split_seed)[split]}
+        if not self._classes:
+            self._classes = self._find()
+            names = {f"data.root: {name}": list(found) for name, found in self._classes.items()}
+            check_disjoint(names, numbered_alone=True)
+        found = self._classes[split]
         if not found:
             raise SettingError(
-                f"data.root {shown(self.root)} has no folders of images for {split}; add one for each class."
+                f"data.root {shown(self.root)} has no folders of images for {split}; add one for each class, or lower "
+                "data.class_depth."
             )
         return found
 
-    def load_split(self, split: Split) -> tuple[Tensor, list[int]]:
-        """The images of a split, ``[images, channels, size, size]`` uint8, and how many each class has."""
+    def _find(self) -> dict[Split, dict[str, list[Path]]]:
+        for kind, present in (("list", listed_splits(self.root)), ("folder", _split_folders(self.root))):
+            if len(present) == len(SPLITS):
+                if kind == "list":
+                    return {split: listed_classes(self.root, split) for split in SPLITS}
+                return {split: class_folders(self.root / split, self.class_depth) for split in SPLITS}
+            if present:
+                end = ".csv" if kind == "list" else ""
+                missing = next(name for name in SPLITS if name not in present)
+                raise SettingError(
+                    f"data.root {shown(self.root)} has {', '.join(name + end for name in present)} but no {kind} "
+                    f"{missing}{end}; give all of train, val and test, or only the classes."
+                )
+        classes = class_folders(self.root, self.class_depth)
+        splits = split_classes(list(classes), self.split_seed)
+        return {split: {name: classes[name] for name in names} for split, names in splits.items()}
+
+    def make_dataset(self, split: Split) -> EpisodeDataset:
+        """Episodes of the split's images."""
+        if self._fits_query_shots:
+            sizes = [len(files) for name in SPLITS for files in self.classes_of(name).values()]
+            self.query_shots = max(1, min(QUERY_SHOTS, min(sizes) - self.shots))
+        return super().make_dataset(split)
+
+    def load_split(self, split: Split) -> Examples:
+        """The images of a split, ``[images, channels, size, size]`` uint8."""
         classes = self.classes_of(split)
-        separate = (self.root / split).is_dir()
-        folder, packs = self.root / split if separate else self.root, self.root / ".packed"
-        seed = "" if separate else f"_seed{self.split_seed}"  # draws the split's classes
-        names = [os.path.join(name, image.name) for name, files in classes.items() for image in files]
-        _superseded(packs, split, self.size, self.channels)
-        file = packs / f"{split}{seed}_{self.channels}x{self.size}.npy"
-        images = pack(folder, names, file, self.size, self.channels)
-        return images, [len(files) for files in classes.values()]
+        folder = self._folder(split)
+        start = len(os.path.join(folder, ""))
+        names = [str(image)[start:] for files in classes.values() for image in files]
+        _superseded(self.root / ".packed", split, self.size, self.channels)
+        images = pack(folder, names, self._pack(split), self.size, self.channels)
+        for other in SPLITS:
+            if other != split:
+                self._check_nothing_shared(split, other)
+        return Examples(images, [len(files) for files in classes.values()], list(classes))
+
+    def _separate(self, split: Split) -> bool:
+        """Whether a split has a folder of its own."""
+        return (self.root / split).is_dir() and not listed_splits(self.root)
+
+    def _folder(self, split: Split) -> Path:
+        return self.root / split if self._separate(split) else self.root
+
+    def _pack(self, split: Split) -> Path:
+        drawn = not self._separate(split) and not listed_splits(self.root)
+        seed = f"_seed{self.split_seed}" if drawn else ""  # draws the split's classes
+        return self.root / ".packed" / f"{split}{seed}_{self.channels}x{self.size}.npy"
+
+    def _check_nothing_shared(self, *splits: Split) -> None:
+        """Compare the digests of two splits' files, where both are packed."""
+        ours, theirs = (packed_digests(self._pack(split)) for split in splits)
+        if same := ours.keys() & theirs.keys():
+            digest = min(same, key=lambda each: ours[each])
+            first, second = (
+                shown((self._folder(split) / names[digest]).relative_to(self.root))
+                for split, names in zip(splits, (ours, theirs), strict=True)
+            )
+            raise SettingError(
+                f"data.root {shown(self.root)}: {first} of {splits[0]} and {second} of {splits[1]} are the same "
+                "picture; remove one."
+            )
+
+
+def _split_folders(root: Path) -> list[str]:
+    return [split for split in SPLITS if (root / split).is_dir()]

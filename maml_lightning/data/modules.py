@@ -1,7 +1,7 @@
 """What data modules of episodes share: their settings, described once, and their data loaders."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from maml_lightning.data.checks import at_least, whole_meta_batches, whole_shares
-from maml_lightning.data.datasets import EpisodeDataset, Split, TaskDataset
+from maml_lightning.data.datasets import SPLITS, EpisodeDataset, Split, TaskDataset, images
+from maml_lightning.data.examples import Examples
 from maml_lightning.data.inherited_settings import full_docstring, full_signature
 from maml_lightning.data.loading import EpisodeLoader, EpisodeSampler
+from maml_lightning.data.pictures import Preparation
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
 
@@ -34,13 +36,14 @@ class TaskDataModule(LightningDataModule, ABC):
         num_workers: worker processes per data loader; 0 samples in the main process.
 
     Attributes:
-        score: what is logged of these tasks, ``accuracy`` or ``mse``; the best checkpoint is the best by it.
+        score: what is logged of these tasks, ``accuracy`` or ``mse``; the best checkpoint is the best by it. None where
+            that depends on their targets.
 
     Raises:
         SettingError: a setting is out of range.
     """
 
-    score: Literal["accuracy", "mse"] = "accuracy"
+    score: Literal["accuracy", "mse"] | None = "accuracy"
 
     def __init__(
         self,
@@ -93,8 +96,10 @@ class TaskDataModule(LightningDataModule, ABC):
             "test": ("test",),
             "predict": ("test",),
         }
-        for split in needed.get(stage, ("train", "val", "test")):
-            self._dataset(split)
+        without_validation = self.trainer is not None and self.trainer.limit_val_batches == 0
+        for split in needed.get(stage, SPLITS):
+            if split != "val" or stage != "fit" or not without_validation:
+                self._dataset(split)
 
     def train_dataloader(self) -> DataLoader[Episode]:
         """Meta-batches of new episodes at every epoch."""
@@ -141,22 +146,40 @@ class TaskDataModule(LightningDataModule, ABC):
 
 
 class EpisodicDataModule(TaskDataModule):
-    """Data loaders of episodes of classified images; a data set adds `load_split`.
+    """Data loaders of episodes of classified examples; a data set adds `load_split`.
 
     Args:
         rotations: whether training adds each class rotated by 90, 180 and 270 degrees as further classes.
         pretraining: train on all training classes at once, the examples of a meta-batch pooled, for a network
             with that many outputs in training and ``inner_steps`` 0 (ordinary pretraining, the baseline).
         ways: classes per episode ``N``, at least 2.
+        mean: subtracted from each channel of pictures ``[C, H, W]`` in [0, 1]: one value or one for each channel.
+        std: by which each channel is divided then.
+        augmentation: transforms of each training picture, such as torchvision.transforms.v2.RandomHorizontalFlip, by
+            class path; they receive uint8 pictures. Their random numbers depend on the episode alone.
 
     Raises:
         SettingError: a setting is out of range.
     """
 
-    def __init__(self, *, rotations: bool = False, pretraining: bool = False, ways: int = 5, **settings: int):
+    least_ways = 2  # 1 where examples may have targets of their own
+
+    def __init__(
+        self,
+        *,
+        rotations: bool = False,
+        pretraining: bool = False,
+        ways: int = 5,
+        mean: float | list[float] | None = None,
+        std: float | list[float] | None = None,
+        augmentation: list[Callable] | None = None,
+        **settings: int,
+    ):
         super().__init__(**settings)
-        at_least("ways", ways, 2)
-        self.ways, self.rotations, self.pretraining = ways, rotations, pretraining
+        at_least("ways", ways, self.least_ways)
+        self.ways: int | None = ways
+        self._drawn, self.rotations, self.pretraining = ways, rotations, pretraining
+        self.pictures = Preparation(_values(mean), _values(std), augmentation or ())
 
     @property
     def pretraining_classes(self) -> int:
@@ -164,35 +187,51 @@ class EpisodicDataModule(TaskDataModule):
         return cast(EpisodeDataset, self._dataset("train")).classes
 
     @abstractmethod
-    def load_split(self, split: Split) -> Tensor | tuple[Tensor, Sequence[int]]:
-        """The images of a split: ``[classes, examples, (C,) H, W]``, uint8; or ``[n, C, H, W]`` and classes' counts."""
+    def load_split(self, split: Split) -> Tensor | tuple[Tensor, Sequence[int]] | Examples:
+        """The examples of a split.
+
+        Returns:
+            images ``[classes, examples, (C,) H, W]``, uint8; or images ``[n, C, H, W]`` and how many each class has; or
+            `Examples`, whose inputs may have any type and shape.
+        """
 
     def groups_of(self, split: Split) -> Sequence[int] | None:
         """A group number for each class of a split, if all classes of an episode must be of one group."""
         return None
 
     def make_dataset(self, split: Split) -> EpisodeDataset:
-        """Episodes of the split's images."""
-        loaded = self.load_split(split)
-        images, counts = (loaded, None) if isinstance(loaded, Tensor) else loaded
-        if images.dtype != torch.uint8 or images.ndim not in ((4, 5) if counts is None else (4,)):
-            raise SettingError(
-                f"{type(self).__name__}.load_split gives {images.dtype} {list(images.shape)}; give uint8 (0 to 255) "
-                "images [classes, examples, (C,) H, W], or [n, C, H, W] and the number of each class's."
-            )
+        """Episodes of the split's examples."""
+        training = split == "train"
         return EpisodeDataset(
-            images,
+            self._examples(split),
             split,
             self.episodes[split],
-            ways=self.ways,
+            ways=self._drawn,
             shots=self.shots,
             query_shots=self.query_shots,
             seed=self.seed,
-            rotations=self.rotations and split == "train",
-            pretraining=self.pretraining and split == "train",
-            counts=counts,
+            rotations=self.rotations and training,
+            pretraining=self.pretraining and training,
             groups=self.groups_of(split),
+            pictures=self.pictures if training else self.pictures._replace(augmentation=()),
         )
+
+    def _examples(self, split: Split) -> Examples:
+        loaded = self.load_split(split)
+        if isinstance(loaded, Examples):
+            return loaded
+        pixels, counts = (loaded, None) if isinstance(loaded, Tensor) else loaded
+        if pixels.dtype != torch.uint8 or pixels.ndim not in ((4, 5) if counts is None else (4,)):
+            raise SettingError(
+                f"{type(self).__name__}.load_split gives {pixels.dtype} {list(pixels.shape)}; give uint8 (0 to 255) "
+                "images [classes, examples, (C,) H, W], or [n, C, H, W] and the number of each class's, or "
+                "maml_lightning.data.Examples, which may have any type."
+            )
+        return images(pixels, counts)
+
+
+def _values(given: float | list[float] | None) -> list[float] | None:
+    return [given] if isinstance(given, int | float) else given
 
 
 def _identity(batch: Any) -> Any:

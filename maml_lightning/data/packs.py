@@ -22,7 +22,7 @@ import psutil
 from maml_lightning.errors import SettingError
 from maml_lightning.files import shown, write_whole
 
-VERSION = 1  # of the format; a pack of another version is made again
+VERSION = 2  # of format and decoding; a pack of another version is made again
 GRAIN = 2_000_000_000  # ns; a file written less than this ago may be rewritten without a change of its times
 ABANDONED = 3600  # seconds without a write
 DIGEST = 16  # bytes

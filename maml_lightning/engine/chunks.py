@@ -1,23 +1,25 @@
-"""A meta-batch in chunks of tasks: the mean over all of them, and the chunk size that is fastest.
+"""A meta-batch in chunks of tasks: the mean over all of them, and how many tasks a chunk has.
 
 A function of a chunk adds the chunk's gradients to running sums, so that one chunk at a time is in memory.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from maml_lightning.engine.kernels.layout import kernel_layout, sum_over_tasks
-from maml_lightning.engine.memory import free_bytes, out_of_memory
-from maml_lightning.engine.tracing import Tracer
+from maml_lightning.engine.memory import free_bytes
 from maml_lightning.episodes import Episode
+from maml_lightning.structures import Part, mapped
 
 Parameters = dict[str, Tensor]
+
+# On a CPU, tasks that keep more than this are not vectorized together (docs/performance.md has the measurements).
+VECTORIZED_BYTES = 256 * 2**20
 
 
 class MetaGradient(NamedTuple):
@@ -25,7 +27,7 @@ class MetaGradient(NamedTuple):
 
     Args:
         loss: the outer loss, mean over tasks, a scalar.
-        gradient: of ``loss`` with respect to each parameter, shaped like it.
+        gradient: of ``loss`` with respect to each parameter that is not frozen, shaped like it.
         rates: of ``loss`` with respect to each inner learning rate that requires a gradient, shaped like it.
         predictions: the adapted networks' outputs on the query inputs, ``[T, N*Q, ...]``.
     """
@@ -43,12 +45,13 @@ ChunkFunction = Callable[[Episode, MetaGradient], tuple[Tensor, Tensor]]
 def split(episode: Episode, size: int | None) -> Iterator[Episode]:
     """The episode in chunks of at most ``size`` tasks; None takes all at once."""
     size = size or episode.tasks
-    return (Episode(*parts) for parts in zip(*(tensor.split(size) for tensor in episode), strict=True))
+    starts = range(0, episode.tasks, size)
+    return (mapped(lambda tensor, start=start: tensor[start : start + size], episode) for start in starts)  # type: ignore[misc]
 
 
-def detached(tensor: Tensor) -> Tensor:
-    """The tensor without its graph, and a copy of it if it was made in inference mode, where nothing is recorded."""
-    return tensor.detach().clone() if tensor.is_inference() else tensor.detach()
+def detached(part: Part) -> Part:
+    """The tensors without their graphs, and copies of those made in inference mode, where nothing is recorded."""
+    return mapped(lambda tensor: tensor.detach().clone() if tensor.is_inference() else tensor.detach(), part)
 
 
 def add_sum(total: Parameters, gradient: Parameters, step: int) -> None:
@@ -78,7 +81,8 @@ def mean_over_tasks(
         rates: what the gradient of the inner learning rates is of.
         size: tasks in a chunk; None takes all.
     """
-    total = MetaGradient(torch.zeros(()), _zeros(params), _zeros(rates), torch.zeros(()))
+    trained = {name: value for name, value in params.items() if value.requires_grad}
+    total = MetaGradient(torch.zeros(()), _zeros(trained or params), _zeros(rates), torch.zeros(()))
     results = [function(chunk, total) for chunk in split(episode, size)]
     losses, predictions = (torch.cat(parts) for parts in zip(*results, strict=True))
     for value in (*total.gradient.values(), *total.rates.values()):
@@ -86,49 +90,22 @@ def mean_over_tasks(
     return MetaGradient(losses.mean(), total.gradient, total.rates, predictions)
 
 
-def fastest_size(run: Callable[[Episode], object], episode: Episode, tracer: Tracer) -> int:
-    """The chunk size that costs least per task, the same on every process; random draws here leave no trace.
+def chunk_size(bytes_per_task: int, tasks: int, device: torch.device) -> int:
+    """How many tasks to vectorize together: the same on every process and in every run, for nothing is timed.
+
+    Together tasks share the cost of starting each operator; apart they stay in the processor's caches and need less
+    memory. On a GPU, where starting costs most, as many as memory has room for.
 
     Args:
-        run: computes one chunk.
-        episode: ``T`` tasks to measure with.
-        tracer: what ``run`` runs on; it counts the bytes that a chunk keeps.
+        bytes_per_task: that a task keeps for the backward pass.
+        tasks: in the meta-batch, ``T``.
+        device: where they run.
     """
-    device, tasks = episode.support_inputs.device, episode.tasks
-
-    def run_first(size: int) -> None:
-        run(next(split(episode, size)))
-
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        size = max(tasks // 4, 1)
-        tracer.kept_bytes = 0
-        run_first(size)
-        fits = tracer.kept_bytes * tasks / size < free_bytes(device) / 2
-        if fits and tasks > size and _is_faster(run_first, tasks, size, device):
-            size = tasks
-        else:
-            while size > 1 and _is_faster(run_first, max(size // 4, 1), size, device):
-                size = max(size // 4, 1)
-    best = [size]
-    if dist.is_available() and dist.is_initialized():
-        dist.broadcast_object_list(best)
-    return best[0]
-
-
-def _is_faster(run: Callable[[int], object], size: int, other: int, device: torch.device) -> bool:
-    # In turns, for a machine is not equally fast at all times; a gain within the noise is none.
-    taken: dict[int, list[float]] = {size: [], other: []}
-    try:
-        for _ in range(2):
-            run(size)  # traces, compiles, warms up
-        for _ in range(3):
-            for each, times in taken.items():
-                times.append(seconds(partial(run, each), device) / each)
-    except RuntimeError as error:
-        if out_of_memory(error):
-            return False
-        raise
-    return min(taken[size]) < 0.97 * min(taken[other])
+    budget = VECTORIZED_BYTES if device.type == "cpu" else free_bytes(device) // 4
+    most = max(min(budget // max(bytes_per_task, 1), tasks), 1)
+    # Chunks of one size share their graphs; of unlike sizes they are at least nearly equal.
+    even = next(size for size in range(most, 0, -1) if tasks % size == 0)
+    return even if 2 * even > most else math.ceil(tasks / math.ceil(tasks / most))
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:

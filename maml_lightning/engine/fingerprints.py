@@ -1,15 +1,16 @@
 """What a function depends on beside its tensors, as one hashable value: a trace is valid only while it stays the same.
 
-A trace remembers the Python that ran: modes, attributes, layers. Two networks with equal fingerprints compute the same
-function of parameters, buffers and inputs; parameters and buffers are therefore left out, but for their names.
+A trace remembers the Python that ran: modes, attributes, layers, the class attributes and global variables that their
+code reads. Two networks with equal fingerprints compute the same function of parameters, buffers and inputs; parameters
+and buffers are therefore left out, but for their names.
 """
 
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from dataclasses import is_dataclass
-from functools import partial
-from types import FunctionType
+from functools import cache, partial
+from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 
 _PLAIN = {int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
 _CONTAINERS = {dict, OrderedDict, list, tuple, set}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_FIXED = {"torch", "torchvision", "numpy", "math", "builtins", "maml_lightning"}  # code that nobody changes in a run
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_DERIVED = {"_flat_weights", "_flat_weight_refs"}  # recurrent layers derive them from their parameters at each call
 
 
 class _Identity:
@@ -44,7 +47,7 @@ def fingerprint(value: Any) -> Hashable:
 
 
 def has_hooks(value: Any) -> bool:
-    """Whether a module among ``value``'s parts has forward hooks, which run at each call and not in a replay."""
+    """Whether a module among ``value``'s parts has hooks, which run at each call and not in a replay."""
     modules = (layer for part in value if isinstance(part, nn.Module) for layer in part.modules())
     if any(getattr(nn.modules.module, f"_global{name}") for name in _HOOKS):
         return True
@@ -71,8 +74,8 @@ def _of(value: Any, seen: dict[int, int]) -> Hashable:
         return (kind, _of(value.func, seen), _of(value.args, seen), _of(value.keywords, seen))
     if isinstance(value, Tensor):
         return (_identity(value), None if value.is_inference() else value._version)
-    if isinstance(value, FunctionType) and value.__closure__:
-        return (_identity(value), *[_of(cell.cell_contents, seen) for cell in value.__closure__])
+    if isinstance(value, FunctionType):
+        return _function(value, seen)
     attributes = getattr(value, "__dict__", {}) if not isinstance(value, type) else {}
     if is_dataclass(value) and not isinstance(value, type):
         return (kind, *[(n, _of(v, seen)) for n, v in attributes.items()])
@@ -81,18 +84,54 @@ def _of(value: Any, seen: dict[int, int]) -> Hashable:
 
 def _module(net: nn.Module, seen: dict[int, int]) -> Hashable:
     attributes = vars(net)
-    parts: list[Any] = [type(net), *attributes]
+    parts: list[Any] = [type(net), *_class(type(net), seen), *attributes]
     for name, value in attributes.items():
         kind = type(value)
         if kind in _PLAIN:
             parts += (kind, value)
         elif kind in _CONTAINERS and not value:  # most are: no hooks, no buffers
             parts.append(kind)
+        elif name in _DERIVED:
+            continue
         elif name in ("_parameters", "_buffers"):
             parts.append(tuple([(n, v is None) for n, v in value.items()]))
         else:
             parts.append(_of(value, seen))
     return tuple(parts)
+
+
+def _class(kind: type, seen: dict[int, int]) -> list[Hashable]:
+    """The attributes of a class, and what its methods depend on; once in a fingerprint."""
+    if seen.setdefault(id(kind), len(seen)) != len(seen) - 1:
+        return []
+    own = [cls for cls in kind.__mro__ if _root(cls.__module__) not in _FIXED]
+    attributes = [(n, getattr(v, "__func__", v)) for cls in own for n, v in vars(cls).items() if not n.startswith("__")]
+    return [(n, _of(v, seen)) for n, v in attributes if type(v) in (_PLAIN | _CONTAINERS | {FunctionType, Tensor})]
+
+
+def _function(function: FunctionType, seen: dict[int, int]) -> Hashable:
+    """A function by identity, what it closes over, and the global variables that its code reads."""
+    if _root(function.__module__) in _FIXED:
+        return _identity(function)
+    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+    names, variables = _names(function.__code__), function.__globals__
+    read = [(name, variables[name]) for name in names if name in variables]
+    for name, value in list(read):  # `settings.temperature`: a variable of another module
+        if isinstance(value, ModuleType) and _root(value.__name__) not in _FIXED:
+            read += [(f"{name}.{n}", vars(value)[n]) for n in names if n in vars(value)]
+    read = [(name, value) for name, value in read if not isinstance(value, ModuleType | type)]
+    return (_identity(function), *[_of(value, seen) for value in cells], *[(n, _of(v, seen)) for n, v in read])
+
+
+@cache
+def _names(code: CodeType) -> tuple[str, ...]:
+    """The names that code reads, that of functions inside it included."""
+    inner = (name for const in code.co_consts if isinstance(const, CodeType) for name in _names(const))
+    return tuple(dict.fromkeys((*code.co_names, *inner)))
+
+
+def _root(module: str | None) -> str:
+    return (module or "").partition(".")[0]
 
 
 def _identity(value: Any) -> Hashable:

@@ -25,10 +25,12 @@ structure: Callable[[pytree.TreeSpec], Hashable] = (
 
 
 def simplify(graph: fx.GraphModule) -> None:
-    """Compute equal subexpressions once and merge sums, unless the graph writes in place."""
+    """Drop copies, compute equal subexpressions once and merge sums, unless the graph writes in place."""
     if not any(is_mutable(node) for node in graph.graph.nodes):
+        _drop_copies(graph.graph)
         _share(graph.graph)
         _merge_sums(graph.graph)
+        _copy_where_a_view_fails(graph.graph)
     graph.recompile()
 
 
@@ -46,6 +48,27 @@ def _share(graph: fx.Graph) -> None:
 
 
 _aten = torch.ops.aten
+# What a tensor's strides change the values of.
+_STRIDED = {_aten.as_strided.default, _aten.as_strided_scatter.default, _aten.view.dtype, _aten.view_as_complex.default}
+
+
+def _drop_copies(graph: fx.Graph) -> None:
+    """Copies that are for the network's own code, which has run: between kernels data stays channels-last."""
+    if any(node.target in _STRIDED for node in graph.nodes):
+        return
+    for node in list(graph.nodes):
+        if node.target is _aten.clone.default and not any(user.op == "output" for user in node.users):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _copy_where_a_view_fails(graph: fx.Graph) -> None:
+    """Strides differ from the traced ones where copies were dropped, and where fake tensors have others than real."""
+    for node in graph.nodes:
+        if node.target in (_aten.view.default, _aten._unsafe_view.default):
+            node.target = _aten.reshape.default
+
+
 _LINEAR = {
     _aten.view.default,
     _aten._unsafe_view.default,
@@ -96,7 +119,8 @@ def _same(a: fx.Node, b: fx.Node) -> bool:
     return all(getattr(a.meta["val"], what) == getattr(b.meta["val"], what) for what in ("shape", "dtype"))
 
 
-def _output(graph: fx.Graph) -> fx.Node:
+def output_of(graph: fx.Graph) -> fx.Node:
+    """The node that returns the results."""
     return next(node for node in reversed(graph.nodes) if node.op == "output")
 
 
@@ -105,9 +129,19 @@ def is_mutable(node: fx.Node) -> bool:
     return node.op == "call_function" and getattr(getattr(node.target, "_schema", None), "is_mutable", False)
 
 
-def _copy(
+def depending_on(sources: Iterable[fx.Node], nodes: Iterable[fx.Node]) -> dict[fx.Node, None]:
+    """The sources, and what is computed from them, in the order of ``nodes``."""
+    dependent = dict.fromkeys(sources)
+    for node in nodes:
+        if any(source in dependent for source in node.all_input_nodes):
+            dependent[node] = None
+    return dependent
+
+
+def subgraph(
     nodes: Iterable[fx.Node], placeholders: Iterable[fx.Node], outputs: Any, owner: fx.GraphModule
 ) -> fx.GraphModule:
+    """A part of a graph as a module: ``nodes``, of ``placeholders``, which may be any nodes of the graph."""
     graph, copies = fx.Graph(), {}
     for node in placeholders:
         copies[node] = graph.placeholder(node.name)
@@ -134,19 +168,16 @@ def cut(joint: fx.GraphModule, cotangents: int, outputs: int) -> tuple[fx.GraphM
     nodes = [node for node in joint.graph.nodes if node.op != "output"]
     inputs = [node for node in nodes if node.op == "placeholder"]
     primals, cotangent_inputs = inputs[: len(inputs) - cotangents], inputs[len(inputs) - cotangents :]
-    dependent = dict.fromkeys(cotangent_inputs)  # on the cotangents
-    for node in nodes:
-        if any(source in dependent for source in node.all_input_nodes):
-            dependent[node] = None
+    dependent = depending_on(cotangent_inputs, nodes)
     if any(is_mutable(node) for node in dependent):
         raise ValueError("the backward half writes in place")
-    results: Any = _output(joint.graph).args[0]
+    results: Any = output_of(joint.graph).args[0]
     values, gradients = list(results[:outputs]), list(results[outputs:])
     independent = [node for node in nodes if node not in dependent]
     residuals = [n for n in independent if n in gradients or any(user in dependent for user in n.users)]
     forward_nodes, backward_nodes = (
         [node for node in half if node.op != "placeholder"] for half in (independent, dependent)
     )
-    forward = _copy(forward_nodes, primals, [values, residuals], joint)
-    backward = _copy(backward_nodes, [*residuals, *cotangent_inputs], gradients, joint)
+    forward = subgraph(forward_nodes, primals, [values, residuals], joint)
+    backward = subgraph(backward_nodes, [*residuals, *cotangent_inputs], gradients, joint)
     return forward, backward

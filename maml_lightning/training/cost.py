@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from maml_lightning.engine.memory import peak_bytes
 from maml_lightning.processes import every_process, reduce_logged
+from maml_lightning.structures import leaves
 
 WARM_UP = 5  # meta-steps at the start of a run that measure settings, trace and compile
 
@@ -54,7 +55,7 @@ class CostMonitor(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock, unless it runs already: over all steps at once a device need not be waited for at each."""
-        self._tasks = len(batch[0]) * trainer.world_size * trainer.accumulate_grad_batches
+        self._tasks = len(leaves(batch)[0]) * trainer.world_size * trainer.accumulate_grad_batches
         if self._begun is None and trainer.global_step >= self._warm:
             self._begun = now(trainer.strategy.root_device), trainer.global_step
 

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from maml_lightning.analysis.drawing import Tile, contact_sheet
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
+from maml_lightning.structures import mapped
 from maml_lightning.training import scores
 from maml_lightning.training.module import MAML
 
@@ -23,10 +25,11 @@ class AdaptationMonitor(Callback):
     """Shows in TensorBoard, at each validation, what adaptation does to the first validation episodes.
 
     ``inspect/episodes``: support and query pictures with the labels given to them before and after adaptation, wrong
-    ones in red; of regression from one number to one, the curves before and after. ``inspect/adaptation``: score and
-    loss after each inner step, to twice as many as the evaluation takes (at least two more). ``val/inner_update_norm``:
-    how far adaptation moves the parameters, mean over the shown episodes. ``inner_lr/NAME``: histograms of
-    learned inner learning rates.
+    ones in red; of regression from one number to one, the curves before and after; of other tasks nothing.
+    ``inspect/adaptation``: score and loss after each inner step, to twice as many as the evaluation takes (at least
+    two more). ``val/inner_update_norm``: how far adaptation moves the parameters, mean over the shown episodes.
+    ``inner_lr/NAME``: histograms of learned inner learning rates. What cannot be shown is said in one line, and
+    training continues.
 
     Args:
         episodes: how many episodes to show; 0 shows none.
@@ -40,13 +43,14 @@ class AdaptationMonitor(Callback):
             raise SettingError(f"inspection.episodes must be at least 0 (got {episodes}).")
         self.episodes = episodes
         self._first: Episode | None = None
+        self._said = False
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         """Keep the first episodes."""
-        if batch_idx == 0 and self.episodes and trainer.is_global_zero:
-            self._first = Episode(*(part[: max(self.episodes, CURVES)] for part in batch))
+        if batch_idx == 0 and self.episodes and trainer.is_global_zero and isinstance(pl_module, MAML):
+            self._first = mapped(lambda tensor: tensor[: max(self.episodes, CURVES)], Episode(*batch).check())
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write images, figures and histograms of the first episodes."""
@@ -54,13 +58,20 @@ class AdaptationMonitor(Callback):
         writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if first is None or trainer.sanity_checking or not writers or not isinstance(pl_module, MAML):
             return
+        try:
+            self._show(first, trainer.global_step, pl_module, writers)
+        except Exception as error:  # such as memory that runs out: twice as many steps are taken as in the evaluation
+            if not self._said:
+                self._said = True
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                rank_zero_info(f"inspection shows nothing here ({reason}); --inspection.episodes 0 leaves it out.")
+
+    def _show(self, first: Episode, step: int, pl_module: MAML, writers: list[Any]) -> None:
         steps = pl_module.eval_inner_steps
-        step, most = trainer.global_step, max(2 * steps, steps + 2)
-        outputs = pl_module.trajectory(first, most)
-        pictures = first.query_inputs.dim() == 5 and first.query_inputs.shape[2] in (1, 3)
-        sheet = _episodes_sheet(first, outputs, self.episodes, steps) if pictures else None
+        outputs = pl_module.trajectory(first, max(2 * steps, steps + 2))
+        sheet = _episodes_sheet(first, outputs, self.episodes, steps) if _are_pictures(first, outputs[0]) else None
         curves = {"inspect/adaptation": _adaptation_figure(first, outputs, pl_module)}
-        if first.query_targets.is_floating_point() and first.query_inputs[0, 0].numel() == 1:
+        if _is_curve(first, outputs[0]):
             curves["inspect/episodes"] = _regression_figure(first, outputs, self.episodes, steps)
         norms = pl_module.inner_update_norms(first)[: self.episodes]
         for writer in writers:
@@ -71,6 +82,28 @@ class AdaptationMonitor(Callback):
             writer.add_scalar("val/inner_update_norm", norms.mean().item(), step)
             for name, rate in pl_module.adaptation.learnt.items():
                 writer.add_histogram(f"inner_lr/{name}", rate.detach().float(), step)
+
+
+def _are_pictures(first: Episode, outputs: Tensor) -> bool:
+    """Whether inputs are pictures of one class each."""
+    inputs, targets = first.query_inputs, first.query_targets
+    if not isinstance(inputs, Tensor) or not isinstance(targets, Tensor) or not inputs.is_floating_point():
+        return False
+    labels = targets.dim() == 2 and not targets.is_floating_point() and outputs.dim() == 3 and outputs.shape[2] > 1
+    return labels and inputs.dim() == 5 and inputs.shape[2] in (1, 3)
+
+
+def _is_curve(first: Episode, outputs: Tensor) -> bool:
+    """Whether each example is of one number, with one number as its target and its output."""
+    if not all(isinstance(part, Tensor) and part.is_floating_point() for part in first):
+        return False
+    support, query = first.support_targets.shape[:2], first.query_targets.shape[:2]
+    inputs, targets = (first.support_inputs, first.query_inputs), (first.support_targets, first.query_targets)
+    return all(
+        part.numel() == size.numel()
+        for pair in (inputs, targets, (first.support_targets, outputs))
+        for part, size in zip(pair, (support, query), strict=True)
+    )
 
 
 def _episodes_sheet(first: Episode, outputs: list[Tensor], episodes: int, steps: int) -> Image.Image:
@@ -93,11 +126,13 @@ def _episodes_sheet(first: Episode, outputs: list[Tensor], episodes: int, steps:
 def _adaptation_figure(first: Episode, outputs: list[Tensor], maml: MAML) -> Figure:
     """Score and loss against inner steps; the evaluation's own number is marked."""
     steps = range(len(outputs))
-    curve = scores.episode_scores(outputs, first.query_targets, scores.ignored_target(maml.loss)).nanmean(0).tolist()
-    losses = [maml.loss(output.flatten(0, 1), first.query_targets.flatten(0, 1)).item() for output in outputs]
-    figure = Figure(figsize=(6, 3))
+    losses = [scores.episode_losses(maml.loss, output, first.query_targets).nanmean().item() for output in outputs]
+    curves = maml.scoring.columns(outputs, first.query_targets).nanmean(0).view(-1, len(outputs)).tolist()
+    shown = {**dict(zip(maml.scoring.names, curves, strict=True)), "loss": losses}
+    figure = Figure(figsize=(3 * len(shown), 3))
     figure.subplots_adjust(0.1, 0.17, 0.98, 0.95, wspace=0.25)  # "constrained" takes twice as long as the drawing
-    for axes, values, name in zip(figure.subplots(1, 2), (curve, losses), (maml.score_name, "loss"), strict=True):
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axes, (name, values) in zip(panels, shown.items(), strict=True):
         axes.plot(steps, values, marker=".")
         axes.axvline(maml.eval_inner_steps, color="grey", linestyle=":")
         axes.set(xlabel="inner steps", ylabel=name)

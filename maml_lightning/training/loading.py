@@ -18,7 +18,7 @@ Module = TypeVar("Module", bound=LightningModule)
 
 
 def load_module(
-    kind: type[Module],
+    module_class: type[Module],
     path: str | Path,
     given: Mapping[str, Any],
     map_location: torch.device | str | None,
@@ -28,23 +28,38 @@ def load_module(
     """The module of a checkpoint that fit wrote, see `MAML.load_from_checkpoint`."""
     source = f"The checkpoint {path}"
     content = read_checkpoint(Path(path), "checkpoint_path")
-    saved = {key: value for key, value in settings_of(content, kind).items() if key not in given}
+    saved = {key: value for key, value in settings_of(content, module_class).items() if key not in given}
     if "net" not in given and not isinstance(saved.get("net"), dict):
         raise SettingError(f"{source} does not name its network; use MAML.load_from_checkpoint(path, net=...).")
     if not trust:
-        check_settings(saved, source, remedy="give net=..., loss=... by hand, or trust=True if you trust the file")
-    if "net" in saved:
-        saved["net"] = build(saved["net"], source)
+        check_settings(
+            saved, source, remedy="give net=..., loss=..., metric=... by hand, or trust=True if you trust the file"
+        )
+    for kind in ("net", "metric"):
+        if isinstance(saved.get(kind), dict):
+            saved[kind] = build(kind, saved[kind], source)
+    if isinstance(saved.get("metric"), str):
+        saved["metric"] = locate(saved["metric"])
     if "loss" in saved:
-        saved["loss"] = locate(saved["loss"]) if saved["loss"] else F.cross_entropy
+        path, saved["loss"] = saved["loss"], locate(saved["loss"]) if saved["loss"] else F.cross_entropy
+        if not callable(saved["loss"]) or isinstance(saved["loss"], type):
+            raise SettingError(
+                f"{source} was trained with loss {path}, which it cannot restore; give loss=... by hand."
+            )
     try:
-        module = kind(**saved, **given)
+        module = module_class(**saved, **given)
     except TypeError as error:
         raise SettingError(f"{source} holds unusable settings ({error}); give them by hand.") from error
     if strict:
         module.on_load_checkpoint(content)
     module.load_state_dict(content["state_dict"], strict=strict)
     return module if map_location is None else module.to(map_location)
+
+
+def loss_path(loss: Any) -> str:
+    """The import path of a loss, or of its class or what it is part of where it has none."""
+    named = loss if hasattr(loss, "__qualname__") else type(loss)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def measured(checkpoint: dict[str, Any]) -> tuple[dict[Any, int], InputSpec | None]:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from maml_lightning.algorithms.adaptation import Adaptation
 from maml_lightning.algorithms.algorithm import Settings
@@ -17,9 +18,12 @@ from maml_lightning.algorithms.optimizers import inner_optimizer as optimizer_of
 from maml_lightning.algorithms.registry import find_algorithm
 from maml_lightning.algorithms.statistics import called
 from maml_lightning.algorithms.unrolled import multi_step_weights
+from maml_lightning.engine.execution import Execution
 from maml_lightning.episodes import Episode, InputSpec
 from maml_lightning.processes import every_process, reduce_logged, rows_of_every_process
-from maml_lightning.training import checks, chunks, loading, non_finite, resume, scores
+from maml_lightning.structures import first_task, plain
+from maml_lightning.training import checks, chunks, loading, metrics, non_finite, resume, scores
+from maml_lightning.training.network_checks import check_network
 from maml_lightning.training.normalization import RunningStatistics, current_loop, report_unused
 from maml_lightning.training.settings import check_values
 from maml_lightning.training.surrogate import surrogate_loss
@@ -46,12 +50,16 @@ class MAML(LightningModule):
         flat_memory: recompute each inner step in the backward pass instead of keeping its graph: memory then does not
             grow with the inner steps. auto does so where memory would run short.
         compile: run the meta-gradient through torch.compile; takes minutes at the start, worth it for long runs.
+        execution: how tasks are run: traced, as a recorded graph, vectorized over tasks; vectorized, without a graph;
+            loop, one after the other by autograd, which runs any network. auto takes the first that works.
         loss: of (outputs, targets), mean over examples, the same in inner and outer loop. A function given by its
             import path needs type annotations.
+        metric: evaluated beside accuracy or mean squared error, for each episode afresh: a class of torchmetrics, or a
+            function of (outputs, targets) that returns a number; null evaluates none.
         algorithm: maml; imaml takes the implicit gradient of a proximal inner loop (Rajeswaran et al. 2019); reptile
             moves towards the adapted weights (Nichol et al. 2018), on support and query examples together.
-        adapted_parameters: all; head, the last layer (ANIL, Raghu et al. 2020); body, all but it (BOIL, Oh et al.
-            2021); or name patterns such as "body.3.*". The outer loop alone learns the others.
+        adapted_parameters: all; head, the last layer that runs (ANIL, Raghu et al. 2020); body, all but it (BOIL, Oh et
+            al. 2021); or name patterns such as "body.3.*". The outer loop alone learns the others.
         learn_inner_lr: learn the inner learning rate, starting from inner_lr: one for the network, for each tensor, for
             each tensor and step (LSLR) or for each weight (Meta-SGD, Li et al. 2017); null keeps inner_lr.
         multi_step_epochs: evaluate the query loss after each inner step, with weights that anneal to the last step in
@@ -93,7 +101,9 @@ class MAML(LightningModule):
         tasks_per_chunk: int | Literal["auto"] | None = "auto",
         flat_memory: bool | Literal["auto"] = "auto",
         compile: bool = False,
+        execution: Execution = "auto",
         loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        metric: Metric | Callable[[Tensor, Tensor], Any] | None = None,
         algorithm: str = "maml",
         adapted_parameters: str | list[str] = "all",
         learn_inner_lr: Literal["network", "tensor", "step", "weight"] | None = None,
@@ -110,9 +120,11 @@ class MAML(LightningModule):
         non_finite: Literal["stop", "skip"] = "stop",
     ) -> None:
         check_values(dict(locals()))
+        check_network(net, second_order=bool(inner_steps) and not first_order and algorithm != "reptile")
         super().__init__()
-        self.save_hyperparameters(ignore=["net", "loss"])
-        self.net, self.loss, self.query_statistics, self._statistics = net, loss, query_statistics, RunningStatistics()
+        self.save_hyperparameters(ignore=["net", "loss", "metric"])
+        self.net, self.loss, self.metric = net, loss, metrics.created(metric)
+        self.query_statistics, self._statistics = query_statistics, RunningStatistics()
         self.inner_lr, self.inner_steps, self.first_order, self.outer_lr = inner_lr, inner_steps, first_order, outer_lr
         self.eval_inner_steps = inner_steps if eval_inner_steps is None else eval_inner_steps
         self.algorithm, self.implicit_iterations, self.non_finite = algorithm, implicit_iterations, non_finite
@@ -121,36 +133,37 @@ class MAML(LightningModule):
         self.adaptation = Adaptation(net, inner_lr, inner_steps, adapted_parameters, *learned)
         optimizer = optimizer_of(inner_optimizer, inner_weight_decay, inner_clip_norm)
         proximal = proximal if find_algorithm(algorithm).proximal else 0.0
-        self._loop = InnerLoop(net, loss, tasks_per_chunk, flat_memory, compile, optimizer, proximal)
+        self._loop = InnerLoop(net, loss, tasks_per_chunk, flat_memory, compile, optimizer, proximal, execution)
         report_unused(self)
-        self._checked = False  # whether the network was found to fit the data
+        self._checked: tuple = ()  # what was found to fit
+        self.scoring = scores.Scoring(loss, None)  # what is logged of episodes, known once they are checked
         self.inputs: InputSpec | None = None  # the pictures that it was trained on
         self._rows: list[Tensor] = []  # of each batch's episodes, see training/scores.py
-        self.test_scores: Tensor | None = None  # of the last test
+        self.test_scores: dict[str, Tensor] = {}  # of the last test
         self.skipped_episodes = self._skipped = self._first_step = 0  # of the last validation or test; meta-steps
         self.signal, self.agreed_signal = 0, 0  # that LastCheckpoint got here, and the largest that any process got
         self.run_settings: dict[str, Any] = {}  # of the command line, for its checkpoints, as are
         self._fresh: dict[str, Any] = {}  # the optimizers and schedulers as configured
         self._resumed: dict[str, Any] | None = None  # a checkpoint that is being loaded
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """The network before adaptation."""
+    def forward(self, inputs: Any) -> Tensor:
+        """The outputs of the network before adaptation."""
         return called(self.net, self.adaptation.first_of_steps(), inputs, self._statistics.layers(self))
 
-    def adapt(self, support_inputs: Tensor, support_targets: Tensor, steps: int | None = None) -> nn.Module:
+    def adapt(self, support_inputs: Any, support_targets: Any, steps: int | None = None) -> nn.Module:
         """A copy of the network, adapted to one task.
 
         Unless ``query_statistics`` is support, it normalizes with the statistics of the batch that it sees: give it
         queries together with the support inputs, and drop the outputs of those.
 
         Args:
-            support_inputs: ``[N*K, C, H, W]``.
-            support_targets: ``[N*K]``, int64 in ``[0, N)``.
+            support_inputs: ``[N*K, C, H, W]``, or whatever the network takes, see `Episode`.
+            support_targets: ``[N*K]``, int64 in ``[0, N)``, or whatever the loss takes.
             steps: inner steps; None takes ``eval_inner_steps``.
         """
-        start, rates = self._start()
+        start, rates = self._start(inputs := plain(support_inputs))
         steps = self.eval_inner_steps if steps is None else steps
-        return self._inner_loop.adapted(start, support_inputs, support_targets, rates, steps)
+        return self._inner_loop.adapted(start, inputs, plain(support_targets), rates, steps)
 
     def trajectory(self, episode: Episode, steps: int | None = None) -> list[Tensor]:
         """The outputs on the query inputs before adaptation and after each inner step, without gradients.
@@ -162,14 +175,14 @@ class MAML(LightningModule):
         Returns:
             ``steps + 1`` tensors ``[T, N*Q, ...]``.
         """
-        start, rates = self._start()
+        start, rates = self._start(first_task(episode.support_inputs))
         steps = self.eval_inner_steps if steps is None else steps
         with chunks.naming_what_saves_memory(self._inner_loop) as loop:
             return loop.trajectory(start, episode, rates, steps)
 
     def inner_update_norms(self, episode: Episode) -> Tensor:
         """How far ``eval_inner_steps`` steps of adaptation move the parameters, in the Euclidean norm: ``[T]``."""
-        start, rates = self._start()
+        start, rates = self._start(first_task(episode.support_inputs))
         with chunks.naming_what_saves_memory(self._inner_loop) as loop:
             return loop.moved(start, episode, rates, self.eval_inner_steps)
 
@@ -183,8 +196,9 @@ class MAML(LightningModule):
         with self._statistics.keeping_modes(self):
             return super().train(mode)
 
-    def _start(self) -> tuple[Parameters, Parameters]:
-        """The parameters that adaptation starts from, and the inner learning rates."""
+    def _start(self, inputs: Any) -> tuple[Parameters, Parameters]:
+        """The parameters that adaptation to a task with these inputs starts from, and the inner learning rates."""
+        self.adaptation.find_head(self.net, inputs)
         return self.adaptation.params(self.net), self.adaptation.rates(self.net, self.inner_lr)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -196,7 +210,7 @@ class MAML(LightningModule):
     def training_step(self, batch: Episode, batch_idx: int) -> Tensor:
         """The outer loss of a meta-batch; its backward leaves the exact meta-gradient in the parameters."""
         episode = self._check(batch)
-        parameters, rates = self._start()
+        parameters, rates = self._start(first_task(episode.support_inputs))
         result = self._gradient(parameters, rates, episode)
         if self._trainer is not None:
             self._log(result, episode, batch_idx)
@@ -213,14 +227,12 @@ class MAML(LightningModule):
         """Log loss and score, means over all processes, and keep which episodes are finite."""
         numbers = non_finite.episode_numbers(self.trainer, "train", batch_idx, episode.tasks)
         self._rows.append(scores.episode_rows(numbers, result.predictions.isfinite().flatten(1).all(1)))
-        ignored = scores.ignored_target(self.loss)
-        score = scores.episode_scores([result.predictions], episode.query_targets, ignored).mean()
+        means = self.scoring.training_means(result.loss, result.predictions, episode.query_targets)
         # One collective answers all questions of a meta-step. Nothing is left for `sync_dist`: a metric that is
         # reduced when it is read hangs where one process alone reads it, such as for its progress bar.
-        shared = every_process(torch.stack([result.loss.detach(), score, torch.full_like(score, self.signal)]))
-        loss, mean, _ = shared.mean(0)
-        self.agreed_signal = int(shared[:, 2].max()) if len(shared) > 1 else self.signal
-        self.log_dict({"train/loss": loss, f"train/{scores.score_name(episode)}": mean}, prog_bar=True)
+        shared = every_process(torch.stack([*means.values(), torch.full_like(result.loss, self.signal)]))
+        self.agreed_signal = int(shared[:, -1].max()) if len(shared) > 1 else self.signal
+        self.log_dict({f"train/{n}": mean for n, mean in zip(means, shared.mean(0), strict=False)}, prog_bar=True)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Stop at a gradient that is not finite, or skip the step, as ``non_finite`` says."""
@@ -248,9 +260,9 @@ class MAML(LightningModule):
         self._evaluate(batch, batch_idx, "test")
 
     def predict_step(self, batch: Episode, batch_idx: int) -> Tensor:
-        """The adapted networks' class probabilities ``[T, N*Q, N]`` (regression: their outputs)."""
+        """The adapted networks' class probabilities ``[T, N*Q, N]``; their outputs where an example has no class."""
         episode = self._check(batch)
-        return scores.predictions(self.trajectory(episode)[-1], episode.support_targets)
+        return self.scoring.predictions(self.trajectory(episode)[-1], episode.support_targets)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the episodes of an evaluation before this one."""
@@ -263,44 +275,42 @@ class MAML(LightningModule):
         self._report("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log the means over all episodes, and keep each episode's in ``test_scores`` ``[episodes, steps + 1]``."""
+        """Log the means over all episodes; ``test_scores`` has each episode's by name, ``[episodes, steps + 1]``."""
         self.test_scores = self._report("test")
 
     def _evaluate(self, batch: Episode, batch_idx: int, split: str) -> None:
         episode = self._check(batch)
         numbers = non_finite.episode_numbers(self.trainer, split, batch_idx, episode.tasks)
-        self._rows.append(scores.evaluation_rows(self.trajectory(episode), episode.query_targets, self.loss, numbers))
-        self.score_name = scores.score_name(episode)
+        self._rows.append(self.scoring.rows(self.trajectory(episode), episode.query_targets, numbers))
 
-    def _report(self, split: str) -> Tensor:
+    def _report(self, split: str) -> dict[str, Tensor]:
         """Log the means over an evaluation's episodes, the same numbers on every process; each episode's scores."""
         reduce_logged(self.trainer)
         rows, self._rows = rows_of_every_process(torch.cat(self._rows)).cpu().double(), []
         kept, self.skipped_episodes = non_finite.scored(rows, split, self)
         if len(kept):
-            self.log(f"{split}/loss", kept[:, scores.LOSS].mean(), prog_bar=True)
-            for step, score in enumerate(means := kept[:, scores.SCORES :].mean(0)):
-                self.log(f"{split}/{self.score_name}_step_{step}", score)
-            self.log(f"{split}/{self.score_name}", means[-1], prog_bar=True)
-        return kept[:, scores.SCORES :]
+            for name, mean in self.scoring.means(kept).items():
+                self.log(f"{split}/{name}", mean, prog_bar="_step_" not in name)
+        return self.scoring.by_name(kept)
 
     def prepare_data(self) -> None:
         """Check that trainer, data and network go together, before Lightning writes anything."""
         checks.check_trainer(self.trainer)
-        for dataset in list(getattr(getattr(self.trainer, "datamodule", None), "datasets", {}).values())[:1]:
-            episode = dataset[0]
-            self._check(episode._replace(support_inputs=episode.support_inputs.to(next(self.net.parameters()))))
+        if (episode := checks.first_episode(self.trainer, self)) is not None:
+            self._check(episode)
 
     def _check(self, batch: Episode) -> Episode:
-        """The batch, its shapes checked; the first one of a network is tried on it."""
+        """The batch, its shapes checked; the first one of its kind is tried on the network."""
         episode = Episode(*batch).check()
-        if self._loop.net is not self.net or not self._checked:
-            self._checked = False
-            checks.check_fit(self._inner_loop, episode, self.inner_steps, self._trainer)
-            self._checked = True
-        if self.inputs is None and self.training and episode.support_targets.dtype == torch.int64:
-            ways = getattr(getattr(self._trainer, "datamodule", None), "ways", int(episode.query_targets.max()) + 1)
-            self.inputs = InputSpec.of(episode.query_inputs, ways)
+        parts = (self.net, self.loss, self.metric)
+        if not checks.is_checked(self._checked, parts, episode):
+            loop = self._inner_loop
+            self.scoring = checks.check_fit(loop, self.metric, episode, self.inner_steps, self._trainer)
+            self._checked = (*parts, checks.kind_of(episode))
+        if self.inputs is None and self.training:
+            self.inputs = InputSpec.of_episode(
+                episode, getattr(getattr(self._trainer, "datamodule", None), "ways", None)
+            )
         return episode
 
     @classmethod
@@ -327,6 +337,7 @@ class MAML(LightningModule):
         """Keep the measured chunk size, so that a resumed run sums in the same order, and what was trained on."""
         checkpoint["settings"], checkpoint["fresh"] = self.run_settings, self._fresh
         checkpoint["tasks_per_chunk"] = dict(self._inner_loop.chosen)
+        checkpoint["hyper_parameters"].setdefault("loss", loading.loss_path(self.loss))
         checkpoint["inputs"] = None if self.inputs is None else self.inputs._asdict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -27,6 +27,13 @@ def direction(monitor: str, setting: str) -> str:
     return "max" if more else "min"
 
 
+def score_of_loss(loss: Any) -> str:
+    """What is logged of tasks of any kind: ``accuracy`` under a loss of classes, else the ``loss`` itself."""
+    path = str(getattr(loss, "class_path", None) or getattr(loss, "__qualname__", ""))
+    of_classes = path.rpartition(".")[2] in ("cross_entropy", "nll_loss", "CrossEntropyLoss", "NLLLoss")
+    return "accuracy" if of_classes else "loss"
+
+
 def check_loss(loss: Any) -> None:
     """Check that a loss can be called with outputs and targets.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from maml_lightning.errors import NonFiniteError
 from maml_lightning.processes import rows_of_every_process
-from maml_lightning.training.scores import FINITE, NUMBER, SCORES
+from maml_lightning.training.scores import FINITE, NUMBER
 
 SKIPPED = "their networks' outputs are not finite, or none of their query targets counts"
 
@@ -90,7 +90,7 @@ def scored(rows: Tensor, split: str, module: Any) -> tuple[Tensor, int]:
     """The rows of the episodes that have a score, and how many have none.
 
     Args:
-        rows: of all evaluated episodes, see `evaluation_rows`.
+        rows: of all evaluated episodes, see `Scoring.rows`.
         split: of the episodes, for messages.
         module: MAML.
 
@@ -100,7 +100,8 @@ def scored(rows: Tensor, split: str, module: Any) -> tuple[Tensor, int]:
     """
     if module.non_finite == "stop" and not rows[:, FINITE].all():
         raise NonFiniteError(describe("An adapted network's output", split, rows, module))
-    kept = rows[~rows[:, SCORES:].isnan().any(1)]
+    headline = next(iter(module.scoring.by_name(rows).values()))
+    kept = rows[~headline.isnan().any(1)]
     skipped = len(rows) - len(kept)
     if skipped and (len(kept) or not module.trainer.sanity_checking):
         message = f"{skipped} of {len(rows)} episodes of the {split} split are left out: {SKIPPED}"

@@ -16,6 +16,7 @@ from torch import Tensor
 from maml_lightning.analysis.tables import csv_bytes, write_file
 from maml_lightning.episodes import Episode
 from maml_lightning.training.module import MAML
+from maml_lightning.training.scores import Score
 
 warnings.filterwarnings("ignore", "Couldn't infer the batch indices")  # of loaders without a sampler: they are counted
 
@@ -42,6 +43,24 @@ def test_results(scores: Tensor, name: str) -> dict:
     }
 
 
+def metric_results(scores: Tensor, name: str) -> dict:
+    """Mean and 95 % interval of a further metric, over the episodes that it is defined of.
+
+    Args:
+        scores: ``[episodes, steps + 1]``; NaN where it is not defined.
+        name: what it is logged as.
+
+    Returns:
+        ``{name, name_ci95, name_per_step}``, and ``name_episodes`` where it is not defined of all.
+    """
+    defined = scores[~scores.isnan().any(1)]
+    if not len(defined):
+        return {name: None, f"{name}_episodes": 0}
+    found = test_results(defined, name)
+    fewer = {f"{name}_episodes": len(defined)} if len(defined) < len(scores) else {}
+    return {name: found[name], f"{name}_ci95": found["ci95"], f"{name}_per_step": found[f"{name}_per_step"], **fewer}
+
+
 class TestReport(Callback):
     """Prints a test's headline and writes ``test_results.json`` into the run's log folder.
 
@@ -52,10 +71,12 @@ class TestReport(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write and print, in the first process."""
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # which all processes ask for together
-        if not trainer.is_global_zero or not isinstance(pl_module, MAML) or pl_module.test_scores is None:
+        if not trainer.is_global_zero or not isinstance(pl_module, MAML) or not pl_module.test_scores:
             return
-        scores, name = pl_module.test_scores, pl_module.score_name
-        results = test_results(scores.cpu(), name)
+        (name, scores), *others = pl_module.test_scores.items()
+        results = test_results(scores, name)
+        for metric, values in others:
+            results |= metric_results(values, metric)
         data = getattr(trainer, "datamodule", None)
         task = {setting: getattr(data, setting, None) for setting in ("ways", "shots", "query_shots")}
         results = {**results, **task, "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path)}
@@ -66,6 +87,7 @@ class TestReport(Callback):
         steps = results["inner_steps"]
         scale, unit = (100, " %") if name == "accuracy" else (1, "")
         interval = "" if results["ci95"] is None else f" ± {scale * results['ci95']:.2f}"
+        left += "".join(f"; {metric} {results[metric]}" for metric, _ in others)
         rank_zero_info(
             f"Test {name} after {steps} inner step{'s' * (steps != 1)}: {scale * results[name]:.2f}{interval}{unit} "
             f"over {results['episodes']} episodes{left} ({file})"
@@ -79,7 +101,7 @@ class TestReport(Callback):
                 # A folder of its own: TensorBoard takes the first settings of a run, and Lightning has written some.
                 logger.experiment.add_hparams(
                     {key: value for key, value in {**settings, **task}.items() if value is not None},
-                    {f"test/{name}": results[name]},
+                    {f"test/{each}": results[each] for each in pl_module.test_scores if results[each] is not None},
                     run_name="hparams",
                 )
 
@@ -94,26 +116,28 @@ class Predicted(NamedTuple):
     """
 
     episode: int
-    targets: Tensor
+    targets: Any
     outputs: Tensor
 
 
 class PredictionReport(BasePredictionWriter):
     """Writes what was predicted of episodes into the run's log folder, as ``predictions.csv``, a row for each query.
 
-    Columns are ``episode, query, label, predicted, probability_0 …``; of regression ``episode, query, target_0 …,
-    predicted_0 …``. Episodes come in their order, whatever the number of processes. Where outputs are not finite,
-    ``predicted`` is empty. Data that has a ``report`` method (`SupportQueryDataModule`) writes itself.
+    Columns are ``episode, query, label, predicted, probability_0 …`` (``output_0`` of one logit); of regression and
+    several labels ``episode, query, target_0 …, predicted_0 …``. Episodes come in their order, whatever the number of
+    processes. Where outputs are not finite, ``predicted`` is empty. Where queries have more than a row of outputs or
+    targets, such as pixels, nothing is written. Data that has a ``report`` method (`SupportQueryDataModule`) writes
+    itself.
     """
 
     def __init__(self) -> None:
         super().__init__("batch")
         self._predicted: list[Predicted] = []
-        self._numbered = True  # whether the data has episodes' numbers
+        self._numbered = self._rows = True  # whether the data has episodes' numbers, and a row for each query
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget earlier predictions."""
-        self._predicted, self._numbered = [], True
+        self._predicted, self._numbered, self._rows = [], True, True
 
     def write_on_batch_end(
         self,
@@ -132,6 +156,9 @@ class PredictionReport(BasePredictionWriter):
                 report(prediction[0])
         elif isinstance(pl_module, MAML):
             targets = Episode(*batch).query_targets
+            if not isinstance(targets, Tensor) or targets.dim() > 3 or prediction.dim() > 3:
+                self._rows = False
+                return
             numbers = list(batch_indices or ())
             if len(numbers) != len(targets):
                 self._numbered, numbers = False, [0] * len(targets)
@@ -141,51 +168,56 @@ class PredictionReport(BasePredictionWriter):
         """Gather the predictions of all processes, and write them in the first."""
         if not isinstance(pl_module, MAML) or hasattr(getattr(trainer, "datamodule", None), "report"):
             return
-        shares = [(self._numbered, self._predicted)]
+        shares = [(self._numbered, self._rows, self._predicted)]
         if trainer.world_size > 1:  # all processes are here
-            shares = [(True, [])] * trainer.world_size
-            torch.distributed.all_gather_object(shares, (self._numbered, self._predicted))
+            shares = [(True, True, [])] * trainer.world_size
+            torch.distributed.all_gather_object(shares, (self._numbered, self._rows, self._predicted))
         folder, self._predicted = Path(trainer.log_dir or trainer.default_root_dir), []  # log_dir asks them all as well
         if not trainer.is_global_zero:
             return
-        predicted = [each for _, share in shares for each in share]
-        if all(numbered for numbered, _ in shares):  # an episode that several processes predicted counts once
+        if not all(rows for _, rows, _ in shares):
+            rank_zero_info("No predictions.csv: queries have more than a row of targets or outputs each.")
+            return
+        predicted = [each for *_, share in shares for each in share]
+        if all(numbered for numbered, *_ in shares):  # an episode that several processes predicted counts once
             by_number = {each.episode: each for each in predicted}
             predicted = [by_number[number] for number in sorted(by_number)]
         else:
             predicted = [each._replace(episode=number) for number, each in enumerate(predicted)]
-        rows, broken = prediction_rows(predicted)
+        rows, broken = prediction_rows(predicted, pl_module.scoring.score)
         file = write_file(folder / "predictions.csv", csv_bytes(rows))
         left = f"; of {broken} the outputs are not finite, nothing is predicted there" if broken else ""
         rank_zero_info(f"Predictions of {len(predicted)} episodes, {len(rows) - 1} queries{left} ({file})")
 
 
-def prediction_rows(predicted: Sequence[Predicted]) -> tuple[list[list[object]], int]:
+def prediction_rows(predicted: Sequence[Predicted], score: Score | None) -> tuple[list[list[object]], int]:
     """The table of predictions with its header, and of how many queries the outputs are not finite.
 
     Args:
-        predicted: of episodes that are all classification or all regression.
+        predicted: of episodes that are all of one kind.
+        score: how they are scored; accuracy is of labels.
     """
-    regression = any(each.targets.is_floating_point() for each in predicted)
+    labeled = score is not None and score.name == "accuracy" and all(each.targets.dim() == 1 for each in predicted)
+    one_logit = labeled and score is not None and score.classes is None
     rows: list[list[object]] = []
-    broken = width = 0
+    broken = width = targets_width = 0
     for episode, targets, outputs in predicted:
         outputs = outputs.reshape(len(targets), -1)
         finite = outputs.isfinite().all(1).tolist()
         targets = targets.reshape(len(targets), -1)
-        width = max(width, outputs.shape[1])
+        width, targets_width = max(width, outputs.shape[1]), max(targets_width, targets.shape[1])
         broken += finite.count(False)
-        labels = outputs.argmax(1).tolist()
+        labels = (outputs[:, 0] > 0).long().tolist() if one_logit else outputs.argmax(1).tolist()
         for query, (target, output) in enumerate(zip(targets.tolist(), outputs.tolist(), strict=True)):
-            if regression:
+            if labeled:
+                cells = [target[0], labels[query] if finite[query] else "", *(f"{value:.6f}" for value in output)]
+            else:
                 cells = [f"{value:.7g}" for value in target]
                 cells += [f"{value:.7g}" if finite[query] else "" for value in output]
-            else:
-                cells = [target[0], labels[query] if finite[query] else "", *(f"{value:.6f}" for value in output)]
             rows.append([episode, query, *cells])
-    if regression:
-        header = [f"{what}_{index}" for what in ("target", "predicted") for index in range(width)]
+    if labeled:
+        header = ["label", "predicted", *(f"{'output' if one_logit else 'probability'}_{i}" for i in range(width))]
     else:
-        header = ["label", "predicted", *(f"probability_{index}" for index in range(width))]
+        header = [f"target_{i}" for i in range(targets_width)] + [f"predicted_{i}" for i in range(width)]
     rows = [[*row, *[""] * (2 + len(header) - len(row))] for row in rows]  # an episode may have fewer classes
     return [["episode", "query", *header], *rows], broken

@@ -1,20 +1,187 @@
 """Scores of episodes, and the table that holds them: a row for each episode, the same on all processes."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from maml_lightning.episodes import Episode
+from maml_lightning.structures import mapped, tasks_of
+from maml_lightning.training.metrics import metric_name, metric_scores
 
-# Columns of the rows.
+# Columns of the rows. The scores are those of each name in `Scoring.names`, a column for each step.
 NUMBER, FINITE, LOSS, SCORES = 0, 1, 2, 3
 
+Loss = Callable[[Tensor, Any], Tensor]
+# Those whose targets are classes or labels: floats are probabilities or labels then, and outputs no estimates of them.
+_OF_CLASSES = (F.cross_entropy, F.nll_loss, nn.CrossEntropyLoss, nn.NLLLoss)
+_OF_LABELS = (
+    F.binary_cross_entropy,
+    F.binary_cross_entropy_with_logits,
+    F.multilabel_soft_margin_loss,
+    nn.BCELoss,
+    nn.BCEWithLogitsLoss,
+    nn.MultiLabelSoftMarginLoss,
+)
 
-def score_name(episode: Episode) -> str:
-    """``accuracy`` of classification, ``mse`` of regression."""
-    return "mse" if episode.query_targets.is_floating_point() else "accuracy"
+
+class Score(NamedTuple):
+    """How outputs are scored.
+
+    Args:
+        name: accuracy, or mse, the mean squared error.
+        classes: the dimension of an episode's outputs ``[N*Q, ...]`` that the classes are in; None of one logit, which
+            is above 0 for class 1.
+    """
+
+    name: Literal["accuracy", "mse"]
+    classes: int | None = None
+
+
+class Scoring(NamedTuple):
+    """What is logged of episodes beside their loss.
+
+    Args:
+        loss: of (outputs, targets).
+        score: accuracy or mean squared error; None where the shapes of outputs and targets allow neither.
+        metric: of the user's choice.
+    """
+
+    loss: Loss
+    score: Score | None
+    metric: Any = None
+
+    @property
+    def names(self) -> list[str]:
+        """The names of what is logged after each step, the headline first: the loss where there is nothing else.
+
+        A metric that is called as the score is logged in its place.
+        """
+        score = [] if self.score is None else [self.score.name]
+        metric = [] if self.metric is None else [metric_name(self.metric)]
+        return list(dict.fromkeys([*score, *metric])) or ["loss"]
+
+    def training_means(self, loss: Tensor, outputs: Tensor, targets: Any) -> dict[str, Tensor]:
+        """The means over a meta-batch's episodes that are logged in training, scalars by name."""
+        found = {"loss": loss.detach()}
+        if self.score is not None:
+            scores = episode_scores([outputs], targets, self.score, ignored_target(self.loss))
+            found[self.score.name] = scores.mean().to(loss.dtype)
+        return found
+
+    def rows(self, outputs: list[Tensor], targets: Any, numbers: Sequence[int]) -> Tensor:
+        """The rows of an evaluated batch; all is NaN where an output is not finite, scores also where no target counts.
+
+        Args:
+            outputs: on the query inputs before adaptation and after each inner step, each ``[T, N*Q, ...]``.
+            targets: ``[T, N*Q, ...]``.
+            numbers: of the episodes, see `episode_rows`.
+
+        Returns:
+            ``[T, 3 + names * (steps + 1)]``: number, whether all is finite, loss, and each step's scores by name.
+        """
+        finite = torch.stack(outputs, 1).isfinite().flatten(1).all(1)
+        wide = torch.promote_types(outputs[-1].dtype, torch.float)
+        columns = outputs[-1].new_full((len(finite), 1 + len(self.names) * len(outputs)), torch.nan, dtype=wide)
+        if finite.any():
+            kept_targets, kept = mapped(lambda target: target[finite], targets), [output[finite] for output in outputs]
+            losses = episode_losses(self.loss, kept[-1], kept_targets)[:, None]
+            columns[finite] = torch.cat([losses.to(wide), self.columns(kept, kept_targets).to(wide)], 1)
+        if self.score is not None and self.score.name == "mse":  # which may overflow
+            finite = finite & columns[:, 1 : 1 + len(outputs)].isfinite().all(1)
+            columns[~finite] = torch.nan
+        return episode_rows(numbers, finite, columns)
+
+    def by_name(self, rows: Tensor) -> dict[str, Tensor]:
+        """Each episode's scores before adaptation and after each inner step, ``[T, steps + 1]`` by name."""
+        return dict(zip(self.names, rows[:, SCORES:].chunk(len(self.names), 1), strict=True))
+
+    def means(self, rows: Tensor) -> dict[str, Tensor]:
+        """The means over rows of evaluated episodes by what they are logged as: ``NAME``, and ``NAME_step_0`` …."""
+        found: dict[str, Tensor] = {}
+        for name, scores in self.by_name(rows).items():
+            means = scores.nanmean(0)  # a metric may not be defined of each episode
+            found |= {f"{name}_step_{step}": mean for step, mean in enumerate(means)}
+            found[name] = means[-1]
+        return {**found, "loss": rows[:, LOSS].mean()}
+
+    def predictions(self, outputs: Tensor, support_targets: Any) -> Tensor:
+        """What an adapted network predicts: class probabilities, where an example has one class, else its outputs.
+
+        Args:
+            outputs: ``[T, N*Q, ...]``.
+            support_targets: ``[T, N*K]``; a network may have more outputs than a task has classes.
+        """
+        if self.score is None or self.score.classes is None:
+            return outputs
+        if support_targets.dim() == 2 and support_targets.numel() and (classes := int(support_targets.max()) + 1) > 0:
+            outputs = outputs[..., :classes]
+        return outputs.softmax(self.score.classes + 1)
+
+    def columns(self, outputs: list[Tensor], targets: Any) -> Tensor:
+        """What is logged of each episode: ``[T, names * steps]``."""
+        found: dict[str, Tensor] = {}
+        if self.score is not None:
+            found[self.score.name] = episode_scores(outputs, targets, self.score, ignored_target(self.loss))
+        if self.metric is not None:
+            found[metric_name(self.metric)] = metric_scores(self.metric, outputs, targets)
+        if not found:
+            found["loss"] = torch.stack([episode_losses(self.loss, output, targets) for output in outputs], 1)
+        return torch.cat([found[name].float() for name in self.names], 1)
+
+
+def is_one_of(loss: Any, kinds: Sequence[Any]) -> bool:
+    """Whether a loss is one of functions and classes, or a partial of one."""
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    return any(loss is kind or (isinstance(kind, type) and isinstance(loss, kind)) for kind in kinds)
+
+
+def is_of_classes(loss: Any) -> bool:
+    """Whether a loss is PyTorch's cross entropy or negative log likelihood of classes."""
+    return is_one_of(loss, _OF_CLASSES)
+
+
+def class_dimensions(outputs: Tensor, targets: Tensor) -> list[int]:
+    """The dimensions of an episode's outputs that classes can be in: dimension 1 as in cross_entropy, or the last."""
+    return [
+        dim
+        for dim in dict.fromkeys((1, outputs.dim() - 1))
+        if outputs.dim() == targets.dim() + 1 and (*outputs.shape[:dim], *outputs.shape[dim + 1 :]) == targets.shape
+    ]
+
+
+def score_of(loss: Loss, outputs: Tensor, targets: Any, all_targets: Any = None) -> Score | None:
+    """How an episode's outputs can be scored; None where shapes or loss allow no score.
+
+    Args:
+        loss: of outputs and targets. It decides where classes could be in two dimensions.
+        outputs: ``[N*Q, ...]``.
+        targets: ``[N*Q, ...]``.
+        all_targets: of the whole batch; one logit is of targets 0 and 1 alone.
+    """
+    if not isinstance(targets, Tensor):
+        return None
+    dims = class_dimensions(outputs, targets)
+    one_each = outputs.shape == targets.shape or any(outputs.shape[dim] == 1 for dim in dims)
+    if targets.is_floating_point():
+        return Score("mse") if one_each and not is_one_of(loss, (*_OF_CLASSES, *_OF_LABELS)) else None
+    if one_each:
+        values = targets if all_targets is None else all_targets
+        values = values[values != ignored_target(loss)]
+        return Score("accuracy") if ((values == 0) | (values == 1)).all() else None
+    if len(dims) == 2 and not is_of_classes(loss):
+        dims.sort(key=lambda dim: _loss_where_right(loss, outputs, targets, dim))
+    return Score("accuracy", dims[0]) if dims else None
+
+
+def _loss_where_right(loss: Loss, outputs: Tensor, targets: Tensor, dim: int) -> float:
+    """The loss of outputs that are right if the classes are in a dimension."""
+    classes = targets.long().clamp(0, outputs.shape[dim] - 1).unsqueeze(dim)
+    with torch.no_grad():
+        return float(loss(torch.zeros_like(outputs).scatter(dim, classes, 10.0), targets))
 
 
 def ignored_target(loss: Callable[..., Tensor]) -> int:
@@ -26,27 +193,46 @@ def ignored_target(loss: Callable[..., Tensor]) -> int:
     return ignored if isinstance(ignored, int) else -100
 
 
-def episode_scores(outputs: list[Tensor], targets: Tensor, ignored: int = -100) -> Tensor:
-    """Accuracy, or of float targets mean squared error, of each episode after each step.
+def episode_scores(outputs: list[Tensor], targets: Tensor, score: Score, ignored: int = -100) -> Tensor:
+    """Accuracy or mean squared error of each episode after each step, over all examples (and pixels).
 
     Targets that are ignored, or no class of the network's, do not count. Where none of an episode's does, its accuracy
     is NaN.
 
     Args:
         outputs: of each step, ``[T, N*Q, ...]``.
-        targets: ``[T, N*Q]`` or ``[T, Q, D]``.
+        targets: ``[T, N*Q]``, ``[T, Q, D]`` or ``[T, Q, H, W]``.
+        score: what to compute, see `score_of`.
         ignored: a target that does not count, see `ignored_target`.
 
     Returns:
         ``[T, steps]``.
     """
-    if targets.is_floating_point():
-        scores = [(output - targets).float().square().flatten(1).mean(1) for output in outputs]
-    else:
-        counts = (targets != ignored) & (targets >= 0) & (targets < outputs[0].shape[-1])
-        correct = [((output.argmax(-1) == targets) & counts).flatten(1).sum(1) for output in outputs]
-        scores = [number.float() / counts.flatten(1).sum(1) for number in correct]
-    return torch.stack(scores, 1)
+    if score.name == "mse":
+        errors = ((output.reshape(targets.shape) - targets).float().square() for output in outputs)
+        return torch.stack([error.flatten(1).mean(1) for error in errors], 1)
+    counts = targets != ignored
+    if score.classes is not None:
+        counts = counts & (targets >= 0) & (targets < outputs[0].shape[score.classes + 1])
+    correct = [((predicted == targets) & counts).flatten(1).sum(1) for predicted in _predicted(outputs, targets, score)]
+    return torch.stack([number.float() / counts.flatten(1).sum(1) for number in correct], 1)
+
+
+def _predicted(outputs: list[Tensor], targets: Tensor, score: Score) -> Iterator[Tensor]:
+    for output in outputs:
+        yield output.reshape(targets.shape) > 0 if score.classes is None else output.argmax(score.classes + 1)
+
+
+def episode_losses(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
+    """The loss of each episode, ``[T]``.
+
+    Args:
+        loss: of an episode's outputs and targets.
+        outputs: ``[T, N*Q, ...]``.
+        targets: ``[T, N*Q, ...]``.
+    """
+    values = [loss(output, target).reshape(()) for output, target in zip(outputs, tasks_of(targets), strict=True)]
+    return torch.stack(values).detach()
 
 
 def episode_rows(numbers: Sequence[int], finite: Tensor, *columns: Tensor) -> Tensor:
@@ -63,41 +249,3 @@ def episode_rows(numbers: Sequence[int], finite: Tensor, *columns: Tensor) -> Te
     wide = torch.float32 if finite.device.type == "mps" else torch.float64
     parts = [torch.tensor(numbers, device=finite.device), finite, *columns]
     return torch.cat([part.to(wide).reshape(len(finite), -1) for part in parts], 1)
-
-
-def evaluation_rows(
-    outputs: list[Tensor], targets: Tensor, loss: Callable[[Tensor, Tensor], Tensor], numbers: Sequence[int]
-) -> Tensor:
-    """The rows of an evaluated batch; scores are NaN where an output is not finite or no target counts.
-
-    Args:
-        outputs: on the query inputs before adaptation and after each inner step, each ``[T, N*Q, ...]``.
-        targets: ``[T, N*Q]`` or ``[T, Q, D]``.
-        loss: of (outputs, targets); it is the batch's, without the episodes whose scores are NaN.
-        numbers: of the episodes, see `episode_rows`.
-
-    Returns:
-        ``[T, 3 + steps + 1]``: number, whether all is finite, loss, scores.
-    """
-    scores = episode_scores(outputs, targets, ignored_target(loss))
-    finite = torch.stack(outputs, 1).isfinite().flatten(1).all(1)
-    if targets.is_floating_point():
-        finite &= scores.isfinite().all(1)
-    scores[~finite] = torch.nan
-    kept = ~scores.isnan().any(1)
-    value = outputs[-1].new_zeros(())
-    if kept.any():
-        value = loss(outputs[-1][kept].flatten(0, 1), targets[kept].flatten(0, 1))
-    return episode_rows(numbers, finite, value.expand(len(targets)), scores)
-
-
-def predictions(outputs: Tensor, support_targets: Tensor) -> Tensor:
-    """What an adapted network predicts: class probabilities, of regression its outputs.
-
-    Args:
-        outputs: ``[T, N*Q, ...]``.
-        support_targets: ``[T, N*K]``; a network may have more outputs than a task has classes.
-    """
-    if support_targets.is_floating_point():
-        return outputs
-    return outputs[..., : int(support_targets.max()) + 1].softmax(-1)

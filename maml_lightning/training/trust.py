@@ -18,12 +18,16 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import Metric
 
 from maml_lightning.errors import SettingError
 
+# Those that compute; others of torchmetrics load networks.
+_METRICS = tuple(f"torchmetrics.{kind}" for kind in ("classification", "regression", "segmentation", "nominal"))
 # What a setting of a checkpoint stands for, and where such classes may be defined.
 _TYPES: dict[str, tuple[type | tuple[type, ...], tuple[str, ...]]] = {
     "net": (nn.Module, ("maml_lightning", "torch.nn.modules")),
+    "metric": (Metric, _METRICS),
     "optimizer": (Optimizer, ("torch.optim",)),
     "lr_scheduler": ((LRScheduler, ReduceLROnPlateau), ("torch.optim", "lightning.pytorch.cli")),
 }
@@ -33,7 +37,7 @@ def check_settings(settings: dict[str, Any], source: str, named: Collection[str]
     """Check that a checkpoint names no code of others; nothing is imported and nothing is called.
 
     Args:
-        settings: ``net``, ``loss``, ``optimizer`` and ``lr_scheduler`` may name code, all others are plain values.
+        settings: ``net``, ``loss``, ``metric``, ``optimizer`` and ``lr_scheduler`` may name code, others are plain.
         source: the checkpoint, for errors.
         named: import paths that the user named as well, already imported.
         remedy: what the user can do who trusts it, for errors.
@@ -44,7 +48,10 @@ def check_settings(settings: dict[str, Any], source: str, named: Collection[str]
     for setting, value in settings.items():
         if value is None:
             continue
-        if setting in _TYPES:
+        if setting == "metric" and isinstance(value, str):
+            if not (value in named or _is_function(value, ("torchmetrics.functional",))):
+                raise _not_trusted("metric", value, "a metric of torchmetrics", source, remedy)
+        elif setting in _TYPES:
             _check_class(setting, value, source, named, remedy)
         elif setting == "loss":
             if not isinstance(value, str) or not (value in named or _is_loss(value)):
@@ -92,24 +99,25 @@ def without(saved: dict[str, Any], given: Any) -> dict[str, Any]:
     }
 
 
-def build(net: dict[str, Any], source: str) -> nn.Module:
-    """The network of a checkpoint, built as the command line builds it.
+def build(setting: str, value: dict[str, Any], source: str) -> Any:
+    """The network or metric of a checkpoint, built as the command line builds it.
 
     Args:
-        net: its class path and arguments, that `check_settings` passed or the user trusts.
+        setting: ``net`` or ``metric``.
+        value: its class path and arguments, that `check_settings` passed or the user trusts.
         source: the checkpoint, for errors.
 
     Raises:
         SettingError: it cannot be built.
     """
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(nn.Module, "net", fail_untyped=False)
+    parser.add_subclass_arguments(nn.Module, setting, fail_untyped=False)
     try:
-        return parser.instantiate_classes(parser.parse_object({"net": net})).net
+        return parser.instantiate_classes(parser.parse_object({setting: value}))[setting]
     except (ArgumentError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise SettingError(
-            f"{source} names a network that cannot be built ({reason:.200}); give net by hand."
+            f"{source} names a {setting} that cannot be built ({reason:.200}); give {setting} by hand."
         ) from error
 
 
@@ -154,11 +162,16 @@ def _is_plain(value: Any) -> bool:
 
 
 def _is_loss(path: str) -> bool:
+    return _is_function(path, ("torch.nn.functional",))
+
+
+def _is_function(path: str, homes: tuple[str, ...]) -> bool:
+    """Whether a path names a public function of a target, defined in one of some packages."""
     found = find(path)
     return (
         isinstance(found, FunctionType)
         and not found.__name__.startswith("_")
-        and _defined_in(found, ("torch.nn.functional",))
+        and _defined_in(found, homes)
         and "target" in inspect.signature(found).parameters
     )
 

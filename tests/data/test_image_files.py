@@ -113,6 +113,58 @@ def test_of_an_animation_the_first_frame_is_read(tmp_path: Path):
     assert first[0, :, 0].max() < 20
 
 
+def pixels_of(file: Path, values: np.ndarray) -> list:
+    Image.fromarray(values).save(file)
+    return read_image(file, len(values), 1, "pad")[0].tolist()
+
+
+def test_images_of_16_bits_keep_their_brightness(tmp_path: Path):
+    """One is as dark as the other is bright, whatever its own largest value."""
+    file = tmp_path / "a.png"
+    assert pixels_of(file, np.array([[0, 257 * 100], [257 * 7, 65535]], np.uint16)) == [[0, 100], [7, 255]]
+    assert pixels_of(file, np.array([[0, 257 * 100], [257 * 7, 257 * 50]], np.uint16)) == [[0, 100], [7, 50]]
+
+
+def test_negative_values_are_black_and_do_not_wrap(tmp_path: Path):
+    assert pixels_of(tmp_path / "a.tif", np.array([[-1, -30000], [257 * 20, 32767]], np.int16)) == [[0, 0], [20, 127]]
+    assert pixels_of(tmp_path / "b.tif", np.array([[-1, 257 * 3], [0, 65535]], np.int32)) == [[0, 3], [0, 255]]
+
+
+def test_floats_are_of_0_to_1_in_every_image(tmp_path: Path):
+    assert pixels_of(tmp_path / "a.tif", np.array([[0.0, 0.2], [0.1, 0.1]], np.float32)) == [[0, 51], [25, 25]]
+    assert pixels_of(tmp_path / "a.tif", np.array([[np.nan, 0.2], [np.inf, 1]], np.float32)) == [[0, 51], [0, 255]]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            np.array([[0, 200.5]] * 2, np.float32),
+            r"values up to 200.5, but floats are read as 0 to 1: scale them; replace",
+        ),
+        (
+            np.array([[0, 65536]] * 2, np.int32),
+            r"a.tif has values up to 65536, but integers of 16 bits are read as 0 to",
+        ),
+    ],
+)
+def test_values_of_another_range_are_named(tmp_path: Path, values: np.ndarray, message: str):
+    with pytest.raises(SettingError, match=message):
+        pixels_of(tmp_path / "a.tif", values)
+
+
+def test_classes_hold_images_at_any_depth_and_may_be_deep_themselves(tmp_path: Path):
+    for name in ("a/1.png", "a/b/2.png", "a/b/c/3.png", "d/b/4.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        half("L").save(tmp_path / name)
+    found = {
+        name: [str(file.relative_to(tmp_path)) for file in files] for name, files in class_folders(tmp_path).items()
+    }
+    assert found == {"a": ["a/1.png", "a/b/2.png", "a/b/c/3.png"], "d": ["d/b/4.png"]}
+    deep = {name: [file.name for file in files] for name, files in class_folders(tmp_path, 2).items()}
+    assert deep == {"a/b": ["2.png", "3.png"], "d/b": ["4.png"]}
+
+
 def test_values_that_are_not_finite_become_black(tmp_path: Path):
     values = np.array([[-1.0, np.nan], [0.5, 1.0]], np.float32)
     Image.fromarray(values).save(tmp_path / "a.tif")

@@ -275,6 +275,119 @@ def test_classes_alone_are_split_by_a_seed(tmp_path: Path):
     assert sorted(data.classes_of("test")) == splits["test"]
 
 
+def lists(root: Path, **rows: list[tuple[str, str]]) -> None:
+    for split, named in rows.items():
+        lines = ["filename,label", *(f"{name},{label}" for name, label in named)]
+        (root / f"{split}.csv").write_text("\n".join(lines) + "\n")
+
+
+def listed(root: Path) -> dict[str, list[tuple[str, str]]]:
+    """Four images of each of four classes a split, in ROOT/images, and their lists."""
+    (root / "images").mkdir()
+    found: dict[str, list[tuple[str, str]]] = {"train": [], "val": [], "test": []}
+    for index in range(12):
+        for number in range(4):
+            Image.new("RGB", (12, 12), (10 * index + number,) * 3).save(root / "images" / f"n{number}_{index}.png")
+            found[("train", "val", "test")[index // 4]].append((f"n{number}_{index}.png", f"class {index}"))
+    return found
+
+
+def test_lists_name_images_and_their_classes(tmp_path: Path):
+    lists(tmp_path, **listed(tmp_path))
+    data = ImagesDataModule(str(tmp_path), **SMALL)  # type: ignore[arg-type]
+    data.setup()
+    assert list(data.classes_of("val")) == ["class 4", "class 5", "class 6", "class 7"]
+    found = shades(data.datasets["val"].__getitems__(range(50)).support_inputs)
+    assert set((found // 10).flatten().tolist()) == {4, 5, 6, 7}
+    assert sorted(packs(tmp_path)) == [f"{split}_3x12.np{end}" for split in ("test", "train", "val") for end in "yz"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (("n0_0.png", "class 9"), r"train.csv names n0_0.png 2 times; leave one line"),
+        (("gone.png", "class 9"), r"train.csv, line 18: gone.png is not in .*images; mend it"),
+        (("n0_11.png", ""), r"train.csv, line 18: n0_11.png has no label; mend it"),
+        (
+            ("n0_11.png", "class 11"),
+            r"data.root: train and data.root: test share class class 11; a class must be in one",
+        ),
+        (
+            ("n0_4.png", "class 3"),
+            r"images/n0_4.png of (train|val) and images/n0_4.png of (train|val) are the same picture",
+        ),
+    ],
+)
+def test_what_a_list_must_not_name(tmp_path: Path, line: tuple[str, str], message: str):
+    rows = listed(tmp_path)
+    lists(tmp_path, **{**rows, "train": [*rows["train"], line]})
+    with pytest.raises(SettingError, match=message):
+        ImagesDataModule(str(tmp_path), **SMALL).setup()  # type: ignore[arg-type]
+
+
+def test_lists_that_are_missing_or_have_other_columns_are_named(tmp_path: Path):
+    rows = listed(tmp_path)
+    lists(tmp_path, train=rows["train"], val=rows["val"])
+    with pytest.raises(SettingError, match=r"has train.csv, val.csv but no list test.csv; give all"):
+        ImagesDataModule(str(tmp_path)).setup("fit")
+    (tmp_path / "test.csv").write_text("file;class\n")
+    with pytest.raises(
+        SettingError, match=r"test.csv has the columns file;class; its first line must name filename and"
+    ):
+        ImagesDataModule(str(tmp_path)).setup("fit")
+
+
+def test_an_image_in_two_splits_is_named(tree: Path):
+    shutil.copy(tree / "val/class 05/0.png", tree / "train/class 01/9.png")
+    with pytest.raises(
+        SettingError, match=r"val/class 05/0.png of val and train/class 01/9.png of train are the same pic"
+    ):
+        ImagesDataModule(str(tree), **SMALL).setup("fit")  # type: ignore[arg-type]
+    shutil.move(tree / "train/class 01/9.png", tree / "test/class 08/9.png")
+    ImagesDataModule(str(tree), **SMALL).setup("fit")  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match=r"test/class 08/9.png of test and val/class 05/0.png of val are the same"):
+        ImagesDataModule(str(tree), **SMALL).setup("test")  # type: ignore[arg-type]
+
+
+def test_a_class_in_two_splits_is_named_unless_splits_number_their_own(tree: Path, tmp_path: Path):
+    (tree / "test/class 08").rename(tree / "test/class 01")
+    with pytest.raises(
+        SettingError, match=r"data.root: train and data.root: test share class class 01; a class must be"
+    ):
+        ImagesDataModule(str(tree), **SMALL).setup("fit")  # type: ignore[arg-type]
+    for split in ("train", "val", "test"):
+        for number, folder in enumerate(sorted((tree / split).iterdir())):
+            folder.rename(tree / split / str(number))
+    ImagesDataModule(str(tree), **SMALL).setup("fit")  # type: ignore[arg-type]
+
+
+def test_query_shots_fit_the_smallest_class(tree: Path):
+    few = {key: value for key, value in SMALL.items() if key != "query_shots"}
+    data = ImagesDataModule(str(tree), **few)  # type: ignore[arg-type]
+    data.setup("test")
+    assert data.query_shots == 1  # of 2 images beside 1 shot
+    assert data.datasets["test"][0].query_inputs.shape[1] == 2
+    with pytest.raises(
+        SettingError, match=r"is 1 \+ 2, but class class 00 of the train split has 2 examples; lower one"
+    ):
+        ImagesDataModule(str(tree), **{**SMALL, "query_shots": 2}).setup("fit")  # type: ignore[arg-type]
+    with pytest.raises(
+        SettingError, match=r"is 2 \+ 1, but class class 00 of the train split has 2 examples; lower one"
+    ):
+        ImagesDataModule(str(tree), shots=2, **few).setup("fit")  # type: ignore[arg-type]
+
+
+def test_classes_may_be_two_folders_deep(tmp_path: Path):
+    for split, letters in (("train", "ab"), ("val", "cd"), ("test", "ef")):
+        for letter in letters:
+            make(tmp_path / split / letter, 2, 2 * "abcdef".index(letter))
+    data = ImagesDataModule(str(tmp_path), class_depth=2, **SMALL)  # type: ignore[arg-type]
+    data.setup("fit")
+    assert list(data.classes_of("val")) == ["c/class 04", "c/class 05", "d/class 06", "d/class 07"]
+    whole = ImagesDataModule(str(tmp_path), **SMALL)  # type: ignore[arg-type]
+    assert {name: len(files) for name, files in whole.classes_of("train").items()} == {"a": 5, "b": 6}
+
+
 def test_bad_trees_are_named(tmp_path: Path):
     make(tmp_path / "train", 3)
     with pytest.raises(SettingError, match=rf"data.root {tmp_path} has train but no folder val"):

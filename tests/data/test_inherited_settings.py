@@ -22,7 +22,7 @@ from maml_lightning.data.inherited_settings import _entries
 MODULES: dict[type, dict[str, Any]] = {
     GlyphsDataModule: {},
     OmniglotDataModule: {"rotations": True},
-    ImagesDataModule: {"query_shots": 15, "meta_batch_size": 4, "train_episodes": 4000},
+    ImagesDataModule: {"query_shots": None, "meta_batch_size": 4, "train_episodes": 4000},
     SinusoidsDataModule: {
         "shots": 10,
         "query_shots": 10,
@@ -41,7 +41,32 @@ SHARED: dict[str, Any] = {
     "seed": 0,
     "num_workers": 0,
 }
-OF_IMAGES: dict[str, Any] = {"ways": 5, "rotations": False, "pretraining": False}
+OF_IMAGES: dict[str, Any] = {
+    "ways": 5,
+    "rotations": False,
+    "pretraining": False,
+    "mean": None,
+    "std": None,
+    "augmentation": None,
+}
+
+
+# How the command line prints types that have no plain name.
+TYPES = {
+    "mean": "Union[float,list[float],null]",
+    "std": "Union[float,list[float],null]",
+    "augmentation": "Optional[list[Callable]]",
+}
+
+
+def printed_type(name: str, annotation: Any) -> str:
+    """How the command line prints the type of a setting."""
+    if name in TYPES:
+        return TYPES[name]
+    if annotation == int | None:
+        return "int|null"
+    name = getattr(annotation, "__name__", "")
+    return str(annotation).removeprefix("typing.").replace(" ", "") if name == "Literal" else name
 
 
 def shared(module: type) -> dict[str, Any]:
@@ -71,17 +96,19 @@ def test_help_has_every_setting_with_its_description_type_and_default(
     for name, parameter in parameters.items():
         default = "" if parameter.default is Parameter.empty else f",default:{parameter.default}"
         required = "required," if parameter.default is Parameter.empty else ""
-        kind = getattr(parameter.annotation, "__name__", "")
-        kind = str(parameter.annotation).removeprefix("typing.") if kind == "Literal" else kind
         metavar = r"(\{[\w,]+\}|[A-Z_]+)"
-        expected = re.escape(f"{described[name]}({required}type:{kind}{default})".replace(" ", ""))
-        assert re.search(rf"--data\.{name}{metavar}{expected}", printed), name
+        default = default.replace("None", "null")
+        expected = re.escape(f"{described[name]}({required}type:".replace(" ", ""))
+        kind = re.escape(printed_type(name, parameter.annotation))
+        assert re.search(
+            rf"--data\.{name}{metavar}(,--data.{name}\+{metavar})?{expected}{kind}{re.escape(default)}[,)]", printed
+        ), name
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_shared_description_stands_in_one_place(module: type):
-    """Only the sinusoids describe what is a point there and an example elsewhere."""
-    own = {"shots", "query_shots"} if module is SinusoidsDataModule else set()
+    """Only the sinusoids describe what is a point there and an example elsewhere; null is a number of images."""
+    own = {SinusoidsDataModule: {"shots", "query_shots"}, ImagesDataModule: {"query_shots"}}.get(module, set())
     base = EpisodicDataModule if issubclass(module, EpisodicDataModule) else TaskDataModule
     source = _entries(re.search(r'"""(.*?)"""', inspect.getsource(module), re.DOTALL)[1])  # type: ignore[index]
     assert source.keys() & shared(module).keys() == own

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from maml_lightning.engine import chunks
-from maml_lightning.engine.tracing import Tracer
+from maml_lightning.engine.execution import Executor
 from tests.reference import images
 
 
@@ -42,23 +42,23 @@ def test_the_mean_is_the_same_in_chunks_of_any_size(size, expected):
 def test_the_fastest_size_per_task_is_taken(seconds, fastest, monkeypatch):
     running = []
     monkeypatch.setattr(chunks, "seconds", lambda run, device: (run(), seconds.get(running[-1], 99.0))[1])
-    size = chunks.fastest_size(lambda chunk: running.append(chunk.tasks), images(tasks=8), Tracer())
+    size = chunks.fastest_size(lambda chunk: running.append(chunk.tasks), images(tasks=8), Executor())
     assert size == fastest
 
 
 def test_a_size_that_would_not_fit_is_not_tried(monkeypatch):
-    tracer, running = Tracer(), []
+    executor, running = Executor(), []
 
     def run(chunk):
         running.append(chunk.tasks)
-        tracer.kept_bytes += 1000 * chunk.tasks
+        executor.kept_bytes += 1000 * chunk.tasks
 
     monkeypatch.setattr(chunks, "free_bytes", lambda device: 15_999)
     monkeypatch.setattr(chunks, "seconds", lambda run, device: (run(), 1.0)[1])
-    assert chunks.fastest_size(run, images(tasks=8), tracer) == 2
+    assert chunks.fastest_size(run, images(tasks=8), executor) == 2
     assert max(running) == 2
     monkeypatch.setattr(chunks, "free_bytes", lambda device: 16_001)
-    assert chunks.fastest_size(run, images(tasks=8), tracer) == 8
+    assert chunks.fastest_size(run, images(tasks=8), executor) == 8
 
 
 def test_running_out_of_memory_is_slow():
@@ -66,12 +66,12 @@ def test_running_out_of_memory_is_slow():
         if chunk.tasks == 8:
             raise torch.OutOfMemoryError("out of memory")
 
-    assert chunks.fastest_size(run, images(tasks=8), Tracer()) < 8
+    assert chunks.fastest_size(run, images(tasks=8), Executor()) < 8
 
 
 def test_measuring_leaves_the_random_state():
     before = torch.get_rng_state()
-    chunks.fastest_size(lambda chunk: torch.rand(3), images(tasks=4), Tracer())
+    chunks.fastest_size(lambda chunk: torch.rand(3), images(tasks=4), Executor())
     assert torch.equal(torch.get_rng_state(), before)
 
 

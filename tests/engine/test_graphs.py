@@ -35,7 +35,7 @@ def test_sums_of_products_are_gathered():
     a, b, c, d = torch.rand(4, 2, 3, 3, dtype=torch.float64)
     assert traced(lambda a, b, c, d: (a @ b).mT + (c @ d).mT, a, b, c, d)[-1] != aten.add.Tensor
     views = traced(lambda a, b, c, d: a.bmm(b).view(2, 9) + c.bmm(d).view(2, 9), a, b, c, d)
-    assert views == [aten.bmm.default, aten.baddbmm.default, aten.view.default]
+    assert views == [aten.bmm.default, aten.baddbmm.default, aten.reshape.default]
     shared = traced(lambda a, b, c: a.bmm(b) + a.bmm(b) + c, a, b, c)
     assert shared == [aten.bmm.default, aten.add.Tensor, aten.add.Tensor]
 
@@ -49,3 +49,10 @@ def test_zeros_are_not_added():
 def test_make_fx_is_what_is_assumed():
     graph = make_fx(lambda x: x.relu(), tracing_mode="fake")(torch.rand(3))
     assert "val" in next(node for node in graph.graph.nodes if node.op == "call_function").meta
+
+
+def test_copies_for_the_networks_own_code_are_dropped():
+    x = torch.rand(2, 3, 4, 5).permute(0, 2, 3, 1)
+    assert traced(lambda x: x.contiguous().view(2, -1).sin(), x) == [aten.reshape.default, aten.sin.default]
+    strided = traced(lambda x: x.contiguous().as_strided((2, 2), (60, 2)).sin(), x)
+    assert strided == [aten.clone.default, aten.as_strided.default, aten.sin.default]

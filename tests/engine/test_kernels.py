@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch.func import grad, vmap
 from torch.utils import _pytree as pytree
 
-from maml_lightning.engine.kernels import convolution, layout, mode, normalization
+from maml_lightning.engine.kernels import convolution, convolution_layers, layout, mode, normalization
 
 
 def second_derivative(function, x, *parameters):
@@ -17,14 +17,27 @@ def second_derivative(function, x, *parameters):
     return vmap(grad(scalar, tuple(range(1 + len(parameters)))))(x, *parameters)
 
 
-WINDOWS = [
-    ((3, 3), {}),
-    ((3, 3), {"stride": 2, "padding": 1}),
-    ((2, 3), {"stride": (2, 1), "padding": (0, 2)}),
-    ((1, 1), {}),
-    ((1, 1), {"stride": 2}),
-    ((3, 1), {"padding": "same"}),
-    ((3, 3), {"dilation": 2}),
+CONVOLUTIONS = [
+    ("conv2d", (3, 4, 7, 8), (5, 4, 3, 3), {}),
+    ("conv2d", (3, 4, 7, 8), (5, 4, 3, 3), {"stride": 2, "padding": 1}),
+    ("conv2d", (3, 4, 7, 8), (5, 4, 2, 3), {"stride": (2, 1), "padding": (0, 2)}),
+    ("conv2d", (3, 4, 7, 8), (5, 4, 1, 1), {}),
+    ("conv2d", (3, 4, 7, 8), (5, 4, 1, 1), {"stride": 2}),
+    ("conv2d", (3, 4, 7, 8), (5, 4, 3, 1), {"padding": "same"}),
+    ("conv2d", (3, 4, 7, 8), (5, 4, 2, 4), {"padding": "same", "dilation": (1, 3)}),
+    ("conv2d", (3, 4, 7, 8), (5, 4, 3, 3), {"dilation": 2, "padding": "valid"}),
+    ("conv2d", (3, 4, 7, 8), (6, 2, 3, 3), {"groups": 2, "stride": 2, "padding": 1}),
+    ("conv2d", (3, 4, 7, 8), (4, 1, 3, 3), {"groups": 4, "padding": 2, "dilation": (1, 2)}),
+    ("conv2d", (3, 4, 7, 8), (8, 1, 3, 2), {"groups": 4}),
+    ("conv2d", (4, 7, 8), (5, 4, 3, 3), {"padding": 1}),
+    ("conv1d", (3, 4, 8), (5, 4, 3), {"stride": 2, "padding": 1}),
+    ("conv1d", (3, 4, 8), (5, 4, 2), {"padding": "same"}),
+    ("conv1d", (3, 4, 8), (4, 1, 3), {"groups": 4, "dilation": (2,)}),
+    ("conv1d", (4, 8), (5, 4, 3), {}),
+    ("conv_transpose2d", (3, 4, 5, 6), (4, 5, 3, 2), {"stride": 2, "padding": (1, 0), "output_padding": (1, 0)}),
+    ("conv_transpose2d", (3, 4, 5, 6), (4, 3, 3, 3), {"groups": 2, "dilation": 2}),
+    ("conv_transpose1d", (3, 4, 5), (4, 5, 3), {"stride": 2, "output_padding": 1}),
+    ("conv_transpose1d", (4, 5), (4, 5, 3), {}),
 ]
 
 
@@ -33,15 +46,23 @@ def cache(request, monkeypatch):
     monkeypatch.setattr(layout, "CACHE_BYTES", request.param)
 
 
-@pytest.mark.parametrize(("kernel", "settings"), WINDOWS)
-def test_convolution_and_its_second_derivative(kernel, settings, cache):
+def with_settings(function, settings):
+    return lambda *args: function(*args, **settings)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch's own
+@pytest.mark.parametrize(("name", "images", "kernel", "settings"), CONVOLUTIONS)
+def test_convolution_and_its_second_derivative(name, images, kernel, settings, cache):
     torch.manual_seed(0)
-    x, w, b = (torch.randn(2, *shape, dtype=torch.float64) for shape in ((3, 4, 7, 8), (5, 4, *kernel), (5,)))
+    channels = kernel[1 if "transpose" in name else 0] * (settings.get("groups", 1) if "transpose" in name else 1)
+    x, w, b = (torch.randn(2, *shape, dtype=torch.float64) for shape in (images, kernel, (channels,)))
     for bias in ((), (b,)):
-        ours, theirs = (lambda *a, f=f: f(*a, **settings) for f in (convolution.conv2d, F.conv2d))
+        ours, theirs = (with_settings(getattr(module, name), settings) for module in (convolution_layers, F))
         assert torch.allclose(ours(x[0], w[0], *(t[0] for t in bias)), theirs(x[0], w[0], *(t[0] for t in bias)))
-        for a, e in zip(second_derivative(ours, x, w, *bias), second_derivative(theirs, x, w, *bias), strict=True):
-            assert torch.allclose(a, e, rtol=1e-10, atol=1e-10)
+        for task, results in enumerate(zip(*second_derivative(ours, x, w, *bias), strict=True)):
+            one = [t[task : task + 1] for t in (x, w, *bias)]
+            for a, e in zip(results, second_derivative(theirs, *one), strict=True):
+                assert torch.allclose(a, e[0], rtol=1e-10, atol=1e-10)
 
 
 def test_batch_norm_and_its_second_derivative(cache):
@@ -84,7 +105,7 @@ def test_shared_weight_and_shared_input(cache):
     x, w = torch.randn(3, 2, 4, 7, 8, dtype=torch.float64), torch.randn(3, 5, 4, 3, 3, dtype=torch.float64)
     for in_dims, args in (((0, None), (x, w[0])), ((None, 0), (x[0], w)), ((1, 2), (x.movedim(0, 1), w.movedim(0, 2)))):
         results = []
-        for function in (convolution.conv2d, F.conv2d):
+        for function in (convolution_layers.conv2d, F.conv2d):
             gradient = grad(lambda x, w, f=function: f(x, w, stride=2, padding=1).sin().sum(), (0, 1))
             results.append(vmap(gradient, in_dims)(*args))
         for a, e in zip(*results, strict=True):
@@ -134,7 +155,7 @@ def test_gradgradcheck():
     x, w, b, g = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 5, 4), (2, 3, 3, 2), 2, 3))
 
     def convolve(x, w, b):
-        return convolution.conv2d(x, w, b, stride=(2, 1), padding=(1, 0))
+        return convolution_layers.conv2d(x, w, b, stride=(2, 1), padding=(1, 0))
 
     def normalize(x, weight, bias):
         return normalization.batch_norm(x, None, None, weight, bias, True)
@@ -155,9 +176,6 @@ def test_what_is_left_to_torch_is_torchs():
     mean, var, weight, bias = torch.rand(4), torch.rand(4) + 1, torch.rand(4), torch.rand(4)
     for call in ((mean, var, weight, bias, False), (None, None, None, None, True)):
         assert torch.equal(normalization.batch_norm(x, *call), F.batch_norm(x, *call))
-    grouped = torch.rand(4, 2, 3, 3)
-    assert torch.equal(convolution.conv2d(x, grouped, groups=2), F.conv2d(x, grouped, groups=2))
-    assert torch.equal(convolution.conv2d(x[0], grouped, groups=2), F.conv2d(x[0], grouped, groups=2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

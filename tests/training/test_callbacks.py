@@ -1,4 +1,5 @@
 import io
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -186,6 +187,19 @@ def test_inspection_is_off_by_a_flag(tmp_path):
     assert events.Tags()["images"] == []
     with pytest.raises(SettingError, match=r"inspection.episodes must be at least 0 \(got -1\)"):
         AdaptationMonitor(episodes=-1)
+
+
+def test_what_cannot_be_shown_does_not_stop_a_run(tmp_path, monkeypatch, caplog):
+    def broken(*_):
+        raise RuntimeError("no memory\nat all")
+
+    logging.getLogger("lightning.pytorch").propagate = True  # to pytest
+    monkeypatch.setattr(inspection, "_episodes_sheet", broken)
+    cli, events = inspected(tmp_path)
+    assert (cli.trainer.current_epoch, events.Tags()["images"]) == (2, [])
+    said = {record.getMessage() for record in caplog.records if "inspection" in record.getMessage()}
+    assert said == {"inspection shows nothing here (no memory); --inspection.episodes 0 leaves it out."}
+    assert len({id(record) for record in caplog.records if record.getMessage() in said}) == 1
 
 
 def test_regression_is_shown_as_curves(tmp_path, monkeypatch):

@@ -129,8 +129,8 @@ def test_eval_does_not_change_the_normalisation():
 
 
 def test_output_size_is_checked():
-    maml = MAML(net=ConvNet(out_features=4, hidden_channels=4, blocks=2))
-    with pytest.raises(SettingError, match="4 outputs, but the episodes have 3 classes"):
+    maml = MAML(net=ConvNet(out_features=2, hidden_channels=4, blocks=2))
+    with pytest.raises(SettingError, match="2 outputs, but the episodes have 3 classes"):
         maml.training_step(Episode(*(t.float() if t.is_floating_point() else t for t in images())), 0)
 
 

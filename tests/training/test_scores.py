@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from cli import main
 from maml_lightning import MAML, Episode, NonFiniteError, PredictionReport, TestReport
 from maml_lightning.training.reports import Predicted, prediction_rows
-from maml_lightning.training.scores import episode_scores, ignored_target
+from maml_lightning.training.scores import Score, Scoring, episode_scores, ignored_target, score_of
 from tests.runs import DATA, SINUSOIDS, TINY, run, words
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -31,12 +31,15 @@ def test_ignored_targets_do_not_count():
     targets = torch.tensor([[0, 1, -100, -100], [1, 0, 2, -100]])
     # by hand: 2 of 2 and 1 of 2 that count; 1 of 3 and 1 of 3
     expected = torch.tensor([[1, 0.5], [1 / 3, 1 / 3]])
-    assert torch.equal(episode_scores(outputs, targets), expected)
+    score = Score("accuracy", 1)
+    assert torch.equal(episode_scores(outputs, targets, score), expected)
     # of another loss, 0 is left out, and -100 is no class
-    scores = episode_scores(outputs, targets, 0)
+    scores = episode_scores(outputs, targets, score, 0)
     assert torch.equal(scores, torch.tensor([[1, 0], [0.5, 0]]))
-    assert episode_scores(outputs, torch.full((2, 4), -100)).isnan().all()
-    assert torch.equal(episode_scores(outputs, targets.where(targets >= 0, 255)), expected)  # 255: a loss of one's own
+    assert episode_scores(outputs, torch.full((2, 4), -100), score).isnan().all()
+    assert torch.equal(
+        episode_scores(outputs, targets.where(targets >= 0, 255), score), expected
+    )  # 255: a loss of one's own
 
 
 def test_the_ignored_target_is_the_losss():
@@ -44,6 +47,77 @@ def test_the_ignored_target_is_the_losss():
     assert ignored_target(F.mse_loss) == -100
     assert ignored_target(nn.CrossEntropyLoss(ignore_index=7)) == 7
     assert ignored_target(functools.partial(F.cross_entropy, ignore_index=-1)) == -1
+
+
+def test_shapes_and_loss_decide_how_outputs_are_scored():
+    classes, labels, numbers = torch.tensor([0, 2, 1]), torch.tensor([0, 1, 1]), torch.rand(3, 2)
+    pixels = torch.randint(3, (3, 5, 4))
+    accuracy, binary, mse = Score("accuracy", 1), Score("accuracy"), Score("mse")
+    for outputs, targets, loss, expected in (
+        (torch.rand(3, 4), classes, F.cross_entropy, accuracy),
+        (torch.rand(3, 4), classes, lambda o, t: F.cross_entropy(o, t), accuracy),
+        (torch.rand(3, 4, 5, 4), pixels, F.cross_entropy, accuracy),
+        (
+            torch.rand(3, 5, 4, 7),
+            pixels,
+            lambda o, t: F.cross_entropy(o.flatten(0, 2), t.flatten()),
+            Score("accuracy", 3),
+        ),
+        (torch.rand(3, 1), labels, F.mse_loss, binary),
+        (torch.rand(3), labels, F.mse_loss, binary),
+        (torch.rand(3), labels.bool(), F.mse_loss, binary),
+        (torch.rand(3, 1, 5, 4), pixels.clamp(max=1), F.mse_loss, binary),
+        (torch.rand(3, 1), classes, F.poisson_nll_loss, None),  # counts
+        (torch.rand(3, 2), numbers, F.mse_loss, mse),
+        (torch.rand(3, 1), numbers[:, 0], F.mse_loss, mse),
+        (torch.rand(3, 4), numbers, F.mse_loss, None),
+        (torch.rand(3, 2), numbers, nn.BCEWithLogitsLoss(), None),
+        (torch.rand(3, 2), numbers, F.cross_entropy, None),
+        (torch.rand(3, 4), {"class": classes}, F.cross_entropy, None),
+        (torch.rand(6, 4), classes, F.cross_entropy, None),
+    ):
+        assert score_of(loss, outputs, targets) == expected
+    # as many classes as places: the loss decides
+    square, places = torch.rand(3, 5, 5), torch.randint(5, (3, 5))
+    assert score_of(F.cross_entropy, square, places) == accuracy
+    assert score_of(lambda o, t: F.cross_entropy(o, t), square, places) == accuracy
+    assert score_of(lambda o, t: F.cross_entropy(o.flatten(0, 1), t.flatten()), square, places) == Score("accuracy", 2)
+
+
+def test_pixels_and_single_logits_count_by_hand():
+    outputs = torch.zeros(1, 1, 3, 2, 2)  # one picture of 2 by 2, all of class 0 but one
+    outputs[0, 0, 2, 1, 1] = 1
+    targets = torch.tensor([[[[0, 1], [255, 2]]]])
+    assert episode_scores([outputs], targets, Score("accuracy", 1), 255).tolist() == [[pytest.approx(2 / 3)]]
+    logits, labels = torch.tensor([[[-1.0], [2.0], [3.0], [-4.0]]]), torch.tensor([[0, 1, 0, -100]])
+    assert episode_scores([logits, -logits], labels, Score("accuracy")).tolist() == [
+        [pytest.approx(2 / 3), pytest.approx(1 / 3)]
+    ]
+    errors = episode_scores([torch.tensor([[[1.0], [3.0]]])], torch.tensor([[0.0, 1.0]]), Score("mse"))
+    assert errors.tolist() == [[2.5]]
+
+
+def test_the_loss_is_the_mean_of_the_episodes_losses():
+    outputs, targets = torch.randn(3, 4, 2), torch.tensor([[0, 1, 0, 1], [0, -100, -100, -100], [-100] * 4])
+    rows = Scoring(F.cross_entropy, Score("accuracy", 1)).rows([outputs], targets, [4, 5, 6])
+    expected = [F.cross_entropy(outputs[task], targets[task]).item() for task in range(2)]
+    assert rows[:2, 2].tolist() == pytest.approx(expected)
+    assert rows[:, 0].tolist() == [4, 5, 6]
+    assert rows[2, 2:].isnan().all()
+
+
+def test_probabilities_are_of_classes_alone():
+    outputs = torch.randn(2, 4, 3)
+    classes, labels = torch.tensor([[0, 1], [1, 0]]), torch.randint(2, (2, 4, 3)).float()
+    given = Scoring(F.cross_entropy, Score("accuracy", 1)).predictions(outputs, classes)
+    assert torch.equal(given, outputs[..., :2].softmax(-1))
+    pixels = torch.randn(2, 4, 3, 5, 5)
+    given = Scoring(F.cross_entropy, Score("accuracy", 1)).predictions(
+        pixels, torch.zeros(2, 4, 5, 5, dtype=torch.int64)
+    )
+    assert torch.equal(given, pixels.softmax(2))
+    for score in (None, Score("mse"), Score("accuracy")):
+        assert Scoring(F.cross_entropy, score).predictions(outputs, labels) is outputs
 
 
 class Given(LightningDataModule):
@@ -201,7 +275,8 @@ def test_what_is_not_finite_is_not_predicted():
         [
             Predicted(0, torch.tensor([1, -100]), torch.tensor([[0.25, 0.75], [nan, nan]])),
             Predicted(1, torch.tensor([0]), torch.tensor([[0.5, 0.25, 0.25]])),
-        ]
+        ],
+        Score("accuracy", 1),
     )
     assert broken == 1
     assert rows == [
@@ -210,6 +285,22 @@ def test_what_is_not_finite_is_not_predicted():
         [0, 1, -100, "", "nan", "nan", ""],
         [1, 0, 0, 0, "0.500000", "0.250000", "0.250000"],
     ]
-    rows, broken = prediction_rows([Predicted(4, torch.tensor([[1.0], [2.0]]), torch.tensor([[1.5], [inf]]))])
+    given = [Predicted(4, torch.tensor([[1.0], [2.0]]), torch.tensor([[1.5], [inf]]))]
+    rows, broken = prediction_rows(given, Score("mse"))
     assert rows[1:] == [[4, 0, "1", "1.5"], [4, 1, "2", ""]]
     assert broken == 1
+
+
+def test_tables_of_other_predictions():
+    logits = [Predicted(0, torch.tensor([1, 0]), torch.tensor([[0.5], [0.25]]))]
+    rows, _ = prediction_rows(logits, Score("accuracy"))
+    assert rows == [
+        ["episode", "query", "label", "predicted", "output_0"],
+        [0, 0, 1, 1, "0.500000"],
+        [0, 1, 0, 1, "0.250000"],
+    ]
+    gaussian = [Predicted(0, torch.tensor([[1.0]]), torch.tensor([[0.5, 0.25]]))]
+    rows, _ = prediction_rows(gaussian, None)
+    assert rows == [["episode", "query", "target_0", "predicted_0", "predicted_1"], [0, 0, "1", "0.5", "0.25"]]
+    labels = [Predicted(0, torch.tensor([[1, 0]]), torch.tensor([[0.5, -0.25]]))]
+    assert prediction_rows(labels, Score("accuracy"))[0][1] == [0, 0, "1", "0", "0.5", "-0.25"]

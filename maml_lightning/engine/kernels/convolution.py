@@ -19,8 +19,15 @@ from torch.library import custom_op
 from maml_lightning.engine.kernels.layout import HWIO, NCHW, NHWC, OIHW, Ints, leaves_cache, permute_each, tasks_first
 
 
-def _spans(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Ints:
-    return [(n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, kernel, stride, padding, strict=True)]
+def _spans(
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int] = (1, 1),
+) -> Ints:
+    each = zip(size, kernel, stride, padding, dilation, strict=True)
+    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in each]
 
 
 # Opaque operators: one node each in a traced graph, and free to loop and to work in place inside. All is channels-last:
@@ -86,58 +93,60 @@ def _stacked(parts: list[Tensor]) -> Tensor:
 
 
 @custom_op("maml_lightning::convolution", mutates_args=())
-def _direct(x: Tensor, w: Tensor, stride: Ints, padding: Ints) -> Tensor:
+def _direct(x: Tensor, w: Tensor, stride: Ints, padding: Ints, dilation: Ints, groups: int) -> Tensor:
     return _stacked(
         [
-            F.conv2d(_channels_first(x), _filters(w), None, stride, padding).permute(NHWC)
+            F.conv2d(_channels_first(x), _filters(w), None, stride, padding, dilation, groups).permute(NHWC)
             for x, w in zip(x, w, strict=True)
         ]
     )
 
 
 @_direct.register_fake
-def _(x: Tensor, w: Tensor, stride: Ints, padding: Ints) -> Tensor:
-    return x.new_empty(*x.shape[:2], *_spans(x.shape[2:4], w.shape[1:3], stride, padding), w.shape[4])
+def _(x: Tensor, w: Tensor, stride: Ints, padding: Ints, dilation: Ints, groups: int) -> Tensor:
+    return x.new_empty(*x.shape[:2], *_spans(x.shape[2:4], w.shape[1:3], stride, padding, dilation), w.shape[4])
 
 
 def _direct_gradients(
-    g: Tensor, x: Tensor, w: Tensor, stride: Ints, padding: Ints, which: list[bool]
+    which: list[bool], g: Tensor, x: Tensor, w: Tensor, *window: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    stride, padding, dilation, groups = window
     return torch.ops.aten.convolution_backward(
-        _channels_first(g), _channels_first(x), w, None, stride, padding, [1, 1], False, [0, 0], 1, which
+        _channels_first(g), _channels_first(x), w, None, stride, padding, dilation, False, [0, 0], groups, which
     )
 
 
 @custom_op("maml_lightning::convolution_input", mutates_args=())
-def _direct_input(g: Tensor, w: Tensor, size: Ints, stride: Ints, padding: Ints) -> Tensor:
-    x = g.new_empty(g.shape[1], *size, w.shape[3])  # only its shape counts
+def _direct_input(g: Tensor, w: Tensor, size: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int) -> Tensor:
+    window = (stride, padding, dilation, groups)
+    x = g.new_empty(g.shape[1], *size, w.shape[3] * groups)  # only its shape counts
     return _stacked(
         [
-            _direct_gradients(g, x, _filters(w), stride, padding, [True, False, False])[0].permute(NHWC)
+            _direct_gradients([True, False, False], g, x, _filters(w), *window)[0].permute(NHWC)
             for g, w in zip(g, w, strict=True)
         ]
     )
 
 
 @_direct_input.register_fake
-def _(g: Tensor, w: Tensor, size: Ints, stride: Ints, padding: Ints) -> Tensor:
-    return g.new_empty(*g.shape[:2], *size, w.shape[3])
+def _(g: Tensor, w: Tensor, size: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int) -> Tensor:
+    return g.new_empty(*g.shape[:2], *size, w.shape[3] * groups)
 
 
 @custom_op("maml_lightning::convolution_weight", mutates_args=())
-def _direct_weight(x: Tensor, g: Tensor, kernel: Ints, stride: Ints, padding: Ints) -> Tensor:
-    w = _filters(x.new_empty(*kernel, x.shape[4], g.shape[4]))  # only its shape counts
+def _direct_weight(
+    x: Tensor, g: Tensor, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int
+) -> Tensor:
+    window = (stride, padding, dilation, groups)
+    w = _filters(x.new_empty(*kernel, x.shape[4] // groups, g.shape[4]))  # only its shape counts
     return _stacked(
-        [
-            _direct_gradients(g, x, w, stride, padding, [False, True, False])[1].permute(HWIO)
-            for x, g in zip(x, g, strict=True)
-        ]
+        [_direct_gradients([False, True, False], g, x, w, *window)[1].permute(HWIO) for x, g in zip(x, g, strict=True)]
     )
 
 
 @_direct_weight.register_fake
-def _(x: Tensor, g: Tensor, kernel: Ints, stride: Ints, padding: Ints) -> Tensor:
-    return x.new_empty(x.shape[0], *kernel, x.shape[4], g.shape[4])
+def _(x: Tensor, g: Tensor, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int) -> Tensor:
+    return x.new_empty(x.shape[0], *kernel, x.shape[4] // groups, g.shape[4])
 
 
 def _patches(x: Tensor, kernel: Ints, stride: Ints, padding: Ints) -> Tensor:
@@ -167,7 +176,7 @@ def _over_tasks(
     in_dims: tuple,
     operands: tuple[Tensor, Tensor],
     orders: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
-    window: tuple[Ints, ...],
+    window: tuple[Any, ...],
     patch_elements: Callable[[Tensor, Tensor], int],
     product: Callable[..., Tensor],
     direct: Callable[..., Tensor],
@@ -179,12 +188,13 @@ def _over_tasks(
         operands: images and weight, or two images; ``window`` are the other arguments.
         orders: to channels-last of each operand, and back from it of the result.
         patch_elements: how many numbers one task's patches are.
-        product: the map as a product of patches.
+        product: the map as a product of patches; grouped and dilated convolutions are always direct.
         direct: the map by torch's convolution, task by task.
     """
     a, b = (tasks_first(operands[i], in_dims[i], info.batch_size, orders[i]) for i in range(2))
-    if not leaves_cache(a, patch_elements(a, b)):
-        result = product(a, b, *window)
+    *plain, dilation, groups = window
+    if groups == 1 and dilation == [1, 1] and not leaves_cache(a, patch_elements(a, b)):
+        result = product(a, b, *plain)
     elif in_dims[1] is None and orders[1] == HWIO:  # one weight for all tasks: their images are one batch
         result = direct(a.flatten(0, 1)[None], b[:1], *window)[0].unflatten(0, a.shape[:2])
     else:
@@ -193,11 +203,11 @@ def _over_tasks(
 
 
 class _Convolution(Function):
-    """``y = x * w``: images ``[B, C, H, W]``, weight ``[O, C, kh, kw]``."""
+    """``y = x * w``: images ``[B, C, H, W]``, weight ``[O, C / groups, kh, kw]``."""
 
     @staticmethod
-    def forward(x: Tensor, w: Tensor, stride: Ints, padding: Ints) -> Tensor:
-        return F.conv2d(x, w, None, stride, padding)
+    def forward(x: Tensor, w: Tensor, stride: Ints, padding: Ints, dilation: Ints, groups: int) -> Tensor:
+        return F.conv2d(x, w, None, stride, padding, dilation, groups)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -209,12 +219,12 @@ class _Convolution(Function):
         x, w = ctx.saved_tensors
         to_x = _InputGradient.apply(g, w, list(x.shape[2:]), *ctx.window) if ctx.needs_input_grad[0] else None
         to_w = _WeightGradient.apply(x, g, list(w.shape[2:]), *ctx.window) if ctx.needs_input_grad[1] else None
-        return to_x, to_w, None, None
+        return to_x, to_w, None, None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, x: Tensor, w: Tensor, *window: Ints) -> tuple:
+    def vmap(info: Any, in_dims: tuple, x: Tensor, w: Tensor, *window: Any) -> tuple:
         def patch_elements(x: Tensor, w: Tensor) -> int:
-            spans = _spans(x.shape[2:4], w.shape[1:3], *window)
+            spans = _spans(x.shape[2:4], w.shape[1:3], *window[:2])
             return x.shape[1] * math.prod(spans) * math.prod(w.shape[1:4])
 
         return _over_tasks(info, in_dims, (x, w), (NHWC, HWIO, NCHW), window, patch_elements, _product, _direct)
@@ -224,9 +234,9 @@ class _InputGradient(Function):
     """The transpose of :class:`_Convolution` in its input: ``[B, O, H', W'] -> [B, C, H, W]``."""
 
     @staticmethod
-    def forward(g: Tensor, w: Tensor, size: Ints, stride: Ints, padding: Ints) -> Tensor:
+    def forward(g: Tensor, w: Tensor, size: Ints, *window: Any) -> Tensor:
         g, w = g.permute(NHWC)[None], w.permute(HWIO)[None]
-        return _direct_input(g, w, size, stride, padding)[0].permute(NCHW)
+        return _direct_input(g, w, size, *window)[0].permute(NCHW)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -237,10 +247,10 @@ class _InputGradient(Function):
     def backward(ctx: Any, u: Tensor) -> tuple:
         g, w = ctx.saved_tensors
         to_g = _Convolution.apply(u, w, *ctx.window)
-        return to_g, _WeightGradient.apply(u, g, list(w.shape[2:]), *ctx.window), None, None, None
+        return to_g, _WeightGradient.apply(u, g, list(w.shape[2:]), *ctx.window), None, None, None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, g: Tensor, w: Tensor, *window: Ints) -> tuple:
+    def vmap(info: Any, in_dims: tuple, g: Tensor, w: Tensor, *window: Any) -> tuple:
         def patch_elements(g: Tensor, w: Tensor) -> int:
             return math.prod(g.shape[1:4]) * math.prod(w.shape[1:4])
 
@@ -252,9 +262,9 @@ class _WeightGradient(Function):
     """The transpose of :class:`_Convolution` in its weight: ``[B, C, H, W], [B, O, H', W'] -> [O, C, kh, kw]``."""
 
     @staticmethod
-    def forward(x: Tensor, g: Tensor, kernel: Ints, stride: Ints, padding: Ints) -> Tensor:
+    def forward(x: Tensor, g: Tensor, kernel: Ints, *window: Any) -> Tensor:
         x, g = x.permute(NHWC)[None], g.permute(NHWC)[None]
-        return _direct_weight(x, g, kernel, stride, padding)[0].permute(OIHW)
+        return _direct_weight(x, g, kernel, *window)[0].permute(OIHW)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -265,10 +275,10 @@ class _WeightGradient(Function):
     def backward(ctx: Any, v: Tensor) -> tuple:
         x, g = ctx.saved_tensors
         to_x = _InputGradient.apply(g, v, list(x.shape[2:]), *ctx.window) if ctx.needs_input_grad[0] else None
-        return to_x, _Convolution.apply(x, v, *ctx.window), None, None, None
+        return to_x, _Convolution.apply(x, v, *ctx.window), None, None, None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, x: Tensor, g: Tensor, *window: Ints) -> tuple:
+    def vmap(info: Any, in_dims: tuple, x: Tensor, g: Tensor, *window: Any) -> tuple:
         def patch_elements(x: Tensor, g: Tensor) -> int:
             return math.prod(g.shape[1:4]) * math.prod(window[0]) * x.shape[4]
 
@@ -276,31 +286,14 @@ class _WeightGradient(Function):
         return _over_tasks(info, in_dims, (x, g), orders, window, patch_elements, _product_weight, _direct_weight)
 
 
-def _pair(value: Any) -> Ints:
-    return [value, value] if isinstance(value, int) else [int(v) for v in (*value, *value)[:2]]
+def convolve(input: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints, groups: int) -> Tensor:
+    """Images ``[B, C, H, W]`` and weight ``[O, C / groups, kh, kw]`` to ``[B, O, H', W']``."""
+    return _Convolution.apply(input, weight, stride, padding, dilation, groups)
 
 
-def conv2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor:
-    """``torch.nn.functional.conv2d``, exact and fast in its second derivative under vmap.
-
-    Args:
-        input: ``[B, C, H, W]``, best channels-last in memory. The others as in torch. Grouped, dilated, unbatched
-            and string-padded convolutions are left to torch.
-    """
-    if groups != 1 or _pair(dilation) != [1, 1] or isinstance(padding, str) or input.dim() != 4:
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
-        input, weight = (t.to(torch.get_autocast_dtype(input.device.type)) for t in (input, weight))
-    y = _Convolution.apply(input, weight, _pair(stride), _pair(padding))
-    return y if bias is None else y + bias.to(y.dtype)[:, None, None]
+def convolve_transposed(input: Tensor, weight: Tensor, size: Ints, *window: Any) -> Tensor:
+    """The transpose of :func:`convolve` in its images: ``[B, O, H', W']`` to ``[B, C, *size]``."""
+    return _InputGradient.apply(input, weight, size, *window)
 
 
 # The gathering and scattering of patches as a compiler fuses them.

@@ -1,23 +1,49 @@
 """Which operators the kernels replace: in an ordinary network as it runs, and in a graph that is compiled."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch._ops import OpOverload
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from maml_lightning.engine.kernels.convolution import col2im_sum, conv2d, im2col_views
+from maml_lightning.engine.kernels.activations import hardsigmoid, rrelu
+from maml_lightning.engine.kernels.convolution import col2im_sum, im2col_views
+from maml_lightning.engine.kernels.convolution_layers import conv1d, conv2d, conv_transpose1d, conv_transpose2d
+from maml_lightning.engine.kernels.embedding import embedding_bag
 from maml_lightning.engine.kernels.normalization import batch_norm, instance_norm, project, standardize
 from maml_lightning.engine.kernels.pooling import max_pool, max_pool_backward, poolings
+from maml_lightning.engine.kernels.recurrence import recurrences
 
+
+def _contiguous(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The kernel with results laid out as torch's own; a traced graph drops the copy (``graphs.py``)."""
+    return lambda *args, **kwargs: kernel(*args, **kwargs).contiguous()
+
+
+# Without a second derivative in torch.
+DIFFERENTIABLE: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.hardsigmoid: hardsigmoid,
+    F.rrelu: rrelu,
+    torch.rrelu: rrelu,
+    torch.rrelu_: partial(rrelu, inplace=True),
+    F.embedding_bag: embedding_bag,
+}
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.conv2d: conv2d,
-    F.conv2d: conv2d,
-    F.batch_norm: batch_norm,
+    **{f: _contiguous(conv1d) for f in (torch.conv1d, F.conv1d)},
+    **{f: _contiguous(conv2d) for f in (torch.conv2d, F.conv2d)},
+    **{f: _contiguous(conv_transpose1d) for f in (torch.conv_transpose1d, F.conv_transpose1d)},
+    **{f: _contiguous(conv_transpose2d) for f in (torch.conv_transpose2d, F.conv_transpose2d)},
+    F.batch_norm: _contiguous(batch_norm),
     F.instance_norm: instance_norm,
+    **DIFFERENTIABLE,
     **poolings(),
+    **recurrences(),
 }
 
 # What replaces an operator when a compiler follows: what it fuses better than it calls, and the reverse.
@@ -32,7 +58,32 @@ COMPILED: dict[OpOverload, Callable[..., Any]] = {
 
 
 class TaskKernels(TorchFunctionMode):
-    """While active, calls of an operator in ``REPLACEMENTS`` (also from ``nn`` layers) run what replaces it."""
+    """While active, calls of an operator in a table (also from ``nn`` layers) run what replaces it.
+
+    Args:
+        table: operators, and what replaces them.
+    """
+
+    def __init__(self, table: dict[Callable[..., Any], Callable[..., Any]] = REPLACEMENTS) -> None:
+        super().__init__()
+        self.table = table
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        return REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))
+        return self.table.get(func, func)(*args, **(kwargs or {}))
+
+
+@contextmanager
+def task_operators() -> Iterator[None]:
+    """What a network is called inside: the kernels, and attention as products, the only one with a second derivative.
+
+    Transformer layers do not take their inference path inside, which vmap does not know: it gives way to any mode.
+    """
+    with TaskKernels(), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@contextmanager
+def loop_operators() -> Iterator[None]:
+    """The same for a task by itself: torch's own operators where they have a second derivative."""
+    with TaskKernels(DIFFERENTIABLE), sdpa_kernel(SDPBackend.MATH):
+        yield

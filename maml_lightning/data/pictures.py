@@ -1,0 +1,102 @@
+"""From an example's inputs as they are kept to a network's inputs: augmentation, scaling of uint8, normalization."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from maml_lightning.data.examples import Tree, leaves, seeded, tree_map
+from maml_lightning.errors import SettingError
+
+
+class Preparation(NamedTuple):
+    """What is done to inputs: augmentation, then 255 of uint8 becomes 1.0, then normalization.
+
+    Args:
+        mean: subtracted from each channel ``C`` of pictures ``[C, H, W]``, or one for all; in the scale of [0, 1].
+        std: by which each channel is divided then.
+        augmentation: transforms, each called with the inputs of one example, uint8 pictures as such. Their random
+            numbers may come from the global generators of PyTorch, NumPy or Python.
+    """
+
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    augmentation: Sequence[Callable[[Any], Any]] = ()
+
+    def check(self, inputs: Any) -> None:
+        """Check that these settings can be applied to inputs, each tensor ``[examples, ...]``.
+
+        Raises:
+            SettingError: they cannot.
+        """
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is None or callable(inputs):
+                continue
+            shape = list(inputs.shape[1:]) if isinstance(inputs, Tensor) else "of several tensors"
+            if not isinstance(inputs, Tensor) or inputs.ndim != 4 or len(values) not in (1, inputs.shape[1]):
+                raise SettingError(
+                    f"data.{name} {list(values)} has {len(values)} values for the channels of pictures [C, H, W], but "
+                    f"examples are {shape}; give one value, or one for each channel, or leave it out."
+                )
+        if self.std is not None and not all(value > 0 for value in self.std):
+            raise SettingError(f"data.std must be above 0 (got {list(self.std)}); leave it out for no scaling.")
+
+    def prepare(self, inputs: Tree, tasks: int, seeds: Sequence[int]) -> Tree:
+        """What a network takes.
+
+        Args:
+            inputs: each tensor ``[T * n, ...]``.
+            tasks: ``T``.
+            seeds: of the random numbers of augmentation, ``[T]``.
+        """
+        if self.augmentation:
+            inputs = self._augment(inputs, tasks, seeds)
+        inputs = tree_map(_scaled, inputs)
+        if self.mean is not None:
+            inputs = inputs - inputs.new_tensor(self.mean).view(-1, 1, 1)
+        return inputs if self.std is None else inputs / inputs.new_tensor(self.std).view(-1, 1, 1)
+
+    def _augment(self, inputs: Tree, tasks: int, seeds: Sequence[int]) -> Tree:
+        size = len(next(iter(leaves(inputs).values()))) // tasks
+        augmented: list[Tree] = []
+        for task, seed in enumerate(seeds):
+            with seeded(seed):
+                for index in range(task * size, (task + 1) * size):
+                    example = tree_map(lambda leaf, index=index: leaf[index], inputs)
+                    for transform in self.augmentation:
+                        example = transform(example)
+                    augmented.append(example)
+        return tree_map(_stacked, *augmented)
+
+
+AS_THEY_ARE = Preparation()
+
+
+def say_what_is_scaled(setting: str, inputs: Tree) -> None:
+    """Print which inputs, each tensor ``[examples, ...]``, are taken for pictures."""
+    shapes = [list(leaf.shape[1:]) for leaf in leaves(inputs).values() if leaf.dtype == torch.uint8]
+    if shapes:
+        rank_zero_info(
+            f"{setting}: uint8 pictures {shapes[0]} are scaled to [0, 1]; inputs of another type stay as they are."
+        )
+
+
+def _scaled(leaf: Tensor) -> Tensor:
+    return leaf.float().div_(255) if leaf.dtype == torch.uint8 else leaf
+
+
+def _stacked(*values: Any) -> Tensor:
+    kinds = {
+        f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        if isinstance(value, Tensor)
+        else type(value).__name__
+        for value in values
+    }
+    if len(kinds) != 1 or not isinstance(values[0], Tensor):
+        raise SettingError(
+            f"data.augmentation gives {' and '.join(sorted(kinds))}; give transforms whose results are tensors of one "
+            "shape and type."
+        )
+    return torch.stack(values)

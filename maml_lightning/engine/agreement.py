@@ -1,0 +1,47 @@
+"""Whether what a fast way of running computes is what a loop over tasks computes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+# Relative differences that rounding explains, of all tensors together; of one tensor it is ten times as much.
+_ROUNDING = {torch.float64: 1e-6, torch.complex128: 1e-6, torch.float32: 1e-2, torch.complex64: 1e-2}
+_HALF = 0.2
+
+
+def disagreement(results: Any, expected: Any) -> str:
+    """In which way the results of the first task are not the expected ones, in a few words; empty where they are.
+
+    Tensors with values that are not finite are left out.
+
+    Args:
+        results: a pytree of tensors ``[T, ...]``.
+        expected: the same ``[1, ...]``.
+    """
+    pairs = list(zip(pytree.tree_leaves(results), pytree.tree_leaves(expected), strict=True))
+    for result, value in pairs:
+        if result.shape[1:] != value.shape[1:] or result.dtype != value.dtype:
+            return f"gives {list(result.shape[1:])} {result.dtype}, not {list(value.shape[1:])} {value.dtype}"
+    pairs = [(r[:1], v) for r, v in pairs if v.is_floating_point() or v.is_complex()]
+    pairs = [(r, v) for r, v in pairs if v.isfinite().all()]
+    if not pairs:
+        return ""
+    errors = torch.stack([_norm(r - v) for r, v in pairs])
+    sizes = torch.stack([_norm(v) for _, v in pairs])
+    size = sizes.norm()
+    tolerance = max(_tolerance(value) for _, value in pairs)
+    relative = (errors.norm() / size.clamp_min(torch.finfo(size.dtype).tiny)).item()
+    each = (errors / (sizes + size / 100).clamp_min(torch.finfo(size.dtype).tiny)).max().item()
+    if relative <= tolerance and each <= 10 * tolerance:
+        return ""
+    return f"it differs from a loop over tasks by {max(relative, each):.1g} of the gradient or output"
+
+
+def _norm(value: Tensor) -> Tensor:
+    return value.abs().double().norm() if value.device.type != "mps" else value.abs().float().norm()
+
+
+def _tolerance(value: Tensor) -> float:
+    return _HALF if torch.is_autocast_enabled(value.device.type) else _ROUNDING.get(value.dtype, _HALF)

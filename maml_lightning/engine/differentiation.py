@@ -1,0 +1,100 @@
+"""Gradients inside a function of one task, by torch.func or by autograd, as the function is run.
+
+Vectorized over tasks, a function needs :func:`torch.func.grad`. In a loop over tasks :func:`torch.autograd.grad` runs
+whatever a training loop can run, branches on values included.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+_AUTOGRAD = ContextVar("autograd", default=False)
+
+
+@contextmanager
+def by_autograd() -> Iterator[None]:
+    """While active, gradients are taken by autograd."""
+    token = _AUTOGRAD.set(True)
+    try:
+        yield
+    finally:
+        _AUTOGRAD.reset(token)
+
+
+def is_by_autograd() -> bool:
+    """Whether gradients are taken by autograd now."""
+    return _AUTOGRAD.get()
+
+
+def grad(function: Callable[[Any], Tensor]) -> Callable[[Any], Any]:
+    """The gradient of a scalar function of a pytree of tensors, like ``torch.func.grad``.
+
+    Args:
+        function: returns a scalar.
+    """
+    if not _AUTOGRAD.get():
+        return torch.func.grad(function)
+    return lambda params: grad_and_value(lambda params: (function(params), None))(params)[0]
+
+
+def grad_and_value(function: Callable[[Any], tuple[Tensor, Any]]) -> Callable[[Any], tuple[Any, tuple[Tensor, Any]]]:
+    """``(gradient, (value, auxiliary output))``, like ``torch.func.grad_and_value`` with ``has_aux``.
+
+    By autograd, the gradient has a graph of its own only where autograd records.
+
+    Args:
+        function: returns a scalar and anything else.
+    """
+    if not _AUTOGRAD.get():
+        return torch.func.grad_and_value(function, has_aux=True)
+
+    def run(params: Any) -> tuple[Any, tuple[Tensor, Any]]:
+        leaves, spec = pytree.tree_flatten(params)
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Each leaf a tensor of its own: elsewhere in the function the same one may count as a constant.
+            own = [leaf.view_as(leaf) if leaf.requires_grad else leaf.detach().requires_grad_() for leaf in leaves]
+            value, auxiliary = function(pytree.tree_unflatten(own, spec))
+            gradients = gradients_of([value], own, None, create_graph)
+        if not create_graph:
+            value, auxiliary = pytree.tree_map_only(Tensor, torch.detach, (value, auxiliary))
+        return pytree.tree_unflatten(gradients, spec), (value, auxiliary)
+
+    return run
+
+
+def gradients_of(
+    outputs: list[Tensor],
+    inputs: list[Tensor],
+    cotangents: list[Tensor] | None,
+    create_graph: bool = False,
+    retain_graph: bool = False,
+) -> list[Tensor]:
+    """``torch.autograd.grad``, zero where an output does not depend on an input.
+
+    Args:
+        outputs: differentiated tensors.
+        inputs: what the gradient is of; those that record no gradient get zeros.
+        cotangents: of each output; None for a scalar.
+        create_graph: whether the gradients can be differentiated.
+        retain_graph: whether it is called again.
+    """
+    recorded = [i for i, output in enumerate(outputs) if output.requires_grad]
+    wanted = [value for value in inputs if value.requires_grad]
+    found: dict[int, Tensor] = {}
+    if recorded and wanted:
+        gradients = torch.autograd.grad(
+            [outputs[i] for i in recorded],
+            wanted,
+            None if cotangents is None else [cotangents[i] for i in recorded],
+            create_graph=create_graph,
+            retain_graph=create_graph or retain_graph,
+            allow_unused=True,
+        )
+        found = {id(value): g for value, g in zip(wanted, gradients, strict=True) if g is not None}
+    return [found[id(value)] if id(value) in found else torch.zeros_like(value) for value in inputs]

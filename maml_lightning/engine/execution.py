@@ -1,0 +1,292 @@
+"""How functions of one task run over all tasks of a chunk: the fastest way that gives what a loop over tasks gives.
+
+There are three ways, tried in this order. ``traced``: a graph that is vectorized over tasks, recorded once and
+replayed. ``vectorized``: the function itself under ``vmap``. ``loop``: each task by itself, differentiated by autograd
+like any training loop; it runs whatever PyTorch runs. What cannot run in one way runs in the next. The first time,
+the first task also runs in the loop, and a way whose results differ is not taken.
+"""
+
+import logging
+from collections.abc import Callable, Hashable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from maml_lightning.engine import loop
+from maml_lightning.engine.agreement import disagreement
+from maml_lightning.engine.fingerprints import fingerprint, has_hooks
+from maml_lightning.engine.graphs import structure
+from maml_lightning.engine.hoisting import Hoisted
+from maml_lightning.engine.jobs import Job, recomputed_pullback
+from maml_lightning.engine.memory import out_of_memory
+from maml_lightning.engine.state import Bound, RandomState, Snapshot, State, without_state
+from maml_lightning.engine.tracing import TracedPair, signature, traced_call, traced_pair
+from maml_lightning.errors import SettingError
+
+log = logging.getLogger(__name__)
+MAX_STATES = 8  # so many states of a network are traced; one that changes at each step runs untraced
+MAX_GRAPHS = 64  # so many graphs are kept; inputs of ever new shapes run untraced
+
+Execution = Literal["auto", "traced", "vectorized", "loop"]
+WAYS: tuple[Literal["traced", "vectorized", "loop"], ...] = ("traced", "vectorized", "loop")
+TRACED, VECTORIZED, LOOP = range(3)
+
+
+class Executor:
+    """Runs functions of pytrees of tensors over tasks; see the head of this file. Copies and pickles begin anew.
+
+    Args:
+        execution: auto takes the first way that works and says once in one line which; the others are one way, and
+            raise where it does not work.
+        compile: hand the graphs to ``torch.compile`` (inductor).
+    """
+
+    def __init__(self, execution: Execution = "auto", compile: bool = False) -> None:
+        self.execution, self.compile = execution, compile
+        self.kept_bytes = 0  # by the pullbacks made since this was last set to 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self._graphs: dict[Hashable, Any] = {}
+        self._signatures: dict[Hashable, set[Hashable]] = {}  # seen of each family of calls
+        self._states: dict[Hashable, int] = {}
+        self._checked: set[Hashable] = set()  # graphs and families of calls that agree with the loop
+        self._examined: set[Hashable] = set()  # networks whose effects are known
+        self._lowest: dict[Hashable, int] = {}  # the way that a network was found to need
+        self._said: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {name: getattr(self, name) for name in ("execution", "compile")}
+        return {**kept, "kept_bytes": 0}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+
+    def state(self, objects: tuple) -> State:
+        """The state that ``objects`` are in now: their graphs are replayed while they are in it."""
+        key = fingerprint(objects)
+        if key not in self._states and len(self._states) < MAX_STATES:
+            self._states[key] = len(self._states)
+        elif key not in self._states:
+            why = f"its attributes have changed {MAX_STATES} times"
+            self._say(f"The network cannot be traced and runs untraced, which is slower: {why}")
+        return State(objects, key, self._states.get(key))
+
+    def release(self) -> None:
+        """Forget what inner steps share: the tensors that they took may change from here on."""
+        for graph in self._graphs.values():
+            if isinstance(graph.forward, Hoisted):
+                graph.forward.release()
+
+    def knows(self, state: State) -> bool:
+        """Whether it is known what running the network has for effects."""
+        return state.network in self._examined
+
+    def way(self, state: State) -> str:
+        """How functions of these objects run now: traced, vectorized or loop."""
+        return WAYS[self._way(state)]
+
+    def saved_bytes(self, function: Callable, in_dims: tuple, *args: Any) -> int:
+        """Bytes that the backward pass through ``function`` of the first task needs, beside its arguments.
+
+        Runs the task in a loop without effects, and takes the loop from now on where there would have been any.
+        """
+        job, saved = Job(_bound(function), in_dims, args, pullback=True, recompute=False), 0
+
+        def run() -> None:
+            nonlocal saved
+            saved = loop.saved_bytes(job.function, job.in_dims, job.args)
+
+        self._without_effects(job, run)
+        return saved
+
+    def __call__(self, function: Callable, in_dims: tuple, *args: Any) -> Any:
+        """``vmap(function, in_dims)(*args)``, without a graph for autograd."""
+        return self._run(Job(_bound(function), in_dims, args, pullback=False, recompute=False))[0]
+
+    def vjp(
+        self, function: Callable, in_dims: tuple, primal: Any, *args: Any, recompute: bool = False
+    ) -> tuple[Any, Callable]:
+        """``vmap`` of ``function(primal, *args)``, with its pullback to ``primal``, task by task.
+
+        Args:
+            function: of one task; returns a pytree of tensors.
+            in_dims: of ``(primal, *args)``, 0 or None for each or for parts of it.
+            primal: what it is differentiated with respect to.
+            args: its other arguments.
+            recompute: keep only the arguments, and recompute the rest in the pullback.
+
+        Returns:
+            the outputs, and ``pullback(cotangents) -> gradients``, all with a leading task dimension.
+        """
+        outputs, pullback = self._run(Job(_bound(function), in_dims, (primal, *args), True, recompute))
+        assert pullback is not None
+        return outputs, pullback
+
+    @torch.no_grad()
+    def _run(self, job: Job) -> tuple[Any, Callable | None]:
+        state = job.function.state
+        if self._way(state) == LOOP:
+            return self._looped(job)
+        leaves, spec = pytree.tree_flatten(job.args)
+        family = (*job.family, structure(spec))
+        key = (*family, *signature(leaves))
+        seen = self._signatures.setdefault(family, set())
+        # The first signature is traced at once, others when they come again: inputs of ever new lengths never pay for
+        # their traces.
+        pays = not seen or key in seen
+        seen.add(key)
+        before: RandomState | None = None
+        reference: tuple[Any, Callable | None] | None = None
+        while (way := self._way(state)) != LOOP:
+            traced = way == TRACED and (self._is_traced(key, pays) or self.execution == "traced")
+            checked = key if traced else family
+            if checked not in self._checked and before is None:
+                before = RandomState(job.device())
+                reference = self._first_task(job)
+                continue
+            try:
+                outputs, pullback = self._replay(job, key, leaves) if traced else job.untraced()
+                why = reference and disagreement(outputs, reference[0])
+            except Exception as error:  # whatever a user's network raises where it cannot run this way
+                why = _reason(error)
+            if not why:
+                self._checked.add(checked)
+                return outputs, self._check_once(job, pullback, reference[1]) if pullback and reference else pullback
+            if before is not None:
+                before.restore()
+            self._lower(state, way + 1, why)
+        return self._looped(job)
+
+    def _way(self, state: State) -> int:
+        if self.execution != "auto":
+            return WAYS.index(self.execution)
+        lowest = self._lowest.get(state.network, TRACED)
+        return max(lowest, VECTORIZED) if state.number is None else lowest
+
+    def _lower(self, state: State, way: int, why: str) -> None:
+        """Take a slower way from now on."""
+        if self.execution != "auto":
+            raise SettingError(
+                f"model.execution {self.execution} does not work for this network: {why}; leave it out, or set it to "
+                f"{'loop' if way == LOOP else 'vectorized or loop'}."
+            )
+        self._lowest[state.network] = max(way, self._lowest.get(state.network, TRACED))
+        how = "cannot be traced and runs untraced" if way == VECTORIZED else "runs task by task"
+        self._say(f"The network {how}, which is slower: {why}")
+
+    def _say(self, line: str) -> None:
+        if line not in self._said:
+            log.warning("%s", line)
+            self._said.add(line)
+
+    def _is_traced(self, key: Hashable, pays: bool) -> bool:
+        if key in self._graphs or not pays:
+            return key in self._graphs
+        if len(self._graphs) == MAX_GRAPHS:
+            self._say(
+                f"The network runs untraced, which is slower, for shapes of inputs beyond the first {MAX_GRAPHS}."
+            )
+            return False
+        return True
+
+    def _first_task(self, job: Job) -> tuple[Any, Callable | None] | None:
+        """Outputs and pullback of the first task by the loop, to compare with; None where they cannot be compared."""
+        result = None
+
+        def run() -> None:
+            nonlocal result
+            result = job.first_task().in_loop()
+
+        return result if self._without_effects(job, run) else None
+
+    def _without_effects(self, job: Job, run: Callable[[], None]) -> bool:
+        """Run a job in the loop for its results alone; whether they are the same each time.
+
+        Takes the loop from now on where running it has effects, which have to happen as in a loop.
+        """
+        state, snapshot, before = job.function.state, Snapshot(job.function.state), RandomState(job.device())
+        self._examined.add(state.network)
+        if has_hooks(state.objects):
+            self._lower(state, LOOP, "its hooks have to run at each call")
+            return False
+        with before.restored():
+            try:
+                run()
+            except Exception as error:  # what a loop cannot run, other ways may
+                _reason(error)
+            deterministic = before.is_current()
+        if why := snapshot.changes():
+            snapshot.restore()
+            self._lower(state, LOOP, f"it {why}")
+        return deterministic
+
+    def _check_once(self, job: Job, pullback: Callable, reference: Callable | None) -> Callable:
+        """The pullback, which at its first call is compared with that of the first task by the loop."""
+        way, random_state, pullbacks = self._way(job.function.state), RandomState(job.device()), [pullback]
+
+        @torch.no_grad()
+        def checked(cotangents: Any) -> Any:
+            nonlocal reference
+            expected, reference = reference, None
+            try:
+                gradients = pullbacks[0](cotangents)
+                first = pytree.tree_map(lambda cotangent: cotangent[:1], cotangents)
+                why = expected and disagreement(gradients, expected(first))
+            except Exception as error:
+                why = _reason(error)
+            if not why:
+                return gradients
+            self._lower(job.function.state, way + 1, why)
+            with random_state.restored():
+                pullbacks[:] = [pullback for pullback in self._run(job)[1:] if pullback]
+            return pullbacks[0](cotangents)
+
+        return checked
+
+    def _looped(self, job: Job) -> tuple[Any, Callable | None]:
+        try:
+            return job.in_loop()
+        except NotImplementedError as error:
+            raise SettingError(
+                f"model.net cannot be run: {_reason(error)}. A training loop cannot run it either; replace that layer."
+            ) from error
+
+    def _replay(self, job: Job, key: Hashable, leaves: list[Tensor]) -> tuple[Any, Callable | None]:
+        """Outputs and pullback by a graph, which is recorded the first time."""
+        if key not in self._graphs:
+            with torch.autograd.set_detect_anomaly(False):  # fake tensors have nothing to detect
+                self._graphs[key] = (
+                    traced_pair(job.vectorized(), job.joint(), job.args, self.compile)
+                    if job.pullback
+                    else traced_call(job.vectorized(), job.args, self.compile)
+                )
+        graph: Any = self._graphs[key]
+        if not job.pullback:
+            return graph(leaves), None
+        pair: TracedPair = graph
+        if job.recompute:
+            pullback = recomputed_pullback(job, lambda cotangents: pair.pullback(pair.outputs(leaves)[1], cotangents))
+            return self._run(job._replace(pullback=False))[0], pullback
+        outputs, residuals = pair.outputs(leaves)
+        storages = (tensor.untyped_storage() for tensor in residuals)
+        self.kept_bytes += sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+        return outputs, lambda cotangents: pair.pullback(residuals, cotangents)
+
+
+def _bound(function: Callable) -> Bound:
+    return function if isinstance(function, Bound) else without_state(function)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error; memory that ran out is no reason to run in another way.
+
+    Raises:
+        Exception: the error, if memory ran out.
+    """
+    if isinstance(error, RuntimeError) and out_of_memory(error):
+        raise error
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,0 +1,104 @@
+"""One call of a function of one task over all tasks of a chunk: vectorized, or in a loop."""
+
+import warnings
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import vjp, vmap
+from torch.utils import _pytree as pytree
+
+from maml_lightning.engine import loop
+from maml_lightning.engine.state import Bound, RandomState
+
+
+class Job(NamedTuple):
+    """One call of a function of one task: over all tasks, with its pullback or without.
+
+    Args:
+        function: of one task, and the objects that it depends on.
+        in_dims: of ``args``, as for ``vmap``.
+        args: its arguments; with a pullback the first is what it is differentiated with respect to.
+        pullback: whether the pullback is wanted, too.
+        recompute: keep only the arguments for it.
+    """
+
+    function: Bound
+    in_dims: tuple
+    args: tuple
+    pullback: bool
+    recompute: bool
+
+    @property
+    def family(self) -> tuple[Hashable, ...]:
+        """The same for calls that differ in the signature of the arguments alone."""
+        return self.function.function, self.function.state.number, self.pullback, self.in_dims
+
+    def vectorized(self) -> Callable:
+        """The function, vectorized over tasks."""
+        return _vmap(self.function, self.in_dims)
+
+    def joint(self) -> Callable:
+        """``joint(cotangents, primal, *args) -> (outputs, gradients)``, vectorized over tasks."""
+
+        # Differentiated inside of vmap: outside, normalization layers have a silently wrong second derivative
+        # (functorch #534).
+        def joint(cotangents: Any, primal: Any, *args: Any) -> tuple:
+            outputs, pullback, *_ = vjp(lambda primal: self.function(primal, *args), primal)
+            return outputs, pullback(cotangents)[0]
+
+        return _vmap(joint, (0, *self.in_dims))
+
+    def first_task(self) -> "Job":
+        """The same of the first task alone."""
+
+        def first(leaf: Tensor, dim: int | None) -> Tensor:
+            return leaf if dim is None else leaf[:1]
+
+        leaves, spec = pytree.tree_flatten(self.args)
+        dims: Any = pytree._broadcast_to_and_flatten(self.in_dims, spec)
+        return self._replace(args=pytree.tree_unflatten(list(map(first, leaves, dims)), spec), recompute=False)
+
+    def in_loop(self) -> tuple[Any, Callable | None]:
+        """Outputs and pullback, by a loop over tasks."""
+        if not self.pullback:
+            return loop.call(self.function, self.in_dims, self.args), None
+        if not self.recompute:
+            return loop.vjp(self.function, self.in_dims, self.args[0], self.args[1:])
+        kept = self._replace(recompute=False)
+        pullback = recomputed_pullback(self, lambda cotangents: kept.in_loop()[1](cotangents))  # type: ignore[misc]
+        return loop.call(self.function, self.in_dims, self.args), pullback
+
+    def untraced(self) -> tuple[Any, Callable | None]:
+        """Outputs and pullback, by ``vmap``."""
+        pullback = recomputed_pullback(self, lambda cotangents: self.joint()(cotangents, *self.args)[1])
+        return self.vectorized()(*self.args), pullback if self.pullback else None
+
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return pytree.tree_leaves(self.args)[0].device
+
+
+def recomputed_pullback(job: Job, pullback: Callable) -> Callable:
+    """A pullback that computes the function once more, with the random numbers that are drawn after this call."""
+    random_state = RandomState(job.device())
+
+    @torch.no_grad()
+    def recomputed(cotangents: Any) -> Any:
+        with random_state.restored():
+            return pullback(cotangents)
+
+    return recomputed
+
+
+def _vmap(function: Callable, in_dims: tuple) -> Callable:
+    vectorized = vmap(function, in_dims, randomness="different")
+
+    def quiet(*args: Any) -> Any:
+        # An operator that vmap does not know runs task by task: slower, and the user can do nothing about it.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            return vectorized(*args)
+
+    return quiet

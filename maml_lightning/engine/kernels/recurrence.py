@@ -1,0 +1,112 @@
+"""Recurrent layers as a loop over time in terms of operators that vmap and double backward know.
+
+Torch's own add the input's and the state's part of a gate in place, which vmap cannot do where the state is the same
+for all tasks, as the zeros are that a layer begins with; cuDNN's and oneDNN's have no second derivative. Here the
+input's part is one matrix product for all time steps.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+State = tuple[Tensor, ...]
+Cell = Callable[[Tensor, State, Tensor, Tensor | None], State]
+
+
+def _lstm_step(gates: Tensor, state: State, weight: Tensor, bias: Tensor | None) -> State:
+    h, c = state
+    i, f, g, o = (gates + F.linear(h, weight, bias)).chunk(4, -1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def _gru_step(gates: Tensor, state: State, weight: Tensor, bias: Tensor | None) -> State:
+    (h,) = state
+    (r, z, n), (r_h, z_h, n_h) = gates.chunk(3, -1), F.linear(h, weight, bias).chunk(3, -1)
+    n = (n + (r + r_h).sigmoid() * n_h).tanh()
+    return (n + (z + z_h).sigmoid() * (h - n),)
+
+
+def _rnn_step(gates: Tensor, state: State, weight: Tensor, bias: Tensor | None, activation: Callable) -> State:
+    return (activation(gates + F.linear(state[0], weight, bias)),)
+
+
+def _direction(
+    cell: Cell, x: Tensor, state: State, weights: Sequence[Tensor], has_biases: bool, reverse: bool
+) -> tuple[Tensor, State]:
+    """One layer in one direction over ``[L, B, F]``: the outputs ``[L, B, H]`` and the last state.
+
+    Args:
+        weights: of input and state, their biases, and with projections that of the output.
+    """
+    to_gates, to_state, *others = weights
+    biases, projection = (others[:2], others[2:]) if has_biases else ((None, None), others)
+    gates = F.linear(x, to_gates, biases[0]).unbind(0)
+    outputs = []
+    for now in reversed(gates) if reverse else gates:
+        h, *rest = cell(now, state, to_state, biases[1])
+        state = (F.linear(h, projection[0]) if projection else h, *rest)
+        outputs.append(state[0])
+    return torch.stack(outputs[::-1] if reverse else outputs), state
+
+
+def _layers(
+    cell: Cell,
+    own: Callable[..., Any],
+    input: Tensor,
+    hx: Any,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool = False,
+) -> tuple[Tensor, ...]:
+    """The layers of ``torch.lstm``, ``torch.gru``, …, of the same arguments; packed sequences are left to torch."""
+    if not isinstance(has_biases, bool):  # packed: input, batch_sizes, hx, params, …
+        return own(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
+    states = hx if isinstance(hx, (tuple, list)) else (hx,)
+    directions = 2 if bidirectional else 1
+    count = len(params) // (num_layers * directions)
+    x = input.transpose(0, 1) if batch_first else input
+    last = []
+    for layer in range(num_layers):
+        outputs = []
+        for direction in range(directions):
+            number = layer * directions + direction
+            weights, state = params[number * count :][:count], tuple(s[number] for s in states)
+            output, state = _direction(cell, x, state, weights, has_biases, bool(direction))
+            outputs.append(output)
+            last.append(state)
+        x = torch.cat(outputs, -1) if bidirectional else outputs[0]
+        if dropout and layer < num_layers - 1:
+            x = F.dropout(x, dropout, train)
+    return x.transpose(0, 1) if batch_first else x, *(torch.stack(parts) for parts in zip(*last, strict=True))
+
+
+def _cell(
+    step: Cell, x: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
+) -> Any:
+    """``torch.lstm_cell``, ``torch.gru_cell``, …, of the same arguments."""
+    several = isinstance(hx, (tuple, list))
+    state = step(F.linear(x, w_ih, b_ih), tuple(hx) if several else (hx,), w_hh, b_hh)
+    return state if several else state[0]
+
+
+_STEPS: dict[str, Cell] = {
+    "lstm": _lstm_step,
+    "gru": _gru_step,
+    "rnn_tanh": partial(_rnn_step, activation=torch.tanh),
+    "rnn_relu": partial(_rnn_step, activation=torch.relu),
+}
+
+
+def recurrences() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """What replaces torch's recurrent layers and cells."""
+    layers = {getattr(torch, name): partial(_layers, step, getattr(torch, name)) for name, step in _STEPS.items()}
+    return {**layers, **{getattr(torch, f"{name}_cell"): partial(_cell, step) for name, step in _STEPS.items()}}

@@ -1,0 +1,98 @@
+"""Functions of one task over all tasks of a chunk by a loop of torch.autograd: slow for small networks, runs any."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from maml_lightning.engine.differentiation import by_autograd, gradients_of
+
+
+def tasks_of(in_dims: Any, args: tuple) -> int:
+    """How many tasks the arguments hold."""
+    leaves, dims, _ = _flattened(in_dims, args)
+    return next(len(leaf) for leaf, dim in zip(leaves, dims, strict=True) if dim is not None)
+
+
+def of_task(task: int, in_dims: Any, args: Any) -> Any:
+    """The arguments of one task.
+
+    Args:
+        task: its number.
+        in_dims: 0 or None for each argument or for parts of it, as for ``vmap``.
+        args: a tuple of pytrees.
+    """
+    leaves, dims, spec = _flattened(in_dims, args)
+    own = [leaf if dim is None else leaf[task] for leaf, dim in zip(leaves, dims, strict=True)]
+    return pytree.tree_unflatten(own, spec)
+
+
+def call(function: Callable, in_dims: Any, args: tuple) -> Any:
+    """``function`` of each task, stacked."""
+    with torch.no_grad(), by_autograd():
+        return _stacked([function(*of_task(task, in_dims, args)) for task in range(tasks_of(in_dims, args))])
+
+
+def vjp(function: Callable, in_dims: Any, primal: Any, args: tuple) -> tuple[Any, Callable[[Any], Any]]:
+    """``function(primal, *args)`` of each task, stacked, and its pullback to ``primal``.
+
+    Args:
+        function: of one task; returns a pytree of tensors.
+        in_dims: of ``(primal, *args)``.
+        primal: what it is differentiated with respect to.
+        args: its other arguments.
+    """
+    results, records = [], []
+    for task in range(tasks_of(in_dims, (primal, *args))):
+        own, *others = of_task(task, in_dims, (primal, *args))
+        inputs, spec = pytree.tree_flatten(own)
+        inputs = [_differentiable(value) for value in inputs]
+        with torch.enable_grad(), by_autograd():
+            outputs = function(pytree.tree_unflatten(inputs, spec), *others)
+        records.append((pytree.tree_leaves(outputs), inputs, spec))
+        results.append(pytree.tree_map(torch.detach, outputs))
+
+    def pullback(cotangents: Any) -> Any:
+        leaves, gradients = pytree.tree_leaves(cotangents), []
+        for task, (outputs, inputs, spec) in enumerate(records):
+            found = gradients_of(outputs, inputs, [leaf[task] for leaf in leaves], retain_graph=True)
+            gradients.append(pytree.tree_unflatten(found, spec))
+        return _stacked(gradients)
+
+    return _stacked(results), pullback
+
+
+def saved_bytes(function: Callable, in_dims: Any, args: tuple) -> int:
+    """Bytes that autograd keeps for the backward pass through ``function`` of the first task, arguments left out."""
+    own = of_task(0, in_dims, args)
+    leaves, spec = pytree.tree_flatten(own)
+    known = {leaf.untyped_storage().data_ptr() for leaf in leaves}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    inputs = pytree.tree_unflatten([_differentiable(leaf) for leaf in leaves], spec)
+    with torch.enable_grad(), by_autograd(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = function(*inputs)
+    del outputs
+    return sum(kept.values())
+
+
+def _differentiable(value: Tensor) -> Tensor:
+    return value.detach().requires_grad_(value.is_floating_point() or value.is_complex())
+
+
+def _flattened(in_dims: Any, args: tuple) -> tuple[list[Tensor], list[int | None], pytree.TreeSpec]:
+    leaves, spec = pytree.tree_flatten(args)
+    dims: Any = pytree._broadcast_to_and_flatten(tuple(in_dims), spec)
+    return leaves, dims, spec
+
+
+def _stacked(results: list[Any]) -> Any:
+    return pytree.tree_map(lambda *parts: torch.stack(parts), results[0], *results[1:])

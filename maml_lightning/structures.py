@@ -1,0 +1,106 @@
+"""Inputs, outputs and targets of any structure: a tensor, or tuples, lists and dicts of tensors (pytrees)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from maml_lightning.errors import SettingError
+
+Part = TypeVar("Part")
+
+
+def leaves(part: Any) -> list[Tensor]:
+    """The tensors of a structure, in their order."""
+    return pytree.tree_leaves(part)
+
+
+def mapped(function: Callable[[Tensor], Any], part: Part) -> Part:
+    """The structure with ``function`` of each of its tensors in their places."""
+    return pytree.tree_map(function, part)
+
+
+def first_task(part: Part) -> Part:
+    """The first task's part of a structure of tensors ``[T, ...]``."""
+    return mapped(lambda tensor: tensor[0], part)
+
+
+def tasks_of(part: Part) -> list[Part]:
+    """Each task's part of a structure of tensors ``[T, ...]``."""
+    return [mapped(lambda tensor, task=task: tensor[task], part) for task in range(len(leaves(part)[0]))]  # type: ignore[misc]
+
+
+def joined(parts: Sequence[Part], dim: int) -> Part:
+    """Structures of the same kind as one, their tensors concatenated along a dimension."""
+    return pytree.tree_map(lambda *tensors: torch.cat(tensors, dim), *parts)
+
+
+def plain(part: Any) -> Any:
+    """The structure with a dict in place of any other mapping, such as the output of a tokenizer."""
+    if isinstance(part, Mapping):
+        return {name: plain(value) for name, value in part.items()}
+    return [plain(value) for value in part] if type(part) is list else part
+
+
+def describe(part: Any) -> str:
+    """Shapes of a structure's tensors, and their types where they are not floats: ``{ids: [5, 12] int64}``."""
+    if isinstance(part, Tensor):
+        kind = "" if part.is_floating_point() else f" {str(part.dtype).removeprefix('torch.')}"
+        return f"{list(part.shape)}{kind}"
+    if isinstance(part, Mapping):
+        return "{" + ", ".join(f"{name}: {describe(value)}" for name, value in part.items()) + "}"
+    if isinstance(part, tuple | list):
+        return "(" + ", ".join(map(describe, part)) + ")"
+    return type(part).__name__
+
+
+def call_arguments(inputs: Any) -> tuple[tuple, dict[str, Any]]:
+    """Positional and keyword arguments of a call: ``net(**x)`` of a dict, ``net(*x)`` of a tuple or list."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
+
+
+def call(net: nn.Module, inputs: Any) -> Tensor:
+    """The network's outputs, see `call_arguments` and `logits_of`."""
+    positional, named = call_arguments(inputs)
+    return logits_of(net(*positional, **named))
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """The tensor among a network's outputs that loss and scores are of.
+
+    That is the tensor itself; ``logits`` of a dict, a dataclass or a named tuple; else the first of a tuple or list,
+    or the only one of a dict or dataclass.
+
+    Raises:
+        SettingError: there is no such tensor.
+    """
+    found, named = outputs, _named(outputs)
+    if "logits" in named:
+        found = named["logits"]
+    elif isinstance(outputs, tuple | list):
+        found = outputs[0] if outputs else None
+    elif len(tensors := [value for value in named.values() if isinstance(value, Tensor)]) == 1:
+        found = tensors[0]
+    if isinstance(found, Tensor):
+        return found
+    inside = f" of {', '.join(map(str, named)) or 'nothing'}" if isinstance(outputs, Mapping) or named else ""
+    raise SettingError(
+        f"model.net returns {type(outputs).__name__}{inside}, with no tensor to take as its outputs; return a tensor, "
+        "a tuple that begins with it, or a dict or dataclass that has it as logits."
+    )
+
+
+def _named(outputs: Any) -> dict[str, Any]:
+    """What a dict, dataclass or named tuple holds, by name."""
+    if isinstance(outputs, Mapping):
+        return {name: value for name, value in outputs.items() if value is not None}
+    if is_dataclass(outputs):
+        names = [field.name for field in fields(outputs)]
+    else:
+        names = [*getattr(outputs, "_fields", ())] or (["logits"] if hasattr(outputs, "logits") else [])
+    return {name: value for name in names if (value := getattr(outputs, name, None)) is not None}

@@ -1,0 +1,136 @@
+"""Attention and recurrence inside tasks: exact, and the inference paths of torch's layers are not taken."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from maml_lightning import Episode
+from maml_lightning.algorithms.inner_loop import InnerLoop
+from tests.reference import perturbed, reference, relative_error
+
+LENGTH, FEATURES = 4, 6
+
+
+def sequences(tasks=2, count=4):
+    torch.manual_seed(0)
+    x = torch.randn(2, tasks, count, LENGTH, FEATURES, dtype=torch.float64)
+    y = torch.arange(count).remainder(3).repeat(tasks, 1)
+    return Episode(x[0], y, x[1], y)
+
+
+def lstm(**settings):
+    return nn.LSTM(FEATURES, 5, **settings)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, layer, initial=False):
+        super().__init__()
+        self.layer, self.initial = layer, initial
+        self.head = nn.Linear(layer.hidden_size * (2 if layer.bidirectional else 1), 3)
+
+    def forward(self, x):
+        x = x if self.layer.batch_first else x.transpose(0, 1)
+        state = ()
+        if self.initial:
+            size = (self.layer.num_layers * (2 if self.layer.bidirectional else 1), x.shape[not self.layer.batch_first])
+            h, c = (torch.full((*size, self.layer.hidden_size), value, dtype=x.dtype) for value in (0.3, -0.2))
+            state = ((h, c) if isinstance(self.layer, nn.LSTM) else h,)
+        output, last = self.layer(x, *state)
+        last = last[0] * last[1] if isinstance(last, tuple) else last
+        return self.head(output.mean(1 if self.layer.batch_first else 0) + last.sum())
+
+
+class Projected(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = lstm(proj_size=2, num_layers=2), nn.Linear(2, 3)
+
+    def forward(self, x):
+        return self.head(self.layer(x.transpose(0, 1))[0].mean(0))
+
+
+class Cells(nn.Module):
+    def __init__(self, cell):
+        super().__init__()
+        self.cell, self.head = cell, nn.Linear(cell.hidden_size, 3)
+
+    def forward(self, x):
+        state = None
+        for now in x.unbind(1):
+            state = self.cell(now, state)
+        return self.head(state[0] if isinstance(state, tuple) else state)
+
+
+class Attention(nn.Module):
+    def __init__(self, causal=False, mask=False):
+        super().__init__()
+        self.causal, self.mask = causal, mask
+        self.to_qkv, self.head = nn.Linear(FEATURES, 12), nn.Linear(4, 3)
+
+    def forward(self, x):
+        q, k, v = self.to_qkv(x).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4)
+        mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril() if self.mask else None
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal)
+        return self.head(y.transpose(1, 2).flatten(2).mean(1))
+
+
+class MultiHead(nn.Module):
+    def __init__(self, need_weights):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(FEATURES, 2, batch_first=True), nn.Linear(FEATURES, 3)
+        self.need_weights = need_weights
+
+    def forward(self, x):
+        return self.head(self.attention(x, x, x, need_weights=self.need_weights)[0].mean(1))
+
+
+class Encoder(nn.Module):
+    def __init__(self, **settings):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(FEATURES, 2, 8, dropout=0.0, batch_first=True, **settings)
+        self.layers = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.head = nn.Linear(FEATURES, 3)
+
+    def forward(self, x):
+        return self.head(self.layers(x).mean(1))
+
+
+NETWORKS = {
+    "LSTM": lambda: Recurrent(lstm()),
+    "LSTM, two layers": lambda: Recurrent(lstm(num_layers=2, batch_first=True)),
+    "LSTM, bidirectional": lambda: Recurrent(lstm(bidirectional=True, batch_first=True), initial=True),
+    "LSTM, no bias": lambda: Recurrent(lstm(bias=False)),
+    "LSTM, projection": Projected,
+    "GRU": lambda: Recurrent(nn.GRU(FEATURES, 5, 2, bidirectional=True), initial=True),
+    "RNN": lambda: Recurrent(nn.RNN(FEATURES, 5, batch_first=True)),
+    "RNN with ReLU": lambda: Recurrent(nn.RNN(FEATURES, 5, nonlinearity="relu"), initial=True),
+    "LSTMCell": lambda: Cells(nn.LSTMCell(FEATURES, 5)),
+    "GRUCell": lambda: Cells(nn.GRUCell(FEATURES, 5)),
+    "RNNCell": lambda: Cells(nn.RNNCell(FEATURES, 5)),
+    "attention": Attention,
+    "causal attention": partial(Attention, causal=True),
+    "masked attention": partial(Attention, mask=True),
+    "MultiheadAttention": partial(MultiHead, need_weights=False),
+    "MultiheadAttention with weights": partial(MultiHead, need_weights=True),
+    "TransformerEncoder": Encoder,
+    "TransformerEncoder, norm first": partial(Encoder, norm_first=True, activation="gelu"),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_exact(name, training):
+    torch.manual_seed(1)
+    net = perturbed(NETWORKS[name]()).train(training)
+    episode = sequences()
+    loop = InnerLoop(net, F.cross_entropy, tasks_per_chunk=None)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        _, expected = reference(net, episode, 0.1, 2, F.cross_entropy)
+    ours = loop.meta_gradient(dict(net.named_parameters()), episode, 0.1, 2).gradient
+    assert relative_error(ours, expected) < 1e-9
+    with torch.no_grad():
+        before = loop.trajectory(dict(net.named_parameters()), episode, 0.1, 1)[0][1]
+        assert torch.allclose(before, net(episode.query_inputs[1]), rtol=1e-9)

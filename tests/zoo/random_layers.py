@@ -1,0 +1,67 @@
+"""Layers that draw random numbers: exact where nothing is drawn, finite and different at each step where it is."""
+
+import random
+
+import torch
+from torch import Tensor, nn
+
+from maml_lightning import ResNet12
+from tests.zoo.case import CLASSES, Case, classifier
+from tests.zoo.images import ViewFlatten, conv
+
+
+class StochasticBlock(nn.Module):
+    """torchvision's StochasticDepth or DropBlock after a convolution with a shortcut."""
+
+    def __init__(self, kind: str, p: float) -> None:
+        super().__init__()
+        from torchvision import ops
+
+        self.body = nn.Sequential(conv(2, 2), nn.Tanh())
+        self.drop = ops.StochasticDepth(p, "row") if kind == "StochasticDepth" else ops.DropBlock2d(p, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(self.body(x))
+
+
+class LayerDrop(nn.Module):
+    """A layer left out where Python's random numbers say so."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        self.a, self.head, self.p = nn.Linear(128, 128), nn.Linear(128, CLASSES), p
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        if random.random() >= self.p:
+            x = x + torch.tanh(self.a(x))
+        return self.head(x)
+
+
+def make(kind: str, p: float) -> nn.Module:
+    layers = {
+        "Dropout": lambda: nn.Dropout(p),
+        "Dropout2d": lambda: nn.Dropout2d(p),
+        "AlphaDropout": lambda: nn.AlphaDropout(p),
+        "FeatureAlphaDropout": lambda: nn.FeatureAlphaDropout(p),
+    }
+    if kind in layers:
+        return ViewFlatten(conv(), layers[kind](), nn.ReLU())
+    if kind == "RReLU":
+        return ViewFlatten(conv(), nn.RReLU(0.2, 0.2 + p))
+    if kind == "LayerDrop":
+        return LayerDrop(p)
+    if kind == "ResNet12":
+        return ResNet12(2, CLASSES, (4, 4), p, 3)
+    return classifier(StochasticBlock(kind, p))
+
+
+KINDS = ("Dropout", "Dropout2d", "AlphaDropout", "FeatureAlphaDropout", "RReLU", "LayerDrop", "StochasticDepth",
+         "DropBlock", "ResNet12")  # fmt: skip
+
+CASES = [
+    *(Case(f"{kind} with p=0", lambda kind=kind: make(kind, 0.0)) for kind in KINDS),
+    *(Case(f"{kind} in evaluation mode", lambda kind=kind: make(kind, 0.5), evaluation=True, quick=kind == "RReLU")
+      for kind in KINDS if kind != "LayerDrop"),
+]  # fmt: skip
+RANDOM = [Case(f"{kind} with p=0.5", lambda kind=kind: make(kind, 0.5)) for kind in KINDS]
