@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,9 +20,11 @@ import torch.nn.functional as F
 import yaml
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch import Trainer
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.peers import PEERS, Run
+from benchmarks.cases import CASES, POOLED, Case, episodes, network
+from benchmarks.peers import PEERS, Run, peers_of
 from maml_lightning import MAML, ConvNet, CostMonitor, Episode, GlyphsDataModule
 from maml_lightning.algorithms.inner_loop import InnerLoop
 from maml_lightning.analysis.runs import read_scalars
@@ -31,40 +33,6 @@ from maml_lightning.training.cost import WARM_UP
 
 LR = 0.4
 OURS = "maml_lightning"
-
-
-class Case(NamedTuple):
-    name: str
-    tasks: int = 32
-    ways: int = 5
-    shots: int = 1
-    query_shots: int = 1
-    steps: int = 1
-    pooling: bool = False
-
-
-CASES = {
-    "1": Case("5-way 1-shot, 1 step"),
-    "2": Case("5-way 1-shot, 5 steps", steps=5),
-    "3": Case("20-way 5-shot, 5 steps", tasks=16, ways=20, shots=5, steps=5),
-    "4": Case("5-way 1-shot, 15 queries, max-pooled", query_shots=15, pooling=True),
-}
-POOLED = Case("max-pooled", tasks=16, pooling=True)
-
-
-def network(case: Case) -> nn.Module:
-    torch.manual_seed(0)
-    return ConvNet(out_features=case.ways, pooling=case.pooling)
-
-
-def episodes(case: Case, device: str = "cpu") -> Episode:
-    generator = torch.Generator().manual_seed(0)
-
-    def part(count: int) -> tuple[Tensor, Tensor]:
-        x = torch.rand(case.tasks, case.ways * count, 1, 28, 28, generator=generator)
-        return x.to(device), torch.arange(case.ways, device=device).repeat_interleave(count).repeat(case.tasks, 1)
-
-    return Episode(*part(case.shots), *part(case.query_shots))
 
 
 def ours(net: nn.Module, episode: Episode, lr: float, steps: int, **settings: Any) -> Run:
@@ -87,6 +55,7 @@ def disagreement(case: Case, device: str, contenders: dict) -> float:
     return max(((g[n] - e).norm() / norm).item() for g in gradients.values() for n, e in exact.items())
 
 
+@sdpa_kernel(SDPBackend.MATH)  # the other kernels of attention have no second derivative, for any contender
 def speed(
     cases: tuple[str, ...] = tuple(CASES),
     compile: bool = False,
@@ -97,18 +66,19 @@ def speed(
     """Milliseconds of one meta-batch, medians over interleaved rounds, and the ratio to the fastest peer.
 
     Args:
-        cases: the cases to run, from 1, 2, 3 and 4.
+        cases: the cases to run, from 1, 2, 3, 4, LSTM, transformer, ResNet-12 and LoRA.
         compile: also time the compiled meta-gradient; compilation takes minutes.
         rounds: the maximum number of rounds; at least 3 always run.
         budget: seconds after which no further round starts.
         device: cpu or cuda.
     """
-    compared = {**PEERS, OURS: ours}
-    contenders = {**compared, "compiled": partial(ours, compile=True)} if compile else compared
-    print(f"| case | {' | '.join(contenders)} | ratio | error |")
-    print("|---" * (len(contenders) + 3) + "|")
+    columns = [*PEERS, OURS, *(["compiled"] if compile else [])]
+    print(f"| case | {' | '.join(columns)} | ratio | error |")
+    print("|---" * (len(columns) + 3) + "|")
     for key in cases:
         case = CASES[key]
+        compared = {**peers_of(network(case)), OURS: ours}
+        contenders = {**compared, "compiled": partial(ours, compile=True)} if compile else compared
         error = disagreement(case, device, compared)
         runs = {
             n: make(network(case).to(device), episodes(case, device), LR, case.steps) for n, make in contenders.items()
@@ -123,13 +93,13 @@ def speed(
                 break
             for name, run in runs.items():
                 taken[name].append(seconds(run, torch.device(device)))
-        peer = min(PEERS, key=lambda name: statistics.median(taken[name]))
+        peer = min(set(PEERS) & set(taken), key=lambda name: statistics.median(taken[name]))
         ratios = [
             f"{statistics.median(p / o for p, o in zip(taken[peer], taken[name], strict=True)):.2f}"
             for name in contenders
             if name not in PEERS
         ]
-        cells = [f"{statistics.median(times) * 1e3:.0f}" for times in taken.values()]
+        cells = [f"{statistics.median(taken[name]) * 1e3:.0f}" if name in taken else "" for name in columns]
         print(f"| {case.name} | {' | '.join(cells)} | {' and '.join(ratios)} | {error:.0e} |", flush=True)
 
 

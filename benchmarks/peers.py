@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from maml_lightning import Episode
+from maml_lightning import ConvNet, Episode
 
 Run = Callable[[], dict[str, Tensor]]
 
@@ -163,3 +163,8 @@ _NEEDS = {
     "JAX": (jax, "jax"),
 }
 PEERS = {name: peer for name, (peer, module) in _NEEDS.items() if importlib.util.find_spec(module)}
+
+
+def peers_of(net: nn.Module) -> dict[str, Callable[[nn.Module, Episode, float, int], Run]]:
+    """The installed peers that can run a network: that of JAX is written for ``ConvNet`` alone."""
+    return {name: peer for name, peer in PEERS.items() if name != "JAX" or isinstance(net, ConvNet)}

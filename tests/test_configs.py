@@ -52,13 +52,15 @@ def pictures(folder):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_configs_run(config, request):
+    settings = yaml.safe_load(config.read_text())
+    functions = "function" in settings.get("data", {}).get("init_args", {})
     sinusoids = config.stem.startswith("sinusoids")
-    flags = {} if sinusoids or "initial_checkpoint" in yaml.safe_load(config.read_text()) else SMALL
+    flags = {} if sinusoids or functions or "initial_checkpoint" in settings else SMALL
     if config.stem.startswith("omniglot"):
         flags = {**flags, "data.root": request.getfixturevalue("omniglot_root")}
     elif config.stem.startswith("images"):
         flags = {**flags, "data.root": request.getfixturevalue("pictures"), "data.size": 28, "data.query_shots": 2}
-    elif not sinusoids:
+    elif not sinusoids and not functions:
         flags = {**flags, **GLYPHS}
     fit(config, **SHORT, **flags)
 

@@ -124,8 +124,8 @@ def test_another_network_is_used_from_then_on():
     ):
         maml.net = other
         assert_exact(maml, other)
-    maml.net = perturbed(MLP(100, 4))
-    with pytest.raises(SettingError, match=r"model\.net has 4 outputs, but the episodes have 3 classes"):
+    maml.net = perturbed(MLP(100, 2))
+    with pytest.raises(SettingError, match=r"model\.net has 2 outputs, but the episodes have 3 classes"):
         maml.training_step(images(), 0)
 
 

@@ -39,7 +39,7 @@ class Algorithm(NamedTuple):
             the sentence "model.algorithm NAME …".
         min_inner_steps: fewest inner steps in training.
         proximal: whether the inner loop has the proximal term, of strength ``model.proximal``.
-        measured_as: name of the measured chunk size in checkpoints; the algorithm's own where it is empty.
+        measured_as: name of the chosen chunk size in checkpoints; the algorithm's own where it is empty.
     """
 
     meta_gradient: Callable[[Setup, Episode, MetaGradient, Settings], tuple[Tensor, Tensor]]

@@ -204,7 +204,7 @@ def add_pages(parser: Any, epochs: int) -> None:
     for action in parser._actions:
         if action.dest in INSTEAD:
             action.help = INSTEAD[action.dest].format(epochs=epochs)
-        if action.dest in ("model.net", "model.loss"):  # the list of every class that torch knows
+        if action.dest in ("model.net", "model.loss", "model.metric"):  # the list of every class that there is
             action.extra_help = str
     groups = sorted({action.dest.split(".")[0] for action in parser._actions if "." in action.dest} - {*BASES})
     for group in groups:

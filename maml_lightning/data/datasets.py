@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from maml_lightning.data.examples import Examples, Tree, take, tree_map
+from maml_lightning.data.examples import Examples, Reader, Tree, take, tree_map
 from maml_lightning.data.pictures import AS_THEY_ARE, Preparation
 from maml_lightning.data.random_numbers import Bits, Integers, below, choose, random_bits
 from maml_lightning.episodes import Episode
@@ -116,6 +116,11 @@ class EpisodeDataset(TaskDataset):
                 f"data.ways is {ways}, but the largest group of the {split} split has {max(map(len, all_groups))} "
                 "classes; lower data.ways."
             )
+
+    @property
+    def images(self) -> Tree | Reader:
+        """The inputs that episodes are drawn from, each tensor ``[examples, ...]``, rotated ones included."""
+        return self.examples.inputs
 
     def draw(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Which classes and examples make up the episodes: ``[T, N]`` and ``[T, N, K + Q]``, support first.

@@ -18,7 +18,7 @@ from maml_lightning.structures import Part, mapped
 
 Parameters = dict[str, Tensor]
 
-# On a CPU, tasks that keep more than this are not vectorized together (docs/performance.md has the measurements).
+# On a CPU, tasks that keep more than this are not vectorized together (docs/scaling.md has measurements).
 VECTORIZED_BYTES = 256 * 2**20
 
 

@@ -1,4 +1,4 @@
-"""What users learn of chunks of tasks: the measured choices, and what to set where memory runs out."""
+"""What users learn of chunks of tasks: what was chosen, and what to set where memory runs out."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +40,6 @@ def reporting_choices(loop: InnerLoop, tasks: int) -> Iterator[None]:
     yield
     if loop.chosen != chosen:
         size = next(size for what, size in loop.chosen.items() if what not in chosen)
-        rank_zero_info(f"model.tasks_per_chunk: {size} of the {tasks} tasks at once is fastest here.")
+        rank_zero_info(f"model.tasks_per_chunk: {size} of the {tasks} tasks are vectorized together.")
     if loop.flat and not flat:
         rank_zero_info("model.flat_memory: the backward pass recomputes the inner steps, to save memory.")

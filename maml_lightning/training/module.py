@@ -45,8 +45,8 @@ class MAML(LightningModule):
         eval_inner_steps: adaptation steps in validation, test and predict; null takes inner_steps.
         first_order: drop the second derivatives from the meta-gradient (FOMAML).
         outer_lr: learning rate of Adam on the initialization, unless an optimizer is configured.
-        tasks_per_chunk: how many tasks are vectorized together; 1 loops over tasks, null takes all, auto measures
-            what is fastest on the first meta-batch.
+        tasks_per_chunk: how many tasks are vectorized together; 1 takes one at a time, null all, auto goes by the
+            memory that a task of the first meta-batch needs.
         flat_memory: recompute each inner step in the backward pass instead of keeping its graph: memory then does not
             grow with the inner steps. auto does so where memory would run short.
         compile: run the meta-gradient through torch.compile; takes minutes at the start, worth it for long runs.
@@ -334,7 +334,7 @@ class MAML(LightningModule):
         return loading.load_module(cls, checkpoint_path, settings, map_location, strict, trust)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the measured chunk size, so that a resumed run sums in the same order, and what was trained on."""
+        """Keep the chunk size, so that a resumed run sums in the same order, and what was trained on."""
         checkpoint["settings"], checkpoint["fresh"] = self.run_settings, self._fresh
         checkpoint["tasks_per_chunk"] = dict(self._inner_loop.chosen)
         checkpoint["hyper_parameters"].setdefault("loss", loading.loss_path(self.loss))

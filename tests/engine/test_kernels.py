@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch.func import grad, vmap
 from torch.utils import _pytree as pytree
 
-from maml_lightning.engine.kernels import convolution, convolution_layers, layout, mode, normalization
+from maml_lightning.engine.kernels import convolution, convolution_layers, layout, lstm, mode, normalization
 
 
 def second_derivative(function, x, *parameters):
@@ -190,3 +190,36 @@ def test_batch_norm_returns_what_torch_does(dtype, parameters):
     assert torch.allclose(
         ours.double(), theirs.double(), rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps
     )
+
+
+def test_lstm_layer_is_torchs_twice_differentiated():
+    torch.manual_seed(0)
+    tasks = [torch.randn(2, *s, dtype=torch.float64) for s in ((4, 3, 20), (3, 5), (3, 5), (20, 5))]
+    layer = torch.nn.LSTM(20, 5, bias=False)
+
+    def theirs(x, h, c, weight):
+        outputs, (_, last) = torch.func.functional_call(
+            layer, {"weight_ih_l0": torch.eye(20, dtype=x.dtype), "weight_hh_l0": weight}, (x, (h[None], c[None]))
+        )
+        return torch.cat([outputs.flatten(), last.flatten()])
+
+    def ours(*args):
+        outputs, _, last = lstm.lstm_layer(*args)
+        return torch.cat([outputs.flatten(), last.flatten()])
+
+    one = [task[1] for task in tasks]
+    assert torch.allclose(ours(*one), theirs(*one), rtol=1e-12)
+    derivatives = second_derivative(ours, *tasks)
+    for task in range(2):
+        one = [t[task].clone().requires_grad_() for t in tasks]
+        first = torch.autograd.grad(theirs(*one).sin().sum(), one, create_graph=True)
+        weights = [torch.linspace(1, 2, g.numel(), dtype=g.dtype).view_as(g) for g in first]
+        for a, e in zip(derivatives, torch.autograd.grad(first, one, weights), strict=True):
+            assert torch.allclose(a[task], e, rtol=1e-9, atol=1e-12)
+
+
+def test_gradgradcheck_of_an_lstm_layer():
+    torch.manual_seed(0)
+    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 2, 8), (2, 2), (2, 2), (8, 2))]
+    assert torch.autograd.gradcheck(lstm.lstm_layer, inputs)
+    assert torch.autograd.gradgradcheck(lstm.lstm_layer, inputs)

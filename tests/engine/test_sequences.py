@@ -120,8 +120,13 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("name", NETWORKS)
+# In evaluation torch's attention layers take a path of their own where they can; recurrent layers do not.
+MODES = [(name, True) for name in NETWORKS] + [
+    (name, False) for name in NETWORKS if name.startswith(("Multi", "Trans"))
+]
+
+
+@pytest.mark.parametrize(("name", "training"), MODES)
 def test_exact(name, training):
     torch.manual_seed(1)
     net = perturbed(NETWORKS[name]()).train(training)

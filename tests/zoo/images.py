@@ -89,7 +89,7 @@ class Dense(nn.Module):
         super().__init__()
         self.efficient = efficient
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.BatchNorm2d(2 + 3 * i), nn.ReLU(), conv(2 + 3 * i, 3)) for i in range(3)
+            nn.Sequential(nn.BatchNorm2d(2 + 3 * i), nn.ReLU(), conv(2 + 3 * i, 3)) for i in range(2)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -201,7 +201,13 @@ ACTIVATIONS = [
     nn.ELU, nn.SELU, nn.CELU, nn.Hardswish, nn.Softplus, nn.LogSigmoid, nn.GELU, nn.Mish, nn.Hardsigmoid, nn.SiLU,
     nn.PReLU, nn.GLU, nn.Hardtanh, nn.Softsign, nn.ReLU6, nn.LeakyReLU, nn.Tanhshrink, nn.Softshrink,
 ]  # fmt: skip
-FEW = {nn.ELU, nn.Softplus, nn.LogSigmoid, nn.Hardswish, nn.Hardsigmoid, nn.GELU}
+# What the ordinary suite runs; the long one runs all.
+FEW = {nn.ELU, nn.Softplus, nn.Hardsigmoid}
+QUICK = {
+    "MaxPool2d(2, dilation=2)", "AvgPool2d(2)", "AdaptiveMaxPool2d(3)", "LPPool2d(2, 2)", "BatchNorm2d", "GroupNorm",
+    "LayerNorm", "InstanceNorm2d(track)", "LocalResponseNorm", "depthwise-separable", "transposed",
+    "weight standardization",
+}  # fmt: skip
 POOLS: dict[str, Callable[[], nn.Module]] = {
     "MaxPool2d(2)": lambda: nn.MaxPool2d(2),
     "MaxPool2d(3, stride=2, padding=1)": lambda: nn.MaxPool2d(3, 2, 1),
@@ -245,39 +251,41 @@ CASES = [
         for kind in ACTIVATIONS
         for end, flatten, pool in (("Flatten", classifier, ()), ("pool, view", ViewFlatten, (lambda: nn.MaxPool2d(2),)))
     ),
-    *(layer_case(f"conv, {name}", conv, pool) for name, pool in POOLS.items()),
-    *(layer_case(f"conv, {name}, Tanh", conv, norm, nn.Tanh) for name, norm in NORMS.items()),
-    *(layer_case(f"{name} convolution, Tanh", make, nn.Tanh) for name, make in CONVOLUTIONS.items()),
+    *(layer_case(f"conv, {name}", conv, pool, quick=name in QUICK) for name, pool in POOLS.items()),
+    *(layer_case(f"conv, {name}, Tanh", conv, norm, nn.Tanh, quick=name in QUICK)
+      for name, norm in NORMS.items()),
+    *(layer_case(f"{name} convolution, Tanh", make, nn.Tanh, quick=name in QUICK)
+      for name, make in CONVOLUTIONS.items()),
     Case("channels last convolution, Tanh",
-         lambda: classifier(conv().to(memory_format=torch.channels_last), nn.Tanh())),
+         lambda: classifier(conv().to(memory_format=torch.channels_last), nn.Tanh()), quick=False),
     Case("BatchNorm2d(track_running_stats=False)", lambda: classifier(
-        conv(), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU())),
+        conv(), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU()), quick=False),
     Case("BatchNorm2d in evaluation mode", lambda: warmed(ViewFlatten(conv(), nn.BatchNorm2d(4), nn.ReLU())),
          evaluation=True),
     Case("frozen pretrained backbone", Frozen),
     Case("FrozenBatchNorm2d", frozen_batch_norm),
     Case("position embedding of 4 dimensions", PositionMap),
-    Case("FractionalMaxPool2d", FractionalPool),
+    Case("FractionalMaxPool2d", FractionalPool, quick=False),
     Case("Conv1d", lambda: classifier(nn.Conv1d(4, 6, 3, padding=1), nn.BatchNorm1d(6), nn.ReLU(), nn.MaxPool1d(2),
                                       shape=(4, 8)), shape=(4, 8)),
     Case("Conv3d", lambda: classifier(nn.Conv3d(1, 3, 3, padding=1), nn.BatchNorm3d(3), nn.ReLU(), nn.MaxPool3d(2),
-                                      shape=(1, 4, 4, 4)), shape=(1, 4, 4, 4)),
-    Case("ResNet12", lambda: ResNet12(2, CLASSES, (3, 4))),
-    Case("ConvNet", lambda: ConvNet(2, CLASSES, 4, 2)),
-    Case("ConvNet with pooling", lambda: ConvNet(2, CLASSES, 4, 2, pooling=True)),
-    Case("ResNet block", lambda: classifier(Residual(2, 4), Residual(4, 4), nn.AdaptiveAvgPool2d(1))),
-    Case("DenseNet block", lambda: classifier(Dense())),
+                                      shape=(1, 4, 4, 4)), shape=(1, 4, 4, 4), quick=False),
+    Case("ResNet12", lambda: ResNet12(2, CLASSES, (4,))),
+    Case("ConvNet", lambda: ConvNet(2, CLASSES, 4, 2), quick=False),
+    Case("ConvNet with pooling", lambda: ConvNet(2, CLASSES, 4, 2, pooling=True), quick=False),
+    Case("ResNet block", lambda: classifier(Residual(2, 4), nn.AdaptiveAvgPool2d(1)), quick=False),
+    Case("DenseNet block", lambda: classifier(Dense()), quick=False),
     Case("memory-efficient DenseNet block", lambda: classifier(Dense(efficient=True))),
-    Case("squeeze-excite", lambda: classifier(conv(), nn.Hardswish(), SqueezeExcite()), refusal=NOT_TWICE),
+    Case("squeeze-excite", lambda: classifier(conv(), nn.Hardswish(), SqueezeExcite()), refusal=NOT_TWICE, quick=False),
     Case("U-Net", UNet),
     Case("bilinear upsampling", lambda: Upsampled("bilinear")),
-    Case("nearest upsampling", lambda: Upsampled("nearest")),
+    Case("nearest upsampling", lambda: Upsampled("nearest"), quick=False),
     Case("own running buffers", lambda: classifier(conv(), ManualNorm(), nn.Tanh())),
     Case("weight_norm", lambda: ViewFlatten(parametrizations.weight_norm(conv()), nn.ReLU())),
     Case("spectral_norm", lambda: warmed(ViewFlatten(parametrizations.spectral_norm(conv()), nn.ReLU())),
          stateful=True),
     Case("spectral_norm in evaluation mode",
-         lambda: warmed(ViewFlatten(parametrizations.spectral_norm(conv()), nn.ReLU())), evaluation=True),
+         lambda: warmed(ViewFlatten(parametrizations.spectral_norm(conv()), nn.ReLU())), evaluation=True, quick=False),
     Case("old weight_norm", lambda: ViewFlatten(weight_norm(conv()), nn.ReLU())),
     Case("old spectral_norm", lambda: warmed(ViewFlatten(spectral_norm(conv()), nn.ReLU())), stateful=True),
 ]  # fmt: skip

@@ -30,13 +30,19 @@ QUICK = {"inner_steps": 2, "tasks_per_chunk": 2}
 
 
 def module(case: Case, net: nn.Module, **settings) -> MAML:
+    if case.stateful:  # the order of tasks counts
+        settings["tasks_per_chunk"] = 1
     return MAML(net, inner_lr=case.lr, loss=case.loss, **settings)
 
 
 def loop(case: Case, net: nn.Module, episode: Episode, inner_steps: int, first_order: bool = False, **ignored):
     """What the plain loop gives: one result, or for stateful networks one of each way to treat their buffers."""
-    ways = ("call", "task", "kept") if case.stateful else ("call",)
-    return [meta_gradient(net, episode, case.lr, inner_steps, case.loss, first_order, way) for way in ways]
+    results, state = [], {name: value.clone() for name, value in net.state_dict().items()}
+    for way in ("call", "task", "kept") if case.stateful else ("call",):
+        results.append(meta_gradient(net, episode, case.lr, inner_steps, case.loss, first_order, way))
+        if case.stateful:
+            net.load_state_dict(state)
+    return results
 
 
 def step_error(maml: MAML, episode: Episode, expected: list[Result]) -> float:
@@ -146,11 +152,10 @@ def check_trajectory(case: Case) -> None:
         with torch.inference_mode():
             outputs = maml.trajectory(episode)
         assert len(outputs) == 3
-        steps = [-1] if case.stateful else range(3)
         errors = [
             max(
                 ((outputs[k][task] - result.outputs[task][k]).norm() / result.outputs[task][k].norm()).item()
-                for k in steps
+                for k in range(3)
                 for task in range(episode.tasks)
             )
             for result in expected
@@ -164,12 +169,16 @@ def check_copies(case: Case) -> None:
     maml = module(case, net, **QUICK)
     maml.training_step(case.episode(0), 0).backward()
     maml.zero_grad()
+    if case.stateful:
+        plain.load_state_dict(net.state_dict())
     expected = loop(case, plain, episode, **QUICK)
     state = {name: value.clone() for name, value in maml.state_dict().items()}
     copies = {"deepcopy": lambda: copy.deepcopy(maml), "pickle": lambda: pickle.loads(pickle.dumps(maml))}
     for name, probe in {"deepcopy": copy.deepcopy, "pickle": pickle.dumps}.items():
+        used = case.network()
+        used(case.episode().support_inputs[0])
         try:
-            probe(case.network())  # what torch cannot copy, nobody can
+            probe(used)  # what torch cannot copy, nobody can
         except Exception:
             del copies[name]
 
@@ -208,4 +217,6 @@ def test_all_settings_are_those_of_the_plain_loop(case, settings):
 def test_adaptation_evaluation_and_copies_are_those_of_the_plain_loop(case, companion):
     if case.change:
         pytest.skip("differs from another case between steps alone")
+    if case.stateful and companion == "trajectory":
+        pytest.skip("its outputs depend on how often it was called before")
     refused(case, lambda: COMPANIONS[companion](case))

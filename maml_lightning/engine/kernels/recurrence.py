@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from maml_lightning.engine.kernels.lstm import lstm_layer
+
 State = tuple[Tensor, ...]
 Cell = Callable[[Tensor, State, Tensor, Tensor | None], State]
 
@@ -45,13 +47,19 @@ def _direction(
     """
     to_gates, to_state, *others = weights
     biases, projection = (others[:2], others[2:]) if has_biases else ((None, None), others)
-    gates = F.linear(x, to_gates, biases[0]).unbind(0)
-    outputs = []
-    for now in reversed(gates) if reverse else gates:
+    gates = F.linear(x, to_gates, biases[0])
+    if cell is _lstm_step and not projection and x.dim() == 3:
+        gates = gates if biases[1] is None else gates + biases[1]
+        h, c, weight = (value.to(gates.dtype) for value in (*state, to_state))  # autocast
+        outputs, *last = lstm_layer(gates.flip(0) if reverse else gates, h, c, weight)
+        return outputs.flip(0) if reverse else outputs, tuple(last)
+    each = gates.unbind(0)
+    results = []
+    for now in reversed(each) if reverse else each:
         h, *rest = cell(now, state, to_state, biases[1])
         state = (F.linear(h, projection[0]) if projection else h, *rest)
-        outputs.append(state[0])
-    return torch.stack(outputs[::-1] if reverse else outputs), state
+        results.append(state[0])
+    return torch.stack(results[::-1] if reverse else results), state
 
 
 def _layers(
