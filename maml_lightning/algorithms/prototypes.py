@@ -39,16 +39,15 @@ class _LinearCalls(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def labels_of(support_targets: Tensor, query_targets: Tensor | None = None) -> Tensor:
+def labels_of(support_targets: Any, query_targets: Any = None) -> Tensor:
     """The labels ``0 ... N-1`` of the classes in support targets.
 
     Raises:
         SettingError: there are none, or the targets are no classes, or a query's class is not among them.
     """
-    if support_targets.is_floating_point() or support_targets.numel() == 0:
-        what = "floats" if support_targets.is_floating_point() else "an empty support set"
+    if (kind := _kind(support_targets)) != "classes":
         raise SettingError(
-            f"model.head prototypes needs support targets that are classes (got {what}); set it to learned."
+            f"model.head prototypes needs support targets that are classes (got {kind}); set it to learned."
         )
     classes = int(support_targets.max()) + 1
     if query_targets is not None and int(query_targets.max()) >= classes:
@@ -57,6 +56,12 @@ def labels_of(support_targets: Tensor, query_targets: Tensor | None = None) -> T
             f"{int(query_targets.max())}, but {classes} classes in the support set); set it to learned."
         )
     return torch.arange(classes, device=support_targets.device)
+
+
+def _kind(targets: Any) -> str:
+    if not isinstance(targets, Tensor):
+        return type(targets).__name__
+    return "floats" if targets.is_floating_point() else "classes" if targets.numel() else "none"
 
 
 def of_task(setup: Setup, inputs: Any, targets: Any) -> Setup:
