@@ -127,6 +127,7 @@ def test_it_is_exact_however_it_is_run(steps, settings, hooked):
     assert relative_error(gradient(maml_of(net, steps, **settings), episode), expected) < 1e-9
 
 
+@pytest.mark.long
 def test_it_is_exact_compiled():
     net, episode = NETWORKS["BatchNorm1d"](), images(tasks=2)
     expected, _, _ = plain_loop(by_hand(net), episode, 1)
