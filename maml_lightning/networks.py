@@ -1,20 +1,25 @@
 """Networks for few-shot learning: those of the MAML paper, and ResNet-12."""
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maml_lightning.errors import SettingError
+from maml_lightning.task_statistics import TaskNorm
+
+Normalization = Literal["batch", "tasknorm", "group", "layer", "instance"]
 
 
 class ConvNet(nn.Module):
-    """Blocks of 3x3 convolution, batch normalization and ReLU, a mean over positions, and a linear head.
+    """Blocks of 3x3 convolution, normalization and ReLU, a mean over positions, and a linear head.
 
-    The network of Vinyals et al. (2016) as used by Finn et al. (2017, section 5.2). It normalizes with the statistics
-    of the current batch, in training and in evaluation: predictions depend on the other examples of their set
-    (transductive). The convolutions have no bias, which the normalization would cancel.
+    The network of Vinyals et al. (2016) as used by Finn et al. (2017, section 5.2). Batch normalization, its default,
+    uses the statistics of the current batch, in training and in evaluation: predictions depend on the other examples of
+    their set (transductive), unless MAML has query_statistics support. The convolutions have no bias, which the
+    normalization would cancel.
 
     Args:
         in_channels: channels of the images, 1 or more.
@@ -24,6 +29,8 @@ class ConvNet(nn.Module):
         pooling: halve by 2x2 max pooling in each block instead of by a stride of 2 in its convolution.
         pretraining_classes: if above 0, the network classifies among this many classes in training, with a separate
             head, and its other head is initialized with zeros (ordinary pretraining, ``data.pretraining``).
+        normalization: batch; tasknorm, a learned blend of the support set's and each example's own statistics; group
+            (up to 8 groups), layer or instance, which see one example at a time.
 
     Example:
         >>> ConvNet(out_features=5)(torch.rand(10, 1, 28, 28)).shape
@@ -38,6 +45,7 @@ class ConvNet(nn.Module):
         blocks: int = 4,
         pooling: bool = False,
         pretraining_classes: int = 0,
+        normalization: Normalization = "batch",
     ) -> None:
         super().__init__()
         for name, value in {
@@ -49,13 +57,17 @@ class ConvNet(nn.Module):
             if not isinstance(value, int) or value < 1:
                 what = "data.ways" if name == "out_features" else "it"
                 raise SettingError(f"model.net.{name} must be at least 1 (got {value}); raise {what}.")
+        if normalization not in get_args(Normalization):
+            raise SettingError(
+                f"model.net.normalization must be one of {', '.join(get_args(Normalization))} (got {normalization})."
+            )
         layers: list[nn.Module] = []
         for block in range(blocks):
             channels = hidden_channels if block else in_channels
             stride = 1 if pooling else 2
             layers += [
                 nn.Conv2d(channels, hidden_channels, 3, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(hidden_channels, track_running_stats=False),
+                _normalization(normalization, hidden_channels),
                 *([nn.MaxPool2d(2)] if pooling else []),  # before ReLU: the same result for a quarter of the work
                 nn.ReLU(),
             ]
@@ -70,6 +82,17 @@ class ConvNet(nn.Module):
         """Logits ``[B, out_features]`` of images ``[B, C, H, W]``."""
         features = self.body(images).mean((2, 3))
         return self.pretraining_head(features) if self.training and self.pretraining_head else self.head(features)
+
+
+def _normalization(kind: Normalization, channels: int) -> nn.Module:
+    if kind == "batch":
+        return nn.BatchNorm2d(channels, track_running_stats=False)
+    if kind == "tasknorm":
+        return TaskNorm(channels)
+    if kind == "instance":
+        return nn.InstanceNorm2d(channels, affine=True)
+    groups = 1 if kind == "layer" else max(number for number in range(1, 9) if channels % number == 0)
+    return nn.GroupNorm(groups, channels)
 
 
 class MLP(nn.Module):

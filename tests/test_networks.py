@@ -3,8 +3,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
 
 from maml_lightning import MLP, ConvNet, ConvNet1d, Episode, GRUNet, ResNet12, SettingError, TextNet
+from maml_lightning.task_statistics import TaskNorm
 
 
 def test_paper_networks_have_the_papers_sizes():
@@ -30,6 +32,33 @@ def test_episodes_check_their_shapes():
         Episode(x, y, x[:1], y[:1]).check()
     with pytest.raises(SettingError, match=r"one target per query input"):
         Episode(x, y, x, y[:, :4]).check()
+
+
+@pytest.mark.parametrize(
+    ("normalization", "kind"),
+    [
+        ("batch", nn.BatchNorm2d),
+        ("tasknorm", TaskNorm),
+        ("group", nn.GroupNorm),
+        ("layer", nn.GroupNorm),
+        ("instance", nn.InstanceNorm2d),
+    ],
+)
+def test_normalizations_of_the_convolutional_network(normalization, kind):
+    net = ConvNet(hidden_channels=12, blocks=2, normalization=normalization)
+    layers = [layer for layer in net.modules() if isinstance(layer, kind)]
+    assert len(layers) == 2
+    assert all(layer.weight.shape == (12,) for layer in layers)
+    x = torch.randn(4, 1, 28, 28)
+    alone = torch.allclose(net(x)[:1], net(x[:1]), atol=1e-5)
+    assert alone == (normalization not in ("batch", "tasknorm"))
+    if kind is nn.GroupNorm:
+        assert [layer.num_groups for layer in layers] == [6 if normalization == "group" else 1] * 2
+
+
+def test_another_normalization_is_refused():
+    with pytest.raises(SettingError, match=r"normalization must be one of batch, tasknorm, .* \(got none\)"):
+        ConvNet(normalization="none")
 
 
 NEW = {

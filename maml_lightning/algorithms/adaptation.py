@@ -12,8 +12,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from maml_lightning.algorithms.optimizers import Parameters
 from maml_lightning.errors import SettingError
 from maml_lightning.structures import call
+from maml_lightning.task_statistics import TaskNorm
 
-_NORMALIZATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NORMALIZATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, TaskNorm)
 
 
 def adapted_names(

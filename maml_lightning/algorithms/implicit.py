@@ -69,5 +69,9 @@ def _conjugate_gradients(product: Callable[[Parameters], Parameters], b: Paramet
 
 
 ALGORITHM = Algorithm(
-    meta_gradient, unsupported=OF_UNROLLED_STEPS, min_inner_steps=1, proximal=True, measured_as="implicit"
+    meta_gradient,
+    unsupported={**OF_UNROLLED_STEPS, "head": "pulls each task to a shared initialization"},
+    min_inner_steps=1,
+    proximal=True,
+    measured_as="implicit",
 )

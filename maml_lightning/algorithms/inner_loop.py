@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from maml_lightning.algorithms import steps as inner
 from maml_lightning.algorithms.algorithm import DEFAULTS, Settings
 from maml_lightning.algorithms.optimizers import InnerOptimizer, Parameters, sgd
+from maml_lightning.algorithms.prototypes import labels_of, of_task, of_tasks
 from maml_lightning.algorithms.registry import find_algorithm
-from maml_lightning.algorithms.statistics import deciding
+from maml_lightning.algorithms.statistics import adapted_copy, deciding, uses_running_statistics
 from maml_lightning.engine.chunks import MetaGradient, chunk_size, detached, mean_over_tasks, split
 from maml_lightning.engine.execution import Execution, Executor
 from maml_lightning.engine.memory import FlatMemory
@@ -37,7 +38,9 @@ class InnerLoop:
         execution: see :mod:`~maml_lightning.engine.execution`.
 
     ``running`` names the normalization layers that use their running statistics; None goes by what the network is
-    when it is called, see :mod:`~maml_lightning.algorithms.statistics`.
+    when it is called, see :mod:`~maml_lightning.algorithms.statistics`. With ``query_statistics`` support, batch
+    normalization of the queries takes the statistics of the task's support set under the same fast weights. With
+    ``head`` prototypes, see :mod:`~maml_lightning.algorithms.prototypes`.
 
     Parameters are given by name, shaped like the network's or with a leading dimension ``[S+1, ...]``, one value for
     each ``theta_k``: those are not adapted. Inner learning rates are a number, or a dictionary ``[1 or S, ...]`` by
@@ -70,6 +73,8 @@ class InnerLoop:
             raise SettingError(f"model.tasks_per_chunk must be at least 1, null or auto (got {tasks_per_chunk}).")
         self.net, self.loss = net, loss
         self.running: Collection[str] | None = None
+        self.query_statistics: Literal["batch", "support"] = "batch"
+        self.head: Literal["learned", "prototypes"] = "learned"
         self.tasks_per_chunk = tasks_per_chunk
         self.chosen: dict[str, int] = {}
         self.optimizer = optimizer or sgd()
@@ -108,6 +113,14 @@ class InnerLoop:
         with deciding(self.net, self.running), self._releasing():
             return self._gradient(algorithm, params, episode, rates, steps, settings)
 
+    def adapted(
+        self, params: Parameters, inputs: Tensor, targets: Tensor, rates: float | Parameters, steps: int
+    ) -> nn.Module:
+        """A copy of the network with the parameters of :meth:`adapt`, a plain module that is run by itself."""
+        parameters = self.adapt(params, inputs, targets, rates, steps)
+        running = uses_running_statistics(self.net) if self.running is None else self.running
+        return adapted_copy(self.net, parameters, running, inputs if self.query_statistics == "support" else None)
+
     def _gradient(
         self,
         algorithm: str,
@@ -117,7 +130,8 @@ class InnerLoop:
         steps: int,
         settings: Settings,
     ) -> MetaGradient:
-        method, setup = find_algorithm(algorithm), self._setup(params, rates, steps)
+        method = find_algorithm(algorithm)
+        setup = self._setup(params, rates, steps, episode.support_targets, episode.query_targets)
         if steps < (least := method.min_inner_steps):
             raise SettingError(
                 f"model.inner_steps must be at least {least} with model.algorithm {algorithm} (got {steps})."
@@ -173,20 +187,25 @@ class InnerLoop:
             ``steps + 1`` tensors ``[T, N*Q, ...]``.
         """
         with self._evaluating():
-            setup, chunks = self._setup(params, rates, steps), []
+            every, chunks = self._setup(params, rates, steps, episode.support_targets), []
             for chunk in self._evaluation_chunks(episode):
+                setup = of_tasks(every, chunk)
                 path = inner.descend(setup, chunk.support_inputs, chunk.support_targets)
-                chunks.append([inner.predict(setup, fast, k, chunk.query_inputs) for k, fast in enumerate(path)])
+                chunks.append([inner.predict(setup, fast, k, chunk) for k, fast in enumerate(path)])
             return [torch.cat(outputs) for outputs in zip(*chunks, strict=True)]
 
     def moved(self, params: Parameters, episode: Episode, rates: float | Parameters, steps: int) -> Tensor:
         """How far ``steps`` inner steps move each task's parameters, in the Euclidean norm: ``[T]``."""
         with self._evaluating():
-            setup, norms = self._setup(params, rates, steps), []
+            every, norms = self._setup(params, rates, steps, episode.support_targets), []
             for chunk in self._evaluation_chunks(episode):
+                setup = of_tasks(every, chunk)
                 fast = inner.adapt(setup, chunk.support_inputs, chunk.support_targets)
-                moves = [(fast[n] - value).expand(chunk.tasks, *value.shape) for n, value in setup.initial.items()]
-                norms.append(torch.stack([move.flatten(1).square().sum(1) for move in moves]).sum(0).sqrt())
+                each = setup.task_dim(0) == 0  # whether a task has an initialization of its own
+                moves = [(fast[n] - v).expand(chunk.tasks, *v.shape[each:]) for n, v in setup.initial.items()]
+                norms.append(
+                    torch.stack([move.reshape(chunk.tasks, -1).square().sum(1) for move in moves]).sum(0).sqrt()
+                )
             return torch.cat(norms)
 
     def adapt(self, params: Parameters, inputs: Any, targets: Any, rates: float | Parameters, steps: int) -> Parameters:
@@ -200,7 +219,8 @@ class InnerLoop:
             steps: inner steps ``S``, at least 0.
         """
         with self._evaluating():
-            setup = self._setup(params, rates, steps)
+            setup = self._setup(params, rates, steps, targets)
+            setup = of_task(setup, detached(inputs), detached(targets))
             state, step = setup.initial_state(), setup.model.bind(inner.step)
             for arguments in setup.arguments():
                 state = step((state, {}), arguments, setup.constants, detached(inputs), detached(targets))
@@ -219,15 +239,18 @@ class InnerLoop:
         finally:
             self._executor.release()
 
-    def _setup(self, params: Parameters, rates: float | Parameters, steps: int) -> inner.Setup:
-        model = inner.Model(self.net, self.loss, self.optimizer, self.proximal)
-        return inner.prepare(model, self._executor, self._flat_memory, params, rates, steps)
+    def _setup(self, params: Parameters, rates: float | Parameters, steps: int, *targets: Any) -> inner.Setup:
+        of_support = self.query_statistics == "support"
+        model = inner.Model(self.net, self.loss, self.optimizer, self.proximal, of_support)
+        setup = inner.prepare(model, self._executor, self._flat_memory, params, rates, steps)
+        return setup._replace(labels=labels_of(*targets)) if self.head == "prototypes" else setup
 
     def _size(self, setup: inner.Setup, episode: Episode, name: str) -> int | None:
         """Tasks in a chunk; in a loop over tasks more than one would only take memory."""
         known = name in self.chosen or self.tasks_per_chunk != "auto"
         if not known or not self._executor.knows(setup.model):
-            kept = inner.bytes_per_task(setup, episode)
+            first = next(split(episode, 1))
+            kept = inner.bytes_per_task(of_tasks(setup, first), first)
         if self._executor.way(setup.model) == "loop":
             return 1
         if self.tasks_per_chunk != "auto":

@@ -20,7 +20,7 @@ def meta_gradient(setup: Setup, chunk: Episode, total: MetaGradient, settings: S
     targets = joined([chunk.support_targets, chunk.query_targets], 1)
     fast = adapt(setup, inputs, targets)
     add_sum(total.gradient, {name: value - fast[name] for name, value in setup.initial.items()}, setup.steps)
-    predictions = predict(setup, fast, setup.steps, chunk.query_inputs)
+    predictions = predict(setup, fast, setup.steps, chunk)
     loss = setup.model.objects.loss
     losses = [loss(output, target) for output, target in zip(predictions, tasks_of(chunk.query_targets), strict=True)]
     return torch.stack(losses), predictions
@@ -30,6 +30,7 @@ ALGORITHM = Algorithm(
     meta_gradient,
     unsupported={
         **OF_UNROLLED_STEPS,
+        "head": "learns a shared initialization alone",
         "adapted_parameters": "moves only adapted parameters, so that the others would not be learned",
     },
     min_inner_steps=1,

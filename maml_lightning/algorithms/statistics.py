@@ -13,13 +13,19 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.overrides import TorchFunctionMode
 
 from maml_lightning.algorithms.calling import call_with
 from maml_lightning.engine.state import copies_of_stored
+from maml_lightning.errors import SettingError
+from maml_lightning.structures import call
+from maml_lightning.task_statistics import TaskNorm
 
+_TRACK = "track_running_stats"
 _OF_TORCH: set[Callable[..., Tensor]] = {_BatchNorm.forward, SyncBatchNorm.forward, _InstanceNorm.forward}
 
 
@@ -75,8 +81,9 @@ def _changes(layer: nn.Module, running: bool) -> dict[str, Any]:
         return {"training": False}
     if type(layer).forward in _OF_TORCH:  # in evaluation mode SyncBatchNorm does not ask other processes either
         nothing = dict.fromkeys(("running_mean", "running_var", "num_batches_tracked"))
-        return {**nothing, "track_running_stats": False, "training": False}
-    return {"training": True, **({"track_running_stats": False} if hasattr(layer, "track_running_stats") else {})}
+        return {**nothing, _TRACK: False, "training": False}
+    copies = {name: value.clone() for name, value in layer.named_buffers(recurse=False)}  # what it writes is forgotten
+    return {**copies, "training": True, **({_TRACK: False} if hasattr(layer, _TRACK) else {})}
 
 
 @contextmanager
@@ -113,16 +120,26 @@ def called(net: nn.Module, values: Mapping[str, Tensor], inputs: Any, running: C
         return call_with(net, {**buffers, **values}, inputs)
 
 
-def adapted_copy(net: nn.Module, parameters: Mapping[str, Tensor], running: Collection[str]) -> nn.Module:
+def adapted_copy(
+    net: nn.Module, parameters: Mapping[str, Tensor], running: Collection[str], support: Any = None
+) -> nn.Module:
     """A copy of the network, whose normalization layers use the decided statistics whatever its mode becomes.
 
     Args:
         net: the network.
         parameters: of the copy, by name.
         running: the names of the layers that use running statistics; in the copy the others have none.
+        support: inputs ``[N*K, ...]`` whose statistics the copy keeps as running statistics, in evaluation mode; None
+            lets it use those of the batch.
     """
     with torch.inference_mode(False):
         copied = copy.deepcopy(net, copies_of_stored(net))
+        for name, value in parameters.items():
+            path, _, own = name.rpartition(".")
+            layer = copied.get_submodule(path)
+            if getattr(layer, own).shape != value.shape:  # a last layer of as many classes as the task has
+                setattr(layer, own, nn.Parameter(value.clone()))
+                setattr(layer, "out_features", len(value))  # noqa: B010
         copied.load_state_dict(parameters, strict=False)
     for name, layer in tracking_layers(copied).items():
         training = layer.training
@@ -132,7 +149,74 @@ def adapted_copy(net: nn.Module, parameters: Mapping[str, Tensor], running: Coll
             layer.training = training  # without running statistics it makes no difference
         else:
             layer.train = partial(_stay, layer)  # type: ignore[method-assign]
+    if support is not None:
+        _keep_statistics(copied, support)
     return copied
+
+
+def _keep_statistics(adapted: nn.Module, inputs: Any) -> None:
+    """The variances kept are those that a batch is normalized with, without Bessel's correction."""
+    recorded, entered = _Recorded(), adapted.eval().modules()
+    hooks = [layer.register_forward_pre_hook(recorded.enter) for layer in entered]
+    try:
+        with torch.inference_mode(False), torch.no_grad(), recorded:
+            call(adapted, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for layer, (mean, var) in recorded.statistics.items():
+        kept: dict[str, Any] = {} if isinstance(layer, TaskNorm) else {"running_mean": mean, "running_var": var}
+        if type(layer).forward in _OF_TORCH:
+            kept |= {_TRACK: True, "num_batches_tracked": torch.ones_like(mean[0], dtype=torch.int64)}
+        for key, value in {**kept, "training": False, "train": partial(_stay, layer)}.items():
+            setattr(layer, key, value)
+
+
+class _Recorded(TorchFunctionMode):
+    """While active, batch normalization with statistics of its batch notes them and the layer that it is in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._layer = nn.Module()  # entered last
+        self.statistics: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return (self._normalize if func is F.batch_norm else func)(*args, **(kwargs or {}))
+
+    def enter(self, layer: nn.Module, args: tuple) -> None:
+        """Hook before a layer runs."""
+        self._layer = layer
+        if isinstance(layer, TaskNorm):
+            self._note(layer, args[0])
+            layer.keep_statistics(args[0])
+
+    def _note(self, layer: nn.Module, input: Tensor) -> tuple[Tensor, Tensor]:
+        if layer in self.statistics or "running_mean" not in layer._buffers:
+            raise SettingError(
+                f"model.query_statistics support: {type(layer).__name__} normalizes several times or has no "
+                "running_mean, so that no copy can keep its statistics; use MAML.trajectory, or "
+                "model.query_statistics batch."
+            )
+        wide = input.detach().float() if input.dtype in (torch.float16, torch.bfloat16) else input.detach()
+        var, mean = torch.var_mean(wide, (0, *range(2, input.dim())), correction=0)
+        dtype = next((value.dtype for value in layer.parameters()), wide.dtype)
+        self.statistics[layer] = (mean.to(dtype), var.to(dtype))
+        return self.statistics[layer]
+
+    def _normalize(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        if training:
+            running_mean, running_var = self._note(self._layer, input)
+        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
 
 
 def _stay(layer: nn.Module, mode: bool = True) -> nn.Module:

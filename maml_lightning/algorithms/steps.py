@@ -26,10 +26,12 @@ from maml_lightning.engine.differentiation import grad, grad_and_value, is_by_au
 from maml_lightning.engine.execution import Executor
 from maml_lightning.engine.kernels.layout import kernel_layout
 from maml_lightning.engine.kernels.mode import loop_operators, task_operators
+from maml_lightning.engine.kernels.normalization import OfSupport
 from maml_lightning.engine.memory import FlatMemory, keep_freed_memory
 from maml_lightning.engine.state import State
 from maml_lightning.episodes import Episode
 from maml_lightning.structures import examples_of
+from maml_lightning.task_statistics import statistics_of_first
 
 Loss = Callable[[Tensor, Any], Tensor]
 
@@ -42,12 +44,14 @@ class Model(NamedTuple):
         loss: ``loss(outputs, targets)``, a scalar.
         optimizer: of the inner loop.
         proximal: strength ``mu`` of the proximal term, 0 for none.
+        of_support: whether queries are normalized with the statistics of the support set.
     """
 
     net: nn.Module
     loss: Loss
     optimizer: InnerOptimizer
     proximal: float
+    of_support: bool = False
 
 
 def outputs(model: Model, fast: Parameters, shared: Parameters, constants: Parameters, x: Any) -> Tensor:
@@ -57,6 +61,19 @@ def outputs(model: Model, fast: Parameters, shared: Parameters, constants: Param
     with loop_operators() if alone else task_operators():
         # torch's own layout, see kernel_layout
         return call_with(model.net, {name: value.contiguous() for name, value in tensors.items()}, x)
+
+
+def query_outputs(
+    model: Model, fast: Parameters, shared: Parameters, constants: Parameters, x: Any, support: Any
+) -> Tensor:
+    """The outputs on queries ``x``, which run together with the ``support`` inputs where their statistics count."""
+    if not model.of_support:
+        return outputs(model, fast, shared, constants, x)
+    both = pytree.tree_map(lambda *parts: torch.cat(parts), support, x)
+    first, examples = (len(pytree.tree_leaves(part)[0]) for part in (support, both))
+    with statistics_of_first(first, examples), OfSupport():
+        predictions = outputs(model, fast, shared, constants, both)
+    return pytree.tree_map(lambda part: part[first:], predictions)
 
 
 def support_gradient(
@@ -105,10 +122,10 @@ def _update(
 
 
 def _query_gradient(
-    model: Model, fast: Parameters, shared: Parameters, constants: Parameters, x: Any, y: Any
+    model: Model, fast: Parameters, shared: Parameters, constants: Parameters, x: Any, y: Any, support: Any
 ) -> tuple[tuple[Parameters, Parameters], Tensor, Tensor]:
     def objective(params: tuple[Parameters, Parameters]) -> tuple[Tensor, Tensor]:
-        predictions = outputs(model, *params, constants, x)
+        predictions = query_outputs(model, *params, constants, x, support)
         return model.loss(predictions, y), predictions
 
     gradient, (value, predictions) = grad_and_value(objective)((fast, shared))
@@ -127,6 +144,8 @@ class Setup(NamedTuple):
         shared: the other parameters at ``theta_0 … theta_S``.
         rates: the inner learning rates of each step.
         learned_rates: whether a rate requires a gradient.
+        labels: of the classes ``[N]`` where the last layer starts from their prototypes, else None.
+        state: where ``initial`` is each task's own, ``[T, ...]``, the optimizer's state that goes with it.
     """
 
     executor: Executor
@@ -137,11 +156,21 @@ class Setup(NamedTuple):
     shared: list[Parameters]
     rates: list[Parameters]
     learned_rates: bool
+    labels: Tensor | None = None
+    state: Any = None
 
     @property
     def steps(self) -> int:
         """Inner steps ``S``."""
         return len(self.rates)
+
+    def task_dim(self, step: int) -> int | None:
+        """The dimension over tasks of ``theta_k``: none at ``k = 0`` where all tasks share it."""
+        return None if step == 0 and self.state is None else 0
+
+    def beside_queries(self, chunk: Episode) -> Any:
+        """The inputs that queries are evaluated with: those of the support set, or none."""
+        return chunk.support_inputs if self.model.objects.of_support else ()
 
     def arguments(self) -> list[dict[str, Parameters]]:
         """What each step takes beside ``theta_k`` and the optimizer's state."""
@@ -151,7 +180,8 @@ class Setup(NamedTuple):
 
     def initial_state(self) -> tuple[Parameters, Any]:
         """``theta_0`` and the optimizer's state before the first step."""
-        return self.initial, self.model.objects.optimizer.init(self.initial)
+        state = self.model.objects.optimizer.init(self.initial) if self.state is None else self.state
+        return self.initial, state
 
 
 def prepare(
@@ -206,20 +236,18 @@ def bytes_per_task(setup: Setup, episode: Episode) -> int:
         setup: parameters and rates.
         episode: ``T`` tasks, of which the first is run.
     """
-    model, shared = setup.model, (setup.constants, episode.support_inputs)
-    step_dims, dims = ((None, None), None, None, 0, 0), (None, None, None, 0)
-    kept = setup.executor.saved_bytes(model.bind(outputs), dims, setup.initial, setup.shared[-1], *shared)
-    kept = kept * examples_of(episode.query_inputs) // max(examples_of(episode.support_inputs), 1)
+    model, first = setup.model, setup.task_dim(0)
+    shared = (setup.constants, episode.support_inputs)
+    kept = setup.executor.saved_bytes(
+        model.bind(outputs), (first, None, None, 0), setup.initial, setup.shared[-1], *shared
+    )
+    examples, queries = examples_of(episode.support_inputs), examples_of(episode.query_inputs)
+    kept = kept * (queries + examples * model.objects.of_support) // max(examples, 1)
     for arguments in setup.arguments()[:1]:
         support: tuple = ((setup.initial_state(), {}), arguments, *shared, episode.support_targets)
         count = 1 if setup.flat_memory.active else setup.steps
-        kept += count * setup.executor.saved_bytes(model.bind(step), step_dims, *support)
+        kept += count * setup.executor.saved_bytes(model.bind(step), ((first, None), None, None, 0, 0), *support)
     return kept
-
-
-def task_dim(step: int) -> int | None:
-    """The dimension over tasks of ``theta_k``: none at ``k = 0``, which all tasks share."""
-    return 0 if step else None
 
 
 def descend(setup: Setup, inputs: Any, targets: Any) -> Iterator[Parameters]:
@@ -233,7 +261,7 @@ def descend(setup: Setup, inputs: Any, targets: Any) -> Iterator[Parameters]:
     state, traced_step = setup.initial_state(), setup.model.bind(step)
     yield setup.initial
     for k, arguments in enumerate(setup.arguments()):
-        in_dims = ((task_dim(k), None), None, None, 0, 0)
+        in_dims = ((setup.task_dim(k), None), None, None, 0, 0)
         state = setup.executor(traced_step, in_dims, (state, {}), arguments, setup.constants, inputs, targets)
         yield state[0]
 
@@ -245,10 +273,10 @@ def adapt(setup: Setup, inputs: Any, targets: Any) -> Parameters:
     return fast
 
 
-def predict(setup: Setup, fast: Parameters, step: int, inputs: Any) -> Tensor:
-    """The outputs ``[T, N*Q, ...]`` of networks with the fast weights of a step."""
-    arguments = (fast, setup.shared[step], setup.constants, inputs)
-    return setup.executor(setup.model.bind(outputs), (task_dim(step), None, None, 0), *arguments)
+def predict(setup: Setup, fast: Parameters, step: int, chunk: Episode) -> Tensor:
+    """The outputs ``[T, N*Q, ...]`` on the query inputs of networks with the fast weights of a step."""
+    arguments = (fast, setup.shared[step], setup.constants, chunk.query_inputs, setup.beside_queries(chunk))
+    return setup.executor(setup.model.bind(query_outputs), (setup.task_dim(step), None, None, 0, 0), *arguments)
 
 
 def query_gradient(
@@ -260,8 +288,9 @@ def query_gradient(
         ``(gradient to adapted, gradient to shared parameters)``, ``[T, ...]`` by name; the losses ``[T]``; the
         predictions ``[T, N*Q, ...]``.
     """
-    arguments = (fast, setup.shared[step], setup.constants, chunk.query_inputs, chunk.query_targets)
-    return setup.executor(setup.model.bind(_query_gradient), (task_dim(step), None, None, 0, 0), *arguments)
+    queries = (chunk.query_inputs, chunk.query_targets, setup.beside_queries(chunk))
+    arguments = (fast, setup.shared[step], setup.constants, *queries)
+    return setup.executor(setup.model.bind(_query_gradient), (setup.task_dim(step), None, None, 0, 0, 0), *arguments)
 
 
 def _of_step(values: Parameters, step: int) -> Parameters:

@@ -23,7 +23,8 @@ from torch.utils import _pytree as pytree
 
 from maml_lightning.algorithms.algorithm import Algorithm, Settings
 from maml_lightning.algorithms.optimizers import Parameters
-from maml_lightning.algorithms.steps import Setup, first_order_step, query_gradient, step, task_dim
+from maml_lightning.algorithms.prototypes import with_pullback
+from maml_lightning.algorithms.steps import Setup, first_order_step, query_gradient, step
 from maml_lightning.engine.chunks import MetaGradient, add_sum
 from maml_lightning.episodes import Episode
 
@@ -32,6 +33,7 @@ def meta_gradient(setup: Setup, chunk: Episode, total: MetaGradient, settings: S
     """Add the meta-gradients of a chunk's tasks to ``total``; see :class:`Algorithm`."""
     steps = setup.steps
     weights = settings.weights or [0.0] * steps + [1.0]
+    setup, pullback_of_start = with_pullback(setup, chunk)
     trajectory, pullbacks, state = _forward(setup, chunk, settings.first_order)
     (gradient, shared_gradient), loss, predictions = _weighted(setup, trajectory.pop(), steps, chunk, weights)
     add_sum(total.gradient, shared_gradient, steps)
@@ -47,7 +49,8 @@ def meta_gradient(setup: Setup, chunk: Episode, total: MetaGradient, settings: S
             loss = loss + value
             add_sum(total.gradient, shared_gradient, k)
             adjoint = ({name: lam + gradient[name] for name, lam in adjoint[0].items()}, adjoint[1])
-    add_sum(total.gradient, adjoint[0], 0)
+    for gradient in pullback_of_start(adjoint):
+        add_sum(total.gradient, gradient, 0)
     return loss, predictions
 
 
@@ -69,7 +72,7 @@ def _forward(
         before = setup.executor.kept_bytes
         state, pullback = setup.executor.vjp(
             traced_step,
-            ((task_dim(k), None), None, None, 0, 0),
+            ((setup.task_dim(k), None), None, None, 0, 0),
             (state, differentiable),
             fixed,
             setup.constants,

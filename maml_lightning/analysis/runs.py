@@ -19,6 +19,8 @@ PLAIN_MAML = {
     "multi_step_epochs": 0,
     "first_order_epochs": 0,
     "per_step_normalization": False,
+    "query_statistics": "batch",
+    "head": "learned",
     "inner_optimizer": "sgd",
     "inner_weight_decay": 0.0,
     "inner_clip_norm": None,

@@ -14,6 +14,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from maml_lightning.algorithms.inner_loop import InnerLoop
+from maml_lightning.algorithms.prototypes import labels_of
 from maml_lightning.algorithms.statistics import called
 from maml_lightning.engine.state import without_effects
 from maml_lightning.episodes import Episode
@@ -24,21 +26,11 @@ from maml_lightning.training.metrics import metric_scores
 from maml_lightning.training.scores import Scoring, class_dimensions, ignored_target, is_of_classes, score_of
 
 
-def check_fit(
-    net: nn.Module,
-    running: Collection[str],
-    loss: Callable[..., Tensor],
-    metric: Any,
-    episode: Episode,
-    inner_steps: int,
-    trainer: Trainer | None,
-) -> Scoring:
+def check_fit(loop: InnerLoop, metric: Any, episode: Episode, inner_steps: int, trainer: Trainer | None) -> Scoring:
     """Check that the network, the loss and the metric take the episodes.
 
     Args:
-        net: the network.
-        running: its normalization layers that use their running statistics.
-        loss: the loss of inner and outer loop.
+        loop: the inner loop of the network and the loss.
         metric: of the user's choice, or None.
         episode: ``T`` tasks, of which the first is tried. Pretraining data have an empty support set.
         inner_steps: adaptation steps in training.
@@ -59,8 +51,11 @@ def check_fit(
         )
     all_inputs, all_targets = episode[2:] if pretraining else episode[:2]
     inputs, targets = map(first_task, (all_inputs, all_targets))
-    outputs = _outputs(net, running, inputs, pretraining)
-    if is_of_classes(loss) and isinstance(targets, Tensor):
+    net, loss = loop.net, loop.loss
+    outputs = _outputs(net, loop.running or (), inputs, pretraining)
+    if loop.head == "prototypes":
+        outputs = outputs.new_zeros(*outputs.shape[:-1], len(labels_of(episode.support_targets)))
+    elif is_of_classes(loss) and isinstance(targets, Tensor):
         _check_classes(loss, outputs, targets, all_targets, pretraining, trainer)
     _check_loss(loss, outputs, targets)
     if metric is not None:
@@ -269,12 +264,17 @@ def check_strategy(strategy: str) -> None:
 
 
 def check_same_network(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Check that a checkpoint has the tensors of a module, running statistics apart, which older ones lack.
+    """Check that a checkpoint has the tensors of a module.
+
+    Running statistics may be missing, as in those of earlier releases: the module keeps its own. So it does with a last
+    layer of another number of classes, which has no say where it starts from prototypes.
 
     Raises:
         SettingError: it has not; names a tensor that differs.
     """
     earlier_releases.add_running_statistics(module, checkpoint)
+    if getattr(module, "head", None) == "prototypes":
+        _keep_last_layer(module, checkpoint["state_dict"])
     ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
     if ours != theirs:
@@ -284,3 +284,13 @@ def check_same_network(module: nn.Module, checkpoint: dict[str, Any]) -> None:
             f"{name} is {theirs.get(name, 'missing')} in it and {ours.get(name, 'missing')} here; "
             "give the data.ways and the model settings that it was trained with."
         )
+
+
+def _keep_last_layer(module: nn.Module, state: dict[str, Any]) -> None:
+    """Take a module's own values for the one linear layer that has another number of outputs in a checkpoint."""
+    ours = module.state_dict()
+    others = [n for n, v in ours.items() if n in state and v.shape != state[n].shape]
+    layers = {name.rpartition(".")[0] for name in others}
+    linear = [layer for layer in layers if isinstance(module.get_submodule(layer), nn.Linear)]
+    if len(layers) == len(linear) == 1 and all(ours[n].shape[1:] == state[n].shape[1:] for n in others):
+        state.update({name: ours[name] for name in others})

@@ -16,7 +16,7 @@ from maml_lightning.algorithms.inner_loop import InnerLoop, MetaGradient
 from maml_lightning.algorithms.optimizers import Parameters
 from maml_lightning.algorithms.optimizers import inner_optimizer as optimizer_of
 from maml_lightning.algorithms.registry import find_algorithm
-from maml_lightning.algorithms.statistics import adapted_copy, called
+from maml_lightning.algorithms.statistics import called
 from maml_lightning.algorithms.unrolled import multi_step_weights
 from maml_lightning.engine.execution import Execution
 from maml_lightning.episodes import Episode, InputSpec
@@ -24,7 +24,7 @@ from maml_lightning.processes import every_process, reduce_logged, rows_of_every
 from maml_lightning.structures import first_task, plain
 from maml_lightning.training import checks, chunks, loading, metrics, non_finite, resume, scores
 from maml_lightning.training.network_checks import check_network
-from maml_lightning.training.normalization import RunningStatistics, report_batch_statistics
+from maml_lightning.training.normalization import RunningStatistics, current_loop, report_unused
 from maml_lightning.training.settings import check_values
 from maml_lightning.training.surrogate import surrogate_loss
 
@@ -73,6 +73,10 @@ class MAML(LightningModule):
         inner_clip_norm: clip each task's inner gradient to this norm, above 0; null does not clip.
         proximal: strength of imaml's pull to the initialization, above 0.
         implicit_iterations: imaml's conjugate gradient iterations, 1 or more.
+        query_statistics: batch normalizes queries with the statistics of their batch, so that predictions depend on the
+            other queries (transductive); support with those of the support set (MetaBN, Bronskill et al. 2020).
+        head: learned; or prototypes: the last linear layer starts from the mean features of the support classes, of any
+            number, and then adapts like all else (ProtoMAML, Triantafillou et al. 2020).
         non_finite: stop where a loss, a gradient or an output is not finite, naming the step and the episodes; or skip
             the meta-step, and count it in train/skipped_steps.
 
@@ -111,6 +115,8 @@ class MAML(LightningModule):
         inner_clip_norm: float | None = None,
         proximal: float = 2.0,
         implicit_iterations: int = 5,
+        query_statistics: Literal["batch", "support"] = "batch",
+        head: Literal["learned", "prototypes"] = "learned",
         non_finite: Literal["stop", "skip"] = "stop",
     ) -> None:
         check_values(dict(locals()))
@@ -118,18 +124,17 @@ class MAML(LightningModule):
         super().__init__()
         self.save_hyperparameters(ignore=["net", "loss", "metric"])
         self.net, self.loss, self.metric = net, loss, metrics.created(metric)
-        self._statistics = RunningStatistics()
+        self.query_statistics, self._statistics = query_statistics, RunningStatistics()
         self.inner_lr, self.inner_steps, self.first_order, self.outer_lr = inner_lr, inner_steps, first_order, outer_lr
         self.eval_inner_steps = inner_steps if eval_inner_steps is None else eval_inner_steps
         self.algorithm, self.implicit_iterations, self.non_finite = algorithm, implicit_iterations, non_finite
-        self.multi_step_epochs, self.first_order_epochs = multi_step_epochs, first_order_epochs
-        self.adaptation = Adaptation(
-            net, inner_lr, inner_steps, adapted_parameters, learn_inner_lr, per_step_normalization
-        )
+        self.multi_step_epochs, self.first_order_epochs, self.head = multi_step_epochs, first_order_epochs, head
+        learned = (learn_inner_lr, per_step_normalization)
+        self.adaptation = Adaptation(net, inner_lr, inner_steps, adapted_parameters, *learned)
         optimizer = optimizer_of(inner_optimizer, inner_weight_decay, inner_clip_norm)
         proximal = proximal if find_algorithm(algorithm).proximal else 0.0
         self._loop = InnerLoop(net, loss, tasks_per_chunk, flat_memory, compile, optimizer, proximal, execution)
-        report_batch_statistics(net, self._statistics.layers(self))
+        report_unused(self)
         self._checked: tuple = ()  # what was found to fit
         self.scoring = scores.Scoring(loss, None)  # what is logged of episodes, known once they are checked
         self.inputs: InputSpec | None = None  # the pictures that it was trained on
@@ -148,8 +153,8 @@ class MAML(LightningModule):
     def adapt(self, support_inputs: Any, support_targets: Any, steps: int | None = None) -> nn.Module:
         """A copy of the network, adapted to one task.
 
-        Normalization layers use the statistics of the batch that they see: give it queries together with the support
-        inputs, and drop the outputs of those, where there are few queries or not all classes among them.
+        Unless ``query_statistics`` is support, it normalizes with the statistics of the batch that it sees: give it
+        queries together with the support inputs, and drop the outputs of those.
 
         Args:
             support_inputs: ``[N*K, C, H, W]``, or whatever the network takes, see `Episode`.
@@ -158,8 +163,7 @@ class MAML(LightningModule):
         """
         start, rates = self._start(inputs := plain(support_inputs))
         steps = self.eval_inner_steps if steps is None else steps
-        parameters = self._inner_loop.adapt(start, inputs, plain(support_targets), rates, steps)
-        return adapted_copy(self.net, parameters, self._statistics.layers(self))
+        return self._inner_loop.adapted(start, inputs, plain(support_targets), rates, steps)
 
     def trajectory(self, episode: Episode, steps: int | None = None) -> list[Tensor]:
         """The outputs on the query inputs before adaptation and after each inner step, without gradients.
@@ -184,11 +188,8 @@ class MAML(LightningModule):
 
     @property
     def _inner_loop(self) -> InnerLoop:
-        """The inner loop of what ``net`` and ``loss`` are now."""
-        if self._loop.net is not self.net:
-            report_batch_statistics(self.net, self._statistics.layers(self))
-        self._loop.net, self._loop.loss, self._loop.running = self.net, self.loss, self._statistics.layers(self)
-        return self._loop
+        """The inner loop of what this module is now."""
+        return current_loop(self, self._loop)
 
     def train(self, mode: bool = True) -> Self:
         """Change the mode; normalization layers in evaluation mode stay in it, as in `net.bn.eval()`."""
@@ -303,8 +304,8 @@ class MAML(LightningModule):
         episode = Episode(*batch).check()
         parts = (self.net, self.loss, self.metric)
         if not checks.is_checked(self._checked, parts, episode):
-            running = self._statistics.layers(self)
-            self.scoring = checks.check_fit(self.net, running, *parts[1:], episode, self.inner_steps, self._trainer)
+            loop = self._inner_loop
+            self.scoring = checks.check_fit(loop, self.metric, episode, self.inner_steps, self._trainer)
             self._checked = (*parts, checks.kind_of(episode))
         if self.inputs is None and self.training:
             self.inputs = InputSpec.of_episode(

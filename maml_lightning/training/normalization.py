@@ -1,14 +1,14 @@
 """Which normalization layers use their running statistics, kept through evaluation and the freezing of the whole."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from maml_lightning.algorithms import statistics
+from maml_lightning.algorithms.inner_loop import InnerLoop
 
 
 class RunningStatistics:
@@ -47,13 +47,23 @@ class RunningStatistics:
         return self._evaluated(maml) | self._frozen
 
 
-def report_batch_statistics(net: nn.Module, running: Collection[str]) -> None:
+def current_loop(maml: Any, loop: InnerLoop) -> InnerLoop:
+    """The inner loop of a module, as its network, loss and settings are now."""
+    if loop.net is not maml.net:
+        report_unused(maml)
+    loop.net, loop.loss, loop.query_statistics = maml.net, maml.loss, maml.query_statistics
+    loop.running, loop.head = maml._statistics.layers(maml), maml.head
+    return loop
+
+
+def report_unused(maml: Any) -> None:
     """Say how many layers have running statistics and do not use them."""
-    layers = statistics.tracking_layers(net)
+    layers, running = statistics.tracking_layers(maml.net), maml._statistics.layers(maml)
     unused = [name for name, layer in layers.items() if isinstance(layer, _NormBase) and name not in running]
     if unused:
+        used = "support set" if maml.query_statistics == "support" else "current batch"
         rank_zero_info(
-            f"{len(unused)} normalization layer(s), such as {unused[0] or type(net).__name__}, use the statistics of "
-            "the current batch; their running statistics are neither used nor updated. Layers that are frozen or in "
+            f"{len(unused)} normalization layer(s), such as {unused[0] or type(maml.net).__name__}, use the statistics "
+            f"of the {used}; their running statistics are neither used nor updated. Layers that are frozen or in "
             "evaluation mode use their running statistics."
         )

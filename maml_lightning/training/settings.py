@@ -16,7 +16,8 @@ _LEAST = {
     "implicit_iterations": 1,
 }
 _POSITIVE = ("inner_lr", "outer_lr", "inner_clip_norm", "proximal")
-_OFF = (None, False, 0, "all")  # the defaults of settings that add something to plain MAML
+_CHOICES = {"query_statistics": ("batch", "support"), "head": ("learned", "prototypes")}
+_OFF = (None, False, 0, "all", "learned")  # the defaults of settings that add something to plain MAML
 
 
 def check_values(settings: Mapping[str, Any]) -> None:
@@ -34,6 +35,9 @@ def check_values(settings: Mapping[str, Any]) -> None:
         value = settings[name]
         if value is not None and not value > 0:
             raise SettingError(f"model.{name} must be above 0 (got {value}).")
+    for name, choices in _CHOICES.items():
+        if settings[name] not in choices:
+            raise SettingError(f"model.{name} must be one of {', '.join(choices)} (got {settings[name]}).")
     name = settings["algorithm"]
     algorithm = find_algorithm(name)
     for setting, reason in algorithm.unsupported.items():
@@ -41,6 +45,11 @@ def check_values(settings: Mapping[str, Any]) -> None:
     _at_least("inner_steps", settings["inner_steps"], algorithm.min_inner_steps)
     if settings["inner_steps"] == 0:
         _raise_for(settings, OF_UNROLLED_STEPS, "model.inner_steps is 0: training has no inner loop")
+    if settings["head"] == "prototypes" and settings["learn_inner_lr"] == "weight":
+        raise SettingError(
+            "model.learn_inner_lr weight is not supported here: with model.head prototypes the number of weights "
+            "follows the episode's classes; take tensor or step."
+        )
     if settings["first_order"]:
         _raise_for(settings, ["first_order_epochs"], "model.first_order is true in every epoch")
 

@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.library import custom_op
+from torch.overrides import TorchFunctionMode
 
 from maml_lightning.engine.kernels.layout import all_tasks_first, leaves_cache
+from maml_lightning.task_statistics import statistics_part
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -157,12 +159,19 @@ def batch_norm(
 ) -> Tensor:
     """``torch.nn.functional.batch_norm``, exact in its second derivative under vmap; it updates no running statistics.
 
+    The batch's statistics are those of its :func:`~maml_lightning.task_statistics.statistics_part`.
+
     Args:
         input: ``[B, C, ...]``. The others as in torch; batch statistics without an affine part are left to torch. Half
             precision is normalized in float32, and comes back in half precision.
     """
     if not training and running_mean is not None and running_var is not None:
-        return _with_running_statistics(input, running_mean, running_var, weight, bias, eps)
+        return _with_statistics(input, running_mean, running_var, weight, bias, eps)
+    if training and (part := statistics_part(input)) is not input:
+        dims = (0, *range(2, input.dim()))
+        part = part.float() if input.dtype in _HALF else part
+        mean = part.mean(dims, keepdim=True)
+        return _with_statistics(input, mean.flatten(), (part - mean).square().mean(dims), weight, bias, eps)
     if weight is None or bias is None or not training:
         return F.batch_norm(input, None, None, weight, bias, training, momentum, eps)
     x = input.movedim(1, -1)
@@ -183,19 +192,24 @@ def instance_norm(
 ) -> Tensor:
     """``torch.nn.functional.instance_norm``, which updates no running statistics; arguments as in torch."""
     if not use_input_stats and running_mean is not None and running_var is not None:
-        return _with_running_statistics(input, running_mean, running_var, weight, bias, eps)
+        return _with_statistics(input, running_mean, running_var, weight, bias, eps)
     return F.instance_norm(input, None, None, weight, bias, use_input_stats, momentum, eps)
 
 
-def _with_running_statistics(
+def _with_statistics(
     input: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """An affine map of each channel. torch's own batch normalization under vmap has a wrong second derivative."""
     scale = (var.float() if var.dtype in _HALF else var).add(eps).rsqrt()
-    scale = scale if weight is None else scale * weight
-    shift = (
-        -mean * scale if bias is None else torch.addcmul(bias.to(scale.dtype), mean.to(scale.dtype), scale, value=-1)
-    )
+    scale, mean = scale if weight is None else scale * weight, mean.to(scale.dtype)
+    shift = -mean * scale if bias is None else torch.addcmul(bias.to(scale.dtype), mean, scale, value=-1)
     shape = (-1, *[1] * (input.dim() - 2))
     x = input.to(scale.dtype) if input.dtype in _HALF else input
     return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(input.dtype)
+
+
+class OfSupport(TorchFunctionMode):
+    """While active, batch normalization takes the statistics of a part of the batch, whatever else is replaced."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return (batch_norm if func is F.batch_norm else func)(*args, **(kwargs or {}))
