@@ -106,3 +106,12 @@ def test_hooks_are_found():
     assert has_hooks((net, F.cross_entropy))
     handle.remove()
     assert not has_hooks((net, F.cross_entropy))
+
+
+def test_recurrent_layers_are_the_same_after_a_call():
+    net = nn.LSTM(3, 2)
+    before = fingerprint((net,))
+    torch.func.functional_call(net, {n: v * 2 for n, v in net.named_parameters()}, (torch.rand(2, 1, 3),))
+    assert fingerprint((net,)) == before
+    net.batch_first = True
+    assert fingerprint((net,)) != before

@@ -121,9 +121,8 @@ NETWORKS = {
 
 
 # In evaluation torch's attention layers take a path of their own where they can; recurrent layers do not.
-MODES = [(name, True) for name in NETWORKS] + [
-    (name, False) for name in NETWORKS if name.startswith(("Multi", "Trans"))
-]
+ATTENTION = [name for name in NETWORKS if name.startswith(("Multi", "Trans"))]
+MODES = [*[(name, True) for name in NETWORKS], *[(name, False) for name in ATTENTION]]
 
 
 @pytest.mark.parametrize(("name", "training"), MODES)
