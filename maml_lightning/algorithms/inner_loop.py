@@ -14,6 +14,7 @@ from maml_lightning.algorithms.prototypes import labels_of, of_task, of_tasks
 from maml_lightning.algorithms.registry import find_algorithm
 from maml_lightning.algorithms.statistics import adapted_copy, deciding, uses_running_statistics
 from maml_lightning.engine.chunks import MetaGradient, chunk_size, detached, mean_over_tasks, split
+from maml_lightning.engine.differentiation import by_autograd
 from maml_lightning.engine.execution import Execution, Executor
 from maml_lightning.engine.memory import FlatMemory
 from maml_lightning.episodes import Episode
@@ -222,8 +223,9 @@ class InnerLoop:
             setup = self._setup(params, rates, steps, targets)
             setup = of_task(setup, detached(inputs), detached(targets))
             state, step = setup.initial_state(), setup.model.bind(inner.step)
-            for arguments in setup.arguments():
-                state = step((state, {}), arguments, setup.constants, detached(inputs), detached(targets))
+            with by_autograd():  # one task by itself, which runs as any network does
+                for arguments in setup.arguments():
+                    state = step((state, {}), arguments, setup.constants, detached(inputs), detached(targets))
             return {**state[0], **setup.shared[-1]}
 
     @contextmanager
@@ -256,7 +258,7 @@ class InnerLoop:
         if self.tasks_per_chunk != "auto":
             return self.tasks_per_chunk
         if not known:
-            self.chosen[name] = chunk_size(kept, episode.tasks, episode.support_targets.device)
+            self.chosen[name] = chunk_size(kept, episode.tasks, episode.device)
         return self.chosen[name]
 
     def _evaluation_chunks(self, episode: Episode) -> Iterator[Episode]:

@@ -20,7 +20,7 @@ from maml_lightning.algorithms.statistics import called
 from maml_lightning.algorithms.unrolled import multi_step_weights
 from maml_lightning.engine.execution import Execution
 from maml_lightning.episodes import Episode, InputSpec
-from maml_lightning.processes import every_process, reduce_logged, rows_of_every_process
+from maml_lightning.processes import every_process
 from maml_lightning.structures import first_task, plain
 from maml_lightning.training import checks, chunks, loading, metrics, non_finite, resume, scores
 from maml_lightning.training.network_checks import check_network
@@ -272,26 +272,16 @@ class MAML(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over all episodes."""
-        self._report("val")
+        non_finite.report_scores(self, "val", self._rows)
 
     def on_test_epoch_end(self) -> None:
         """Log the means over all episodes; ``test_scores`` has each episode's by name, ``[episodes, steps + 1]``."""
-        self.test_scores = self._report("test")
+        self.test_scores = non_finite.report_scores(self, "test", self._rows)
 
     def _evaluate(self, batch: Episode, batch_idx: int, split: str) -> None:
         episode = self._check(batch)
         numbers = non_finite.episode_numbers(self.trainer, split, batch_idx, episode.tasks)
         self._rows.append(self.scoring.rows(self.trajectory(episode), episode.query_targets, numbers))
-
-    def _report(self, split: str) -> dict[str, Tensor]:
-        """Log the means over an evaluation's episodes, the same numbers on every process; each episode's scores."""
-        reduce_logged(self.trainer)
-        rows, self._rows = rows_of_every_process(torch.cat(self._rows)).cpu().double(), []
-        kept, self.skipped_episodes = non_finite.scored(rows, split, self)
-        if len(kept):
-            for name, mean in self.scoring.means(kept).items():
-                self.log(f"{split}/{name}", mean, prog_bar="_step_" not in name)
-        return self.scoring.by_name(kept)
 
     def prepare_data(self) -> None:
         """Check that trainer, data and network go together, before Lightning writes anything."""
@@ -308,9 +298,8 @@ class MAML(LightningModule):
             self.scoring = checks.check_fit(loop, self.metric, episode, self.inner_steps, self._trainer)
             self._checked = (*parts, checks.kind_of(episode))
         if self.inputs is None and self.training:
-            self.inputs = InputSpec.of_episode(
-                episode, getattr(getattr(self._trainer, "datamodule", None), "ways", None)
-            )
+            data = getattr(self._trainer, "datamodule", None)
+            self.inputs = InputSpec.of_episode(episode, getattr(data, "ways", None))
         return episode
 
     @classmethod

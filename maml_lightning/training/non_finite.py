@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from maml_lightning.errors import NonFiniteError
-from maml_lightning.processes import rows_of_every_process
+from maml_lightning.processes import reduce_logged, rows_of_every_process
 from maml_lightning.training.scores import FINITE, NUMBER
 
 SKIPPED = "their networks' outputs are not finite, or none of their query targets counts"
@@ -109,3 +110,24 @@ def scored(rows: Tensor, split: str, module: Any) -> tuple[Tensor, int]:
             raise NonFiniteError(f"{message}; lower model.inner_lr ({module.inner_lr}), or look at these episodes.")
         rank_zero_info(f"{message}.")
     return kept, skipped
+
+
+def report_scores(module: Any, split: str, rows: list[Tensor]) -> dict[str, Tensor]:
+    """Log the means over an evaluation's episodes, the same numbers on every process.
+
+    Args:
+        module: MAML, which then knows how many episodes were skipped.
+        split: of the episodes.
+        rows: of each batch's episodes on this process, see `Scoring.rows`; emptied.
+
+    Returns:
+        each episode's scores by name, ``[episodes, steps + 1]``.
+    """
+    reduce_logged(module.trainer)
+    everywhere = rows_of_every_process(torch.cat(rows)).cpu().double()
+    rows.clear()
+    kept, module.skipped_episodes = scored(everywhere, split, module)
+    if len(kept):
+        for name, mean in module.scoring.means(kept).items():
+            module.log(f"{split}/{name}", mean, prog_bar="_step_" not in name)
+    return module.scoring.by_name(kept)
