@@ -5,6 +5,8 @@ code reads. Two networks with equal fingerprints compute the same function of pa
 and buffers are therefore left out, but for their names.
 """
 
+import sys
+import sysconfig
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 _PLAIN = {int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
 _CONTAINERS = {dict, OrderedDict, list, tuple, set}
 _FIXED = {"torch", "torchvision", "numpy", "math", "builtins", "maml_lightning"}  # code that nobody changes in a run
+_INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _DERIVED = {"_flat_weights", "_flat_weight_refs"}  # recurrent layers derive them from their parameters at each call
 
@@ -106,18 +109,19 @@ def _class(kind: type, seen: dict[int, int]) -> list[Hashable]:
         return []
     own = [cls for cls in kind.__mro__ if _root(cls.__module__) not in _FIXED]
     attributes = [(n, getattr(v, "__func__", v)) for cls in own for n, v in vars(cls).items() if not n.startswith("__")]
-    return [(n, _of(v, seen)) for n, v in attributes if type(v) in (_PLAIN | _CONTAINERS | {FunctionType, Tensor})]
+    read = [(n, v) for n, v in attributes if type(v) in (_PLAIN | _CONTAINERS | {FunctionType, Tensor})]
+    return [(n, _of(v, seen)) for n, v in read if type(v) is not FunctionType or not _is_installed(v.__module__)]
 
 
 def _function(function: FunctionType, seen: dict[int, int]) -> Hashable:
     """A function by identity, what it closes over, and the global variables that its code reads."""
-    if _root(function.__module__) in _FIXED:
-        return _identity(function)
     cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+    if _is_installed(function.__module__):
+        return (_identity(function), *[_of(value, seen) for value in cells])
     names, variables = _names(function.__code__), function.__globals__
     read = [(name, variables[name]) for name in names if name in variables]
     for name, value in list(read):  # `settings.temperature`: a variable of another module
-        if isinstance(value, ModuleType) and _root(value.__name__) not in _FIXED:
+        if isinstance(value, ModuleType) and not _is_installed(value.__name__):
             read += [(f"{name}.{n}", vars(value)[n]) for n in names if n in vars(value)]
     read = [(name, value) for name, value in read if not isinstance(value, ModuleType | type)]
     return (_identity(function), *[_of(value, seen) for value in cells], *[(n, _of(v, seen)) for n, v in read])
@@ -128,6 +132,13 @@ def _names(code: CodeType) -> tuple[str, ...]:
     """The names that code reads, that of functions inside it included."""
     inner = (name for const in code.co_consts if isinstance(const, CodeType) for name in _names(const))
     return tuple(dict.fromkeys((*code.co_names, *inner)))
+
+
+@cache
+def _is_installed(module: str | None) -> bool:
+    """Whether a module is of an installed package, whose variables are not looked at, and not of the user's own code."""
+    file = getattr(sys.modules.get(module or ""), "__file__", None) or ""
+    return _root(module) in _FIXED or (module != "__main__" and not file) or file.startswith(_INSTALLED)
 
 
 def _root(module: str | None) -> str:
