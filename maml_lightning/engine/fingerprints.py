@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 _PLAIN = {int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
 _CONTAINERS = {dict, OrderedDict, list, tuple, set}
-_FIXED = {"torch", "torchvision", "numpy", "math", "builtins", "maml_lightning"}  # code that nobody changes in a run
+_FIXED = {"torch", "torchvision", "numpy", "maml_lightning", *sys.stdlib_module_names} - {"__main__"}
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _DERIVED = {"_flat_weights", "_flat_weight_refs"}  # recurrent layers derive them from their parameters at each call
@@ -136,9 +136,9 @@ def _names(code: CodeType) -> tuple[str, ...]:
 
 @cache
 def _is_installed(module: str | None) -> bool:
-    """Whether a module is of an installed package, whose variables are not looked at, and not of the user's own code."""
+    """Whether a module is of an installed package, whose variables are not looked at, not of the user's own code."""
     file = getattr(sys.modules.get(module or ""), "__file__", None) or ""
-    return _root(module) in _FIXED or (module != "__main__" and not file) or file.startswith(_INSTALLED)
+    return _root(module) in _FIXED or file.startswith(_INSTALLED)
 
 
 def _root(module: str | None) -> str:
