@@ -6,7 +6,7 @@ from tests.zoo.families import CASES, OTHERS, installed
 from tests.zoo.test_zoo import QUICK, check_adapt, check_steps, ids, refused
 
 pytestmark = [
-    pytest.mark.long,
+    pytest.mark.exhaustive,
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
     pytest.mark.filterwarnings("default"),  # what other packages warn of
 ]

@@ -100,7 +100,7 @@ def peak_of_step(net: nn.Module, steps: int, **settings: Any) -> int:
     return peak_bytes(lambda: maml.training_step(episode, 0).backward())
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 def test_memory_grows_with_the_adapters_not_with_the_network():
     def network(width: int) -> nn.Module:
         return TextNet(VOCABULARY, CLASSES, width, blocks=2, heads=2, max_length=6)

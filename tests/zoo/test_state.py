@@ -142,7 +142,7 @@ def test_tasks_draw_their_own_dropout_and_its_recomputation_the_same():
     assert torch.allclose(gradients[False], gradients[True], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 def test_the_mean_over_dropout_is_that_of_the_plain_loop():
     case = next(case for case in random_layers.RANDOM if case.name.startswith("Dropout "))
     maml, plain, episode = module(case, case.network(), **QUICK), case.network(), case.episode()

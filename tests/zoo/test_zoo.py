@@ -204,7 +204,7 @@ def test_two_meta_steps_are_those_of_the_plain_loop(case):
     refused(case, lambda: check_steps(case, **QUICK))
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("case", CASES, **ids)
 def test_all_settings_are_those_of_the_plain_loop(case, settings):
@@ -216,7 +216,7 @@ def test_adapt_is_that_of_the_plain_loop(case):
     refused(case, lambda: check_adapt(case))
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("companion", COMPANIONS)
 @pytest.mark.parametrize("case", CASES, **ids)
 def test_evaluation_and_copies_are_those_of_the_plain_loop(case, companion):
