@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from maml_lightning.algorithms.optimizers import Parameters
+from maml_lightning.algorithms.optimizers import Parameters, rate_of
 from maml_lightning.errors import SettingError
 from maml_lightning.structures import call
 from maml_lightning.task_statistics import TaskNorm
@@ -234,7 +234,7 @@ class Adaptation(nn.Module):
             chosen = adapted_names(net, self.adapted, self.head, [name for name in self.trainable if name in own])
         names = [name for name in chosen if _key(name) not in self.by_step]
         if not self.learn:
-            return dict.fromkeys(names, next(iter(own.values())).new_tensor([inner_lr]))
+            return {name: rate_of(own[name], inner_lr) for name in names}
         rates = {n: self.learnt.get("all" if self.learn == "network" else _key(n)) for n in names}
         for name, rate in rates.items():
             if rate is None or (self.learn == "weight" and rate.shape[1:] != own[name].shape):

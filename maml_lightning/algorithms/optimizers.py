@@ -123,3 +123,9 @@ def inner_optimizer(
     base = {"sgd": sgd, "momentum": momentum, "adam": adam}[name]()
     update = partial(_regularized, base=base.update, weight_decay=weight_decay, clip_norm=clip_norm)
     return InnerOptimizer(base.init, update)
+
+
+def rate_of(parameter: Tensor, inner_lr: float) -> Tensor:
+    """An inner learning rate ``[1]`` for a parameter of any type, not rounded to half precision."""
+    double = parameter.dtype in (torch.float64, torch.complex128)
+    return torch.tensor([inner_lr], dtype=torch.float64 if double else torch.float32, device=parameter.device)

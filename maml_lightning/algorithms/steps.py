@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from maml_lightning.algorithms.calling import call_with
-from maml_lightning.algorithms.optimizers import InnerOptimizer, Parameters
+from maml_lightning.algorithms.optimizers import InnerOptimizer, Parameters, rate_of
 from maml_lightning.engine.chunks import detached
 from maml_lightning.engine.differentiation import grad, grad_and_value, is_by_autograd
 from maml_lightning.engine.execution import Executor
@@ -208,8 +208,7 @@ def prepare(
     dims = {name: value.dim() for name, value in model.net.named_parameters()}
     per_step = {name: value for name, value in values.items() if value.dim() > dims[name]}
     if not isinstance(rates, dict):
-        rate = next(iter(values.values())).new_tensor([rates])
-        rates = {name: rate for name in values if name not in per_step}
+        rates = {name: rate_of(value, rates) for name, value in values.items() if name not in per_step}
     trained = {name for name, value in params.items() if value.requires_grad} or set(params)
     # Copies: a layer may write to its parameters (``max_norm`` of an embedding).
     values = {name: value.clone() if name in trained else value for name, value in values.items()}
