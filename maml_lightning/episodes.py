@@ -29,6 +29,21 @@ class Episode(NamedTuple):
     query_inputs: Any
     query_targets: Any
 
+    @classmethod
+    def of(cls, batch: Any) -> "Episode":
+        """The episode that a batch of a data loader is.
+
+        Raises:
+            SettingError: it has not four parts, in a tuple or list.
+        """
+        if not isinstance(batch, tuple | list) or len(batch) != len(cls._fields):
+            size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+            raise SettingError(
+                f"A batch of the data loader is a {type(batch).__name__}{size}; give an Episode, or a tuple of its "
+                f"parts: {', '.join(cls._fields)}."
+            )
+        return cls(*batch)
+
     def check(self) -> "Episode":
         """Return the episode if its shapes agree.
 

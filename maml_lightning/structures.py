@@ -46,9 +46,9 @@ def plain(part: Any) -> Any:
 
 
 def describe(part: Any) -> str:
-    """Shapes of a structure's tensors, and their types where they are not floats: ``{ids: [5, 12] int64}``."""
+    """Shapes of a structure's tensors, and their types where they are not float32: ``{ids: [5, 12] int64}``."""
     if isinstance(part, Tensor):
-        kind = "" if part.is_floating_point() else f" {str(part.dtype).removeprefix('torch.')}"
+        kind = "" if part.dtype == torch.float32 else f" {str(part.dtype).removeprefix('torch.')}"
         return f"{list(part.shape)}{kind}"
     if isinstance(part, Mapping):
         return "{" + ", ".join(f"{name}: {describe(value)}" for name, value in part.items()) + "}"

@@ -231,3 +231,4 @@ def test_a_network_that_takes_other_names_is_refused_in_one_line():
 def test_structures_are_described():
     described = describe({"a": torch.rand(2, 3), "b": (torch.zeros(1, dtype=torch.int64), [True])})
     assert described == "{a: [2, 3], b: ([1] int64, (bool))}"
+    assert describe(torch.zeros(2, dtype=torch.float64)) == "[2] float64"

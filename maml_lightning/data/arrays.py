@@ -73,11 +73,15 @@ class ArraysDataModule(EpisodicDataModule):
             if not self._loaded:
                 say_what_is_scaled(setting, examples.inputs)
             self._loaded[split] = examples
-            check_alike({f"data.{name}": found.inputs for name, found in self._loaded.items()})
+            check_alike(self.loaded())
             for first, second in combinations(self._loaded, 2):
                 if split in (first, second):
                     self._check_disjoint(first, second)
         return self._loaded[split]
+
+    def loaded(self) -> dict[str, Examples]:
+        """The examples of the splits that were loaded, by what errors call them."""
+        return {f"data.{split}": examples for split, examples in self._loaded.items()}
 
     def _check_disjoint(self, first: Split, second: Split) -> None:
         settings = f"data.{first}", f"data.{second}"

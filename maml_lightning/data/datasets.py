@@ -153,6 +153,19 @@ class EpisodeDataset(TaskDataset):
             parts += [self._inputs(drawn.flatten(1), seeds[:, part]), self._targets(drawn, seeds[:, part])]
         return Episode(*parts)
 
+    def with_example(self, examples: Examples, row: int) -> Episode:
+        """The first episode with an example of another split in it: the first of its support set and of its query set.
+
+        Args:
+            examples: whose inputs and targets are like those of this split.
+            row: of the example.
+        """
+        rows, episode = torch.tensor([[row]]), self[0]
+        inputs = self.pictures.prepare(take(examples.inputs, rows, [0]), 1, [0])
+        targets = None if examples.targets is None else take(examples.targets, rows, [0])
+        parts = zip(episode, (inputs, targets) * 2, strict=True)
+        return Episode(*(part if new is None else tree_map(_with_first, part, new) for part, new in parts))
+
     def _inputs(self, rows: Tensor, seeds: Bits) -> Tree:
         """The inputs of these rows ``[T, n]``, each tensor ``[T, n, ...]``."""
         inputs = take(self.examples.inputs, rows, seeds.tolist())
@@ -205,6 +218,11 @@ def _check_sizes(examples: Examples, split: str, ways: int, shots: int, query_sh
             f"data.shots + data.query_shots is {shots} + {query_shots}, but class {examples.name(smallest)} of the "
             f"{split} split has {count} examples; lower one of the two, or leave the class out."
         )
+
+
+def _with_first(leaf: Tensor, example: Tensor) -> Tensor:
+    """Examples ``[1, n, ...]`` with another one ``[1, ...]`` in place of the first, if there is one."""
+    return torch.cat([example[None], leaf[:, 1:]], 1) if leaf.shape[1] else leaf
 
 
 def _by_task(tree: Tree, rows: Tensor) -> Tree:

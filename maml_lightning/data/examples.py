@@ -40,9 +40,14 @@ class Examples(NamedTuple):
         """What an error calls a class."""
         return shown(index if self.names is None else self.names[index])
 
-    def class_of(self, place: int) -> str:
-        """What an error calls the class of the example at a place, class after class."""
-        return self.name(int(np.searchsorted(np.cumsum(self.counts), place, side="right")))
+    def row(self, place: int) -> int:
+        """The row of the example at a place, class after class."""
+        return place if self.rows is None else int(self.rows[place])
+
+    def at(self, place: int) -> str:
+        """What an error calls the example at a place, class after class."""
+        index = int(np.searchsorted(np.cumsum(self.counts), place, side="right"))
+        return f"example {self.row(place)}, of class {self.name(index)}"
 
 
 def tree_map(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
@@ -93,16 +98,22 @@ def grouped(labels: Tensor) -> tuple[list[int], list[int], Tensor]:
     return names.tolist(), counts.tolist(), labels.argsort(stable=True)
 
 
+def tensors_of(examples: Examples) -> dict[str, Tensor]:
+    """The tensors of inputs and targets that are in memory, by what an error adds to the setting that gives them."""
+    parts = {"": examples.inputs, " targets": examples.targets}
+    found = {part + place: leaf for part, tree in parts.items() for place, leaf in leaves(tree).items()}
+    return {place: leaf for place, leaf in found.items() if isinstance(leaf, Tensor)}
+
+
 def check_finite(examples: Examples, setting: str) -> None:
     """Check that no input and no target is NaN or infinite.
 
     Raises:
         SettingError: one is; names the class.
     """
-    for part in (examples.inputs, examples.targets):
-        for place, leaf in leaves(part).items():
-            if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
-                _check_finite(leaf, place, examples, setting)
+    for place, leaf in tensors_of(examples).items():
+        if leaf.is_floating_point() or leaf.is_complex():
+            _check_finite(leaf, place, examples, setting)
 
 
 def _check_finite(values: Tensor, place: str, examples: Examples, setting: str) -> None:
@@ -111,11 +122,49 @@ def _check_finite(values: Tensor, place: str, examples: Examples, setting: str) 
         finite = _rows(_some(values, examples.rows, start, start + size)).isfinite().all(1)
         if not finite.all():
             found = start + int((~finite).nonzero()[0])
-            row = found if examples.rows is None else int(examples.rows[found])
             raise SettingError(
-                f"{setting}{place}: example {row}, of class {examples.class_of(found)}, has a value that is NaN or "
+                f"{setting}{place}: {examples.at(found)}, has a value that is NaN or "
                 "infinite; replace the value, or leave the example out."
             )
+
+
+def extremes(examples: Examples, setting: str) -> Iterator[tuple[str, int]]:
+    """Examples that hold the two least and the two greatest numbers of a tensor: two, because one may be ignored.
+
+    Only numbers that a network or a loss may not take are looked at: integers, such as token ids, and targets.
+
+    Args:
+        examples: of one split.
+        setting: that gives them, for errors.
+
+    Returns:
+        what an error calls each, and its row.
+    """
+    for place, leaf in tensors_of(examples).items():
+        if not place.startswith(" targets") and (leaf.is_floating_point() or is_of_pictures(leaf)):
+            continue
+        if leaf.dtype == torch.bool or leaf.is_complex() or not leaf.numel():
+            continue
+        found = _ends(leaf, examples)
+        for value in sorted({*sorted(found)[:2], *sorted(found)[-2:]}):
+            row = examples.row(found[value])
+            least, greatest = leaf[row].aminmax()
+            yield f"{setting}{place}: {examples.at(found[value])}, has {least:g} to {greatest:g}", row
+
+
+def _ends(values: Tensor, examples: Examples) -> dict[float, int]:
+    """Some numbers of a tensor, the two least and the two greatest among them, and the place of an example of each."""
+    total, size = sum(examples.counts), max(1, CHUNK // math.prod(values.shape[1:]))
+    found: dict[float, int] = {}
+    for start in range(0, total, size):
+        some = _rows(_some(values, examples.rows, start, start + size))
+        some = some.double() if some.is_floating_point() else some.long()
+        least, greatest = some.aminmax()
+        between = some[(some != least) & (some != greatest)]
+        for value in (least, greatest, *(between.aminmax() if between.numel() else ())):
+            if value.item() not in found:
+                found[value.item()] = start + int((some == value).any(1).nonzero()[0])
+    return found
 
 
 def content_hashes(examples: Examples) -> list[int]:

@@ -9,7 +9,7 @@ import psutil
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from maml_lightning.data.datasets import SPLITS, Split
 from maml_lightning.data.examples import Examples, Tree, check_finite, leaves, seeded
@@ -32,7 +32,25 @@ class OnDemand:
     def __call__(self, rows: Tensor) -> Tree:
         """The examples of these rows ``[n]``, each tensor ``[n, ...]``."""
         numbers = rows.tolist()
-        return stacked((self.part(self.dataset[row]) for row in numbers), len(numbers), numbers)
+        return stacked((self.part(example_of(self.dataset, row)) for row in numbers), len(numbers), numbers)
+
+
+def example_of(dataset: Any, row: int) -> Any:
+    """An example of a dataset.
+
+    Raises:
+        SettingError: the dataset does not give it.
+    """
+    if isinstance(dataset, DataLoader):
+        raise SettingError("data.dataset is a DataLoader; give the dataset that it loads (its .dataset).")
+    try:
+        return dataset[row]
+    except Exception as error:  # whatever a user's dataset raises
+        reason = f"{type(error).__name__} {' '.join(str(error).split())[:200]}".strip()
+        raise SettingError(
+            f"data.dataset {type(dataset).__name__} does not give example {row} ({reason}); give a map-style dataset "
+            "that gives each of its examples by its number, from 0."
+        ) from error
 
 
 class Labeled:
@@ -58,7 +76,7 @@ class Labeled:
         if not self.size:
             raise SettingError(f"data.dataset {type(dataset).__name__} is empty; give one with examples.")
         with seeded(0):  # random transforms give the same at every start
-            first = dataset[0]
+            first = example_of(dataset, 0)
             parts = [keys.inputs_of(first), *([] if keys.target is None else [keys.target_of(first)])]
             bytes_each = sum(leaf.numel() * leaf.element_size() for part in parts for leaf in leaves(part).values())
             self.in_memory = bytes_each * self.size <= memory
@@ -72,7 +90,7 @@ class Labeled:
                 "they are drawn."
             )
             known = _known_labels(dataset, keys, self.size)
-            self.labels = known or [plain(keys.label_of(dataset[row])) for row in range(self.size)]
+            self.labels = known or [plain(keys.label_of(example_of(dataset, row))) for row in range(self.size)]
 
     def _read(self, dataset: Any, keys: Keys) -> None:
         """Read inputs and targets of all examples as one, and the labels on the way."""
@@ -80,7 +98,7 @@ class Labeled:
 
         def parts() -> Iterator[dict[str, Tree]]:
             for row in range(self.size):
-                example = dataset[row]
+                example = example_of(dataset, row)
                 self.labels.append(plain(keys.label_of(example)))
                 target = {} if keys.target is None else {"target": keys.target_of(example)}
                 yield {"inputs": keys.inputs_of(example), **target}
@@ -220,10 +238,13 @@ class DatasetDataModule(EpisodicDataModule):
                 name: found.names or [] for name, found in self._loaded.items()
             }
             check_disjoint({f"data.dataset ({name})": found for name, found in names.items()})
-            known = {name: found for name, found in self._loaded.items() if not callable(found.inputs)}
-            check_alike({f"data.dataset ({name})": found.inputs for name, found in known.items()})
+            known = {name: found for name, found in self.loaded().items() if not callable(found.inputs)}
+            check_alike(known)
             for first, second in combinations(known, 2):
-                if split in (first, second):
-                    settings = f"data.dataset ({first})", f"data.dataset ({second})"
-                    check_nothing_shared(settings[0], known[first], settings[1], known[second])
+                if f"data.dataset ({split})" in (first, second):
+                    check_nothing_shared(first, known[first], second, known[second])
         return self._loaded[split]
+
+    def loaded(self) -> dict[str, Examples]:
+        """The examples of the splits that were loaded, by what errors call them."""
+        return {f"data.dataset ({split})": examples for split, examples in self._loaded.items()}

@@ -1,7 +1,7 @@
 """What data modules of episodes share: their settings, described once, and their data loaders."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from maml_lightning.data.checks import at_least, whole_meta_batches, whole_shares
 from maml_lightning.data.datasets import SPLITS, EpisodeDataset, Split, TaskDataset, images
-from maml_lightning.data.examples import Examples
+from maml_lightning.data.examples import Examples, extremes
 from maml_lightning.data.inherited_settings import full_docstring, full_signature
 from maml_lightning.data.loading import EpisodeLoader, EpisodeSampler
 from maml_lightning.data.pictures import Preparation
@@ -215,6 +215,22 @@ class EpisodicDataModule(TaskDataModule):
             groups=self.groups_of(split),
             pictures=self.pictures if training else self.pictures._replace(augmentation=()),
         )
+
+    def loaded(self) -> dict[str, Examples]:
+        """The examples of the splits that were loaded, by what errors call them."""
+        datasets = {f"The {split} split": dataset for split, dataset in self.datasets.items()}
+        return {name: found.examples for name, found in datasets.items() if isinstance(found, EpisodeDataset)}
+
+    def extremes(self) -> Iterator[tuple[str, Episode]]:
+        """Episodes with the least and the greatest numbers of each split, and what errors call the example with each.
+
+        A network or a loss may not take them, whatever it does with the first episode.
+        """
+        dataset = next(iter(self.datasets.values()), None)
+        if isinstance(dataset, EpisodeDataset):
+            for setting, examples in self.loaded().items():
+                for what, row in extremes(examples, setting):
+                    yield what, dataset.with_example(examples, row)
 
     def _examples(self, split: Split) -> Examples:
         loaded = self.load_split(split)

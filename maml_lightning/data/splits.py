@@ -8,7 +8,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
 from maml_lightning.data.datasets import Split
-from maml_lightning.data.examples import Examples, Tree, content_hashes, is_of_pictures, leaves
+from maml_lightning.data.examples import Examples, content_hashes, is_of_pictures, leaves, tensors_of
 from maml_lightning.data.random_numbers import choose, random_bits
 from maml_lightning.errors import SettingError
 from maml_lightning.files import shown
@@ -55,11 +55,11 @@ def _numbered(names: Sequence[Any]) -> bool:
     return {str(name) for name in names} == {str(number) for number in range(len(names))}
 
 
-def check_alike(inputs: Mapping[str, Tree]) -> None:
-    """Check that the inputs of all splits have the same structure, types and shapes.
+def check_alike(splits: Mapping[str, Examples]) -> None:
+    """Check that the inputs and the targets of all splits have the same structure, types and shapes.
 
     Args:
-        inputs: of each setting, each tensor ``[examples, ...]``.
+        splits: the examples of each setting.
 
     Raises:
         SettingError: they have not.
@@ -67,17 +67,18 @@ def check_alike(inputs: Mapping[str, Tree]) -> None:
     kinds = {
         setting: {
             place: f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape[1:])}"
-            for place, leaf in leaves(tree).items()
+            for place, leaf in tensors_of(examples).items()
         }
-        for setting, tree in inputs.items()
+        for setting, examples in splits.items()
     }
     first = next(iter(kinds), "")
     for setting, kind in kinds.items():
         for place in sorted({*kind, *kinds[first]}):
             ours, theirs = kind.get(place, "missing"), kinds[first].get(place, "missing")
             if ours != theirs:
+                where, what = ("", place.strip()) if place.startswith(" targets") else (place, "examples")
                 raise SettingError(
-                    f"{setting}{place} has examples {ours}, but those of {first}{place} are {theirs}; give all splits "
+                    f"{setting}{where} has {what} {ours}, but those of {first}{where} are {theirs}; give all splits "
                     "the same type and shape."
                 )
 

@@ -1,9 +1,8 @@
 """Checks that the data, the trainer and a checkpoint fit the network, before anything is written."""
 
+import itertools
 import re
-import warnings
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from operator import is_not
 from typing import Any
 
@@ -22,8 +21,16 @@ from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
 from maml_lightning.structures import describe, first_task, leaves, mapped
 from maml_lightning.training import earlier_releases
+from maml_lightning.training.loss_checks import (
+    check_classes,
+    check_labels,
+    check_loss,
+    first_line,
+    without_broadcasting,
+)
 from maml_lightning.training.metrics import metric_scores
-from maml_lightning.training.scores import Scoring, class_dimensions, ignored_target, is_of_classes, score_of
+from maml_lightning.training.remedies import remedy_of_inputs
+from maml_lightning.training.scores import Scoring, is_of_classes, is_of_labels, score_of
 
 
 def check_fit(loop: InnerLoop, metric: Any, episode: Episode, inner_steps: int, trainer: Trainer | None) -> Scoring:
@@ -49,17 +56,19 @@ def check_fit(loop: InnerLoop, metric: Any, episode: Episode, inner_steps: int, 
             f"model.inner_steps is {inner_steps}, but the training episodes have no support set to adapt to "
             "(data.pretraining); set it to 0."
         )
-    all_inputs, all_targets = episode[2:] if pretraining else episode[:2]
-    inputs, targets = map(first_task, (all_inputs, all_targets))
     net, loss = loop.net, loop.loss
-    outputs = _outputs(net, loop.running or (), inputs, pretraining)
-    if loop.head == "prototypes":
-        outputs = outputs.new_zeros(*outputs.shape[:-1], len(labels_of(episode.support_targets)))
-    elif is_of_classes(loss) and isinstance(targets, Tensor):
-        _check_classes(loss, outputs, targets, all_targets, pretraining, trainer)
-    _check_loss(loss, outputs, targets)
+    for all_inputs, all_targets in (episode[2:],) if pretraining else (episode[:2], episode[2:]):
+        inputs, targets = map(first_task, (all_inputs, all_targets))
+        outputs = _outputs(net, loop.running or (), inputs, pretraining)
+        if loop.head == "prototypes":
+            outputs = outputs.new_zeros(*outputs.shape[:-1], len(labels_of(episode.support_targets)))
+        elif is_of_classes(loss) and isinstance(targets, Tensor):
+            check_classes(loss, outputs, targets, all_targets, pretraining, trainer)
+        elif is_of_labels(loss) and isinstance(targets, Tensor):
+            check_labels(loss, all_targets)
+        check_loss(loss, outputs, targets)
     if metric is not None:
-        with _without_broadcasting():
+        with without_broadcasting():
             metric_scores(metric, [outputs[None]], mapped(lambda tensor: tensor[None], targets))
     scoring = Scoring(loss, score_of(loss, outputs, targets, all_targets), metric)
     if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
@@ -85,9 +94,34 @@ def first_episode(trainer: Trainer, module: LightningModule) -> Episode | None:
     """The first episode of the trainer's data as the module will get it; None of data that has no datasets yet."""
     for dataset in getattr(getattr(trainer, "datamodule", None), "datasets", {}).values():
         trainer.precision_plugin.convert_module(module)  # as Lightning does later
-        episode = trainer.precision_plugin.convert_input(Episode(*dataset[0]))
-        return mapped(lambda tensor: tensor.to(module.device), episode)
+        return _converted(Episode.of(dataset[0]), trainer)
     return None
+
+
+def _converted(episode: Episode, trainer: Trainer) -> Episode:
+    device = trainer.lightning_module.device
+    return mapped(lambda tensor: tensor.to(device), trainer.precision_plugin.convert_input(episode))
+
+
+def check_rest(loop: InnerLoop, metric: Any, inner_steps: int, trainer: Trainer) -> None:
+    """Check the first episodes of the other splits, and the least and the greatest numbers of all.
+
+    Args:
+        loop, metric, inner_steps, trainer: see `check_fit`.
+
+    Raises:
+        SettingError: network, loss or metric do not take one.
+    """
+    data = getattr(trainer, "datamodule", None)
+    if getattr(data, "pretraining", False):
+        return  # whose network has other outputs in validation
+    datasets = [*getattr(data, "datasets", {}).items()]
+    others = ((f"The first episode of {split}", dataset[0]) for split, dataset in datasets[1:])
+    for what, episode in itertools.chain(getattr(data, "extremes", tuple)(), others):
+        try:
+            check_fit(loop, metric, _converted(Episode.of(episode).check(), trainer), inner_steps, trainer)
+        except SettingError as error:
+            raise SettingError(f"{what}: {error}") from error
 
 
 def kind_of(episode: Episode) -> list[tuple[torch.dtype, int]]:
@@ -100,129 +134,26 @@ def is_checked(checked: tuple, parts: tuple, episode: Episode) -> bool:
     return bool(checked) and checked[3] == kind_of(episode) and not any(map(is_not, checked, parts))
 
 
-def _check_classes(
-    loss: Callable[..., Tensor],
-    outputs: Tensor,
-    targets: Tensor,
-    all_targets: Tensor,
-    pretraining: bool,
-    trainer: Trainer | None,
-) -> None:
-    """Check that there is an output for each class; those of PyTorch's losses of classes are in dimension 1."""
-    size = outputs.shape[min(1, outputs.dim() - 1)]
-    if targets.is_floating_point():
-        sums = all_targets.sum(min(2, all_targets.dim() - 1))
-        if (
-            outputs.shape != targets.shape
-            or size == 1
-            or (all_targets < 0).any()
-            or not sums.allclose(sums.new_ones(()))
-        ):
-            raise SettingError(
-                f"model.loss is {_name(loss)}, but the episodes' targets are floats, and no probabilities of classes; "
-                "give a loss for regression, such as torch.nn.functional.mse_loss."
-            )
-        return
-    if 1 not in class_dimensions(outputs, targets):
-        return
-    data = getattr(trainer, "datamodule", None)
-    plain = getattr(data, "pretraining_classes" if pretraining else "ways", None) if targets.dim() == 1 else None
-    counted = all_targets[all_targets != ignored_target(loss)]
-    classes = plain or (int(counted.max()) + 1 if counted.numel() else 1)
-    fewer_classes = size > classes and (plain is None or (trainer is not None and bool(trainer.predicting)))
-    if size != classes and not fewer_classes:
-        where = " in training (ConvNet: pretraining_classes)" if pretraining else ""
-        raise SettingError(
-            f"model.net has {size} outputs, but the episodes have {classes} classes; give it {classes} outputs{where}."
-        )
-
-
-def _check_loss(loss: Callable[..., Any], outputs: Tensor, targets: Any) -> None:
-    """Check that the loss of outputs and targets is one number, of each output and its own target."""
-    name, suggested = _name(loss), "cross_entropy for classes, mse_loss for numbers"
-    floats = isinstance(targets, Tensor) and targets.is_floating_point()
-    try:
-        with torch.no_grad(), _without_broadcasting():
-            value = loss(outputs, targets)
-            paired = _is_paired(loss, outputs, targets)
-    except Exception as error:
-        if floats and outputs.shape != targets.shape:
-            raise _other_shape(outputs, targets) from error
-        raise SettingError(
-            f"model.loss {name} cannot be computed from outputs {describe(outputs)} and targets {describe(targets)} "
-            f"({_first_line(error)}); give another, such as {suggested}."
-        ) from error
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        shape = describe(value) if isinstance(value, Tensor) else type(value).__name__
-        raise SettingError(f"model.loss {name} gives {shape}, not one number; give another, such as {suggested}.")
-    if not paired:
-        raise _other_shape(outputs, targets)
-
-
-@contextmanager
-def _without_broadcasting() -> Iterator[None]:
-    """Raise where PyTorch warns that a loss broadcasts targets of another shape than the outputs."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "Using a (target|input) size")
-        yield
-
-
-def _other_shape(outputs: Tensor, targets: Tensor) -> SettingError:
-    wanted = f"{targets.shape[-1]} outputs" if outputs.dim() == targets.dim() else "outputs of that shape"
-    return SettingError(
-        f"model.net gives outputs {describe(outputs)}, but the episodes' targets are {describe(targets)}; "
-        f"give it {wanted}, or a model.loss that takes both."
-    )
-
-
-def _is_paired(loss: Callable[..., Any], outputs: Tensor, targets: Any) -> bool:
-    """Whether a loss compares each output with its own target: one that broadcasts compares it with all of them.
-
-    Then the loss stays the same where targets change places. Outputs and targets of the same shape are compared in
-    pairs.
-    """
-    if not isinstance(targets, Tensor) or outputs.shape == targets.shape:
-        return True
-    if not targets.is_floating_point() and outputs.numel() != targets.numel():
-        return True  # classes
-    moved = targets.roll(1, 0)
-    if torch.equal(moved, targets):
-        return True
-    try:
-        spread = torch.arange(outputs.numel(), device=outputs.device).double().mul(0.7548776662466927).frac()
-        changed = outputs.double() + spread.view(outputs.shape)
-        first, second = (
-            loss(changed, each.double() if each.is_floating_point() else each) for each in (targets, moved)
-        )
-    except Exception:  # outputs that the loss does not take
-        return True
-    return not torch.allclose(first, second, rtol=1e-9, atol=0)
-
-
 def _outputs(net: nn.Module, running: Collection[str], inputs: Any, training: bool) -> Tensor:
     """The network's outputs in training or evaluation mode; its own mode is restored."""
     modes = {layer: layer.training for layer in net.modules()}
-    try:
+
+    def takes(inputs: Any) -> Tensor:
         with torch.no_grad(), without_effects(net):
             return called(net.train(training), {}, inputs, running)
+
+    try:
+        return takes(inputs)
     except SettingError:
         raise
     except Exception as error:  # whatever a user's network raises
         raise SettingError(
-            f"model.net does not take the episodes' inputs, {describe(inputs)} ({_first_line(error)}); "
-            "give a network for them, such as maml_lightning.ConvNet for images, maml_lightning.MLP for vectors."
+            f"model.net does not take the episodes' inputs, {describe(inputs)} ({first_line(error)}); "
+            f"{remedy_of_inputs(net, inputs, takes, error)}."
         ) from error
     finally:
         for layer, mode in modes.items():
             layer.training = mode
-
-
-def _name(loss: Any) -> str:
-    return getattr(loss, "__name__", type(loss).__name__)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def check_trainer(trainer: Trainer) -> None:

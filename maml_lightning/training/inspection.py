@@ -50,7 +50,7 @@ class AdaptationMonitor(Callback):
     ) -> None:
         """Keep the first episodes."""
         if batch_idx == 0 and self.episodes and trainer.is_global_zero and isinstance(pl_module, MAML):
-            self._first = mapped(lambda tensor: tensor[: max(self.episodes, CURVES)], Episode(*batch).check())
+            self._first = mapped(lambda tensor: tensor[: max(self.episodes, CURVES)], Episode.of(batch).check())
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write images, figures and histograms of the first episodes."""

@@ -288,14 +288,14 @@ class MAML(LightningModule):
         checks.check_trainer(self.trainer)
         if (episode := checks.first_episode(self.trainer, self)) is not None:
             self._check(episode)
+            checks.check_rest(self._inner_loop, self.metric, self.inner_steps, self.trainer)
 
     def _check(self, batch: Episode) -> Episode:
         """The batch, its shapes checked; the first one of its kind is tried on the network."""
-        episode = Episode(*batch).check()
+        episode = Episode.of(batch).check()
         parts = (self.net, self.loss, self.metric)
         if not checks.is_checked(self._checked, parts, episode):
-            loop = self._inner_loop
-            self.scoring = checks.check_fit(loop, self.metric, episode, self.inner_steps, self._trainer)
+            self.scoring = checks.check_fit(self._inner_loop, self.metric, episode, self.inner_steps, self._trainer)
             self._checked = (*parts, checks.kind_of(episode))
         if self.inputs is None and self.training:
             data = getattr(self._trainer, "datamodule", None)

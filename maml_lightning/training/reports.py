@@ -155,7 +155,7 @@ class PredictionReport(BasePredictionWriter):
             if trainer.is_global_zero:
                 report(prediction[0])
         elif isinstance(pl_module, MAML):
-            targets = Episode(*batch).query_targets
+            targets = Episode.of(batch).query_targets
             if not isinstance(targets, Tensor) or targets.dim() > 3 or prediction.dim() > 3:
                 self._rows = False
                 return

@@ -144,6 +144,11 @@ def is_of_classes(loss: Any) -> bool:
     return is_one_of(loss, _OF_CLASSES)
 
 
+def is_of_labels(loss: Any) -> bool:
+    """Whether a loss is one of PyTorch's of several labels, each of them yes, no or a probability."""
+    return is_one_of(loss, _OF_LABELS)
+
+
 def class_dimensions(outputs: Tensor, targets: Tensor) -> list[int]:
     """The dimensions of an episode's outputs that classes can be in: dimension 1 as in cross_entropy, or the last."""
     return [

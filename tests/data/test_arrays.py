@@ -234,6 +234,32 @@ def test_splits_must_be_disjoint_and_alike(val: Any, message: str, split: str):
         ArraysDataModule(flat(coded(4)) if isinstance(val, tuple) else coded(4), **splits, **FEW).setup("fit")
 
 
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (None, r"data.val has targets missing, but those of data.train are int64 \[2\]; give all splits"),
+        (coded(2, dtype=torch.float32), r"data.val has targets float32 \[2\], but those of data.train are int64 \[2\]"),
+        (coded(3, dtype=torch.int64), r"data.val has targets int64 \[3\], but those of data.train are int64 \[2\]"),
+        ({"a": coded(2, dtype=torch.int64)}, r"data.val has targets missing, but those of data.train are int64 \[2\]"),
+    ],
+    ids=["missing", "type", "shape", "structure"],
+)
+def test_targets_of_all_splits_must_be_alike(targets: Any, message: str):
+    train = {"inputs": coded(4), "targets": coded(2, dtype=torch.int64)}
+    val = {"inputs": coded(4, first=9), **({} if targets is None else {"targets": targets})}
+    with pytest.raises(SettingError, match=message):
+        ArraysDataModule(train, val, **FEW).setup("fit")
+
+
+def test_what_is_no_number_in_targets_is_said_to_be_there():
+    targets = coded(2).index_fill(1, torch.tensor([3]), torch.nan)
+    for given, place in ((targets, ""), ({"a": targets}, r"\['a'\]")):
+        with pytest.raises(
+            SettingError, match=rf"data.train targets{place}: example 3, of class 0, has a value that is"
+        ):
+            ArraysDataModule({"inputs": coded(4), "targets": given}, **FEW).setup("fit")
+
+
 def test_a_picture_in_two_splits_is_found():
     train, val = coded(4, 4, dtype=torch.uint8), coded(4, 4, first=9, dtype=torch.uint8)
     val[2, 3] = train[1, 1]

@@ -9,6 +9,7 @@ import torch
 import yaml
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torchvision.datasets import FakeData
 from torchvision.transforms import v2
 
@@ -202,3 +203,31 @@ def test_by_class_path_in_a_config_that_runs_again(folder: Path):
     assert torch.equal(again.trainer.logged_metrics["val/loss"], fit.trainer.logged_metrics["val/loss"])
     assert fit.trainer.checkpoint_callback.monitor == "val/accuracy"
     assert isinstance(fit.datamodule.given["train"], Vectors)
+
+
+class Broken(Listed):
+    """Gives all examples but one."""
+
+    def __getitem__(self, index):
+        if index == 7:
+            raise FileNotFoundError("no such\nfile")
+        return self.examples[index]
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_an_example_that_a_dataset_does_not_give_is_named(share: float, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(map_style, "SHARE_OF_MEMORY", share)
+    with pytest.raises(SettingError, match=r"Broken does not give example 7 \(FileNotFoundError no such file\); give"):
+        batch(Broken(coded()))
+    with pytest.raises(SettingError, match=r"data.dataset is a DataLoader; give the dataset that it loads"):
+        batch(DataLoader(Listed(coded())))
+    with pytest.raises(SettingError, match=r"data.dataset set does not give example 0 \(TypeError"):
+        batch({1, 2})
+
+
+def test_targets_of_datasets_must_be_alike():
+    parts = [[(x, x[: 2 + (first == 4)], y) for x, y in coded() if first <= y < first + 3] for first in (0, 4, 7)]
+    with pytest.raises(
+        SettingError, match=r"\(val\) has targets float32 \[3\], but those of data.dataset \(train\) are"
+    ):
+        DatasetDataModule(*map(Listed, parts), target=1, **FEW).setup("fit")

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from maml_lightning import MAML, Episode, SettingError
+from maml_lightning import MAML, ArraysDataModule, Episode, FunctionDataModule, SettingError
 from tests.structures import CASES, episode_of
 
 SET = torch.rand(2, 6, 4)  # inputs of two tasks
@@ -152,6 +152,172 @@ def test_a_score_that_is_not_logged_cannot_be_monitored(tmp_path):
         trainer = Trainer(
             accelerator="cpu", max_epochs=1, logger=False, callbacks=[callback], default_root_dir=tmp_path
         )
-        with pytest.raises(SettingError, match=f"checkpoint.monitor is {monitor}, which is not .* one of {logged}"):
+        with pytest.raises(SettingError, match=rf"checkpoint.monitor is {monitor}, which is not .* one of {logged}"):
             trainer.fit(maml, datamodule=Datasets(name))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_class_below_0_is_named_with_the_remedy():
+    with pytest.raises(SettingError, match=r"the episodes have class -1; .*CrossEntropyLoss with ignore_index -1"):
+        step(nn.Linear(4, 3), of_classes([0, 1, -1, 0, 1, 2], [0] * 6))
+    assert step(nn.Linear(4, 3), of_classes([0, 1, -1] * 2, [0] * 6), loss=nn.CrossEntropyLoss(ignore_index=-1)) > 0
+
+
+@pytest.mark.parametrize("kind", ["float64", "float16", "bfloat16", "int64", "uint8", "bool"])
+def test_inputs_of_another_type_than_the_networks_are_named_with_the_remedy(kind: str):
+    inputs = (10 * SET).to(getattr(torch, kind))
+    message = rf"inputs, \[6, 4\] {kind} \(.*the network takes them as float32: give them so, with .astype\(\"float32\""
+    with pytest.raises(SettingError, match=message):
+        MAML(nn.Linear(4, 3)).training_step(episode(of_classes([0, 1, 2] * 2, [0] * 6), inputs), 0)
+
+
+def test_the_type_that_a_network_takes_is_its_own():
+    targets = of_classes([0, 1, 2] * 2, [0] * 6)
+    for net, kind, code in (
+        (nn.Linear(4, 3).double(), "float64", r'.astype\("float64"\)'),
+        (nn.Linear(4, 3).bfloat16(), "bfloat16", r".to\(torch.bfloat16\)"),
+        (nn.Sequential(nn.Embedding(9, 2), nn.Flatten(), nn.Linear(8, 3)), "int64", r'.astype\("int64"\)'),
+    ):
+        with pytest.raises(SettingError, match=rf"takes them as {kind}: give them so, with {code}"):
+            MAML(net).training_step(episode(targets, (8 * SET).round()), 0)
+    with pytest.raises(SettingError, match=r"the network takes float32: give them so, .*, in the shape that it takes"):
+        MAML(nn.Linear(5, 3)).training_step(episode(targets, SET.double()), 0)
+    with pytest.raises(SettingError, match="give a network for them, such as maml_lightning.ConvNet"):
+        MAML(nn.Linear(5, 3)).training_step(episode(targets), 0)
+
+
+def test_token_ids_without_an_embedding_are_named():
+    net = nn.Sequential(nn.Embedding(5, 2), nn.Flatten(), nn.Linear(8, 3))
+    tokens = torch.arange(48).view(2, 6, 4) % 9
+    with pytest.raises(SettingError, match=r"integers from 0 to 8: correct them, or .* \(num_embeddings 9 or more\)"):
+        MAML(net).training_step(episode(of_classes([0, 1, 2] * 2, [0] * 6), tokens), 0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets", "kind"),
+    [
+        (F.binary_cross_entropy_with_logits, torch.rand(2, 6, 3).round().long(), "float32"),
+        (F.binary_cross_entropy_with_logits, torch.rand(2, 6, 3) > 0.5, "float32"),
+        (F.huber_loss, torch.rand(2, 6, 3).double(), "float32"),  # whose gradient alone raises
+        (F.cross_entropy, of_classes([0, 1, 2] * 2, [0] * 6).float(), "int64"),
+        (wrapped, of_classes([0, 1, 2] * 2, [0] * 6).float(), "int64"),
+    ],
+    ids=["labels", "yes and no", "float64", "classes", "classes of ones own loss"],
+)
+def test_targets_of_another_type_than_the_loss_takes_are_named_with_the_remedy(loss, targets: Tensor, kind: str):
+    with pytest.raises(SettingError, match=rf'model.loss .*with .astype\("{kind}"\)'):
+        step(nn.Linear(4, 3), targets, loss=loss)
+
+
+def test_labels_outside_0_to_1_are_refused():
+    for value in (2.0, -1.0):
+        targets = torch.zeros(2, 6, 3)
+        targets[1, 4, 2] = value
+        with pytest.raises(
+            SettingError, match=rf"binary_cross_entropy_with_logits, but the .* the target {value:g}; it"
+        ):
+            step(nn.Linear(4, 3), targets, loss=F.binary_cross_entropy_with_logits)
+
+
+def test_the_query_set_is_tried_as_well():
+    classes = of_classes([0, 1, 2] * 2, [0] * 6)
+    with pytest.raises(SettingError, match=r"does not take the episodes' inputs, \[6, 5\]"):
+        MAML(nn.Linear(4, 3)).training_step(Episode(SET, classes, torch.rand(2, 6, 5), classes), 0)
+    with pytest.raises(SettingError, match=r"model.net has 3 outputs, but the episodes have 4 classes"):
+        MAML(nn.Linear(4, 3)).training_step(Episode(SET, classes, SET, classes + 1), 0)
+
+
+@pytest.mark.parametrize(
+    ("batch", "what"),
+    [
+        (dict(zip(Episode._fields, episode(SET), strict=True)), "a dict;"),
+        (tuple(episode(SET))[:3], "a tuple of 3;"),
+        (torch.rand(4, 2, 6, 4), "a Tensor;"),
+        ("abcd", "a str;"),
+    ],
+    ids=["dict", "three", "tensor", "text"],
+)
+def test_a_batch_that_has_not_four_parts_is_named(batch, what: str):
+    with pytest.raises(SettingError, match=f"A batch of the data loader is {what} give an Episode, or a tuple of its"):
+        MAML(nn.Linear(4, 3)).training_step(batch, 0)
+
+
+CLASSES, EXAMPLES = 4, 8
+TOKENS = nn.Sequential(nn.Embedding(10, 2), nn.Flatten(), nn.Linear(6, 3))
+
+
+def pixels(first: int, **changes: int) -> dict[str, Tensor]:
+    """A split with a label for each of 2 numbers; changes are the label of example 5, and what else is in it."""
+    generator = torch.Generator().manual_seed(first)
+    size = CLASSES * EXAMPLES
+    targets = torch.randint(3, (size, 2), generator=generator)
+    targets[:, 0] = -100  # left out by the loss
+    targets[5, 1] = changes.get("label", 0)
+    labels = first + torch.arange(size) // EXAMPLES
+    return {"inputs": torch.rand(size, 1, 2, generator=generator), "labels": labels, "targets": targets}
+
+
+def tokens(first: int, token: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(first)
+    size = CLASSES * EXAMPLES
+    inputs = torch.randint(10, (size, 3), generator=generator)
+    inputs[5, 1] = token
+    return {"inputs": inputs, "labels": first + torch.arange(size) // EXAMPLES}
+
+
+def labels(first: int, value: float = 1.0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(first)
+    size = CLASSES * EXAMPLES
+    targets = torch.rand(size, 3, generator=generator).round()
+    targets[5, 1] = value
+    inputs = torch.rand(size, 4, generator=generator)
+    return {"inputs": inputs, "labels": first + torch.arange(size) // EXAMPLES, "targets": targets}
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+@pytest.mark.parametrize(
+    ("make", "bad", "net", "loss", "message"),
+    [
+        (
+            pixels,
+            {"label": 4},
+            nn.Conv1d(1, 3, 1),
+            F.cross_entropy,
+            " targets: .* 4: .* 3 outputs, .* ignore_index 4",
+        ),
+        (pixels, {"label": -1}, nn.Conv1d(1, 3, 1), F.cross_entropy, " targets: .* -1: .*episodes have class -1"),
+        (tokens, {"token": 12}, TOKENS, F.cross_entropy, ": .* 12: model.net does not take .* integers from . to 12"),
+        (labels, {"value": 2.0}, nn.Linear(4, 3), F.binary_cross_entropy_with_logits, " targets: .* 2: .* target 2"),
+    ],
+    ids=["classes of pixels", "negative classes", "token ids", "labels"],
+)
+def test_numbers_of_any_split_that_network_or_loss_do_not_take_are_named_before_training(
+    make, bad, net, loss, message: str, split: str, tmp_path
+):
+    splits = {name: make(first) for name, first in (("train", 0), ("val", 10), ("test", 20))}
+    settings = {"shots": 1, "query_shots": 1, "meta_batch_size": 2, "train_episodes": 2, "val_episodes": 2}
+    settings["ways"] = 3 if make is tokens else 1
+
+    def fit(given) -> None:
+        trainer = Trainer(accelerator="cpu", max_epochs=1, default_root_dir=tmp_path, enable_progress_bar=False)
+        trainer.fit(MAML(net, loss=loss), ArraysDataModule(**given, **settings))
+
+    first = {"train": 0, "val": 10, "test": 20}[split]
+    place = f"data.{split}{message}".replace(": .*", f": example 5, of class {first}, has .*", 1)
+    with pytest.raises(SettingError, match=place):
+        fit({**splits, split: make(first, **bad)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_episode_of_each_split_is_tried_before_training(tmp_path):
+    def task(seed: int, index: int):
+        return SET[0], torch.arange(6) % 3, SET[1], torch.arange(6) % 3
+
+    def other(seed: int, index: int):
+        return SET[0], torch.arange(6) % 4, SET[1], torch.arange(6) % 4
+
+    data = FunctionDataModule(task, other, meta_batch_size=2, train_episodes=2, val_episodes=2)
+    trainer = Trainer(accelerator="cpu", max_epochs=1, default_root_dir=tmp_path, enable_progress_bar=False)
+    with pytest.raises(SettingError, match=r"The first episode of val: model.net has 3 outputs, but the .* 4 classes"):
+        trainer.fit(MAML(nn.Linear(4, 3)), data)
     assert list(tmp_path.iterdir()) == []
