@@ -20,6 +20,8 @@ FORMS = (
     "[examples], or a file of these (.npz, .npy, .pt)"
 )
 
+MAGIC = b"PK", b"\x80", b"\x93NUMPY"  # of zip files, pickles and arrays
+
 
 def read_arrays(file: Path, setting: str) -> Any:
     """The arrays of a file: one, or several by name.
@@ -40,13 +42,19 @@ def read_arrays(file: Path, setting: str) -> Any:
     except OSError as error:
         raise SettingError(f"{what} cannot be read ({error.strerror or error}); give a file that can.") from error
     except (pickle.UnpicklingError, ValueError, EOFError, RuntimeError, KeyError, zipfile.BadZipFile) as error:
-        if any(word in str(error) for word in ("allow_pickle", "weights_only", "Python objects")):
+        known = _starts_with(file, *MAGIC)  # of anything else NumPy and PyTorch say that it could hold objects
+        if known and any(word in str(error) for word in ("allow_pickle", "weights_only", "Python objects")):
             reason = (
                 "it holds Python objects, such as arrays of mixed shapes, which are not loaded: they could run code"
             )
         else:
             reason = "it is damaged or of another format"
         raise SettingError(f"{what} cannot be read ({reason}); save plain arrays of numbers or tensors.") from error
+
+
+def _starts_with(file: Path, *magic: bytes) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(max(map(len, magic))).startswith(magic)
 
 
 def _npz(file: Path) -> Any:
@@ -85,6 +93,7 @@ def examples_of(given: Any, setting: str) -> tuple[Examples, set[int] | None]:
     if not leaves(inputs):
         raise SettingError(f"{setting} has no inputs; give {FORMS}.")
     if labels is None:
+        _check_names(inputs, setting)
         examples = _by_class(inputs, targets, setting)
     else:
         labels = _labels(labels, setting)
@@ -125,15 +134,34 @@ def _parts(given: Any, setting: str) -> tuple[Tree, Any, Tree | None]:
     return given, None, None
 
 
+def _check_names(inputs: Tree, setting: str) -> None:
+    """Check that arrays by their names, without labels, are no inputs and labels of other names."""
+    places = leaves(inputs)
+    if isinstance(inputs, Mapping) and any(
+        isinstance(leaf, Tensor | np.ndarray) and leaf.ndim == 1 for leaf in places.values()
+    ):
+        raise SettingError(
+            f"{setting} has no labels among {', '.join(map(str, inputs))}; name the arrays inputs [examples, ...] and "
+            "labels [examples]."
+        )
+
+
 def _are_labels(value: Any) -> bool:
     try:
-        found = _tensor(value, "")
+        return _are_texts(value) or _tensor(value, "").ndim == 1
     except SettingError:
         return False
-    return found.ndim == 1
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, np.ndarray | list) and len(value) > 0 and isinstance(value[0], str)
 
 
 def _labels(value: Any, setting: str) -> Tensor:
+    if _are_texts(value):
+        raise SettingError(
+            f"{setting} has labels that are texts; number the classes, alike in all splits: integers [examples]."
+        )
     labels = _tensor(value, f"{setting} labels")
     if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise SettingError(

@@ -73,11 +73,21 @@ class ArraysDataModule(EpisodicDataModule):
             if not self._loaded:
                 say_what_is_scaled(setting, examples.inputs)
             self._loaded[split] = examples
-            check_alike(self.loaded())
+            self._check_alike()
             for first, second in combinations(self._loaded, 2):
                 if split in (first, second):
                     self._check_disjoint(first, second)
         return self._loaded[split]
+
+    def _check_alike(self) -> None:
+        try:
+            check_alike(self.loaded())
+        except SettingError as error:
+            for split, labels in self._labels.items():
+                if labels is None and any(self._labels.values()):
+                    reason = f"data.{split} has no labels, so that it is read as [classes, examples, ...]"
+                    raise SettingError(f"{reason}: {error}") from error
+            raise
 
     def loaded(self) -> dict[str, Examples]:
         """The examples of the splits that were loaded, by what errors call them."""

@@ -46,7 +46,9 @@ class FunctionDataset(TaskDataset):
         if not isinstance(found, tuple) or len(found) != len(PARTS):
             what = f"{len(found)} parts" if isinstance(found, tuple) else type(found).__name__
             raise SettingError(f"{self.setting} gives {what}; give an Episode: {', '.join(PARTS)}.")
-        episode = tuple(tree_map(partial(self._tensor, name), part) for name, part in zip(PARTS, found, strict=True))
+        episode = tuple(
+            tree_map(partial(self._tensor, name, index), part) for name, part in zip(PARTS, found, strict=True)
+        )
         for kind, inputs, targets in (("support", *episode[:2]), ("query", *episode[2:])):
             shapes = [list(leaf.shape) for leaf in (*leaves(inputs).values(), *leaves(targets).values())]
             if [] in shapes or len({shape[0] for shape in shapes}) != 1:
@@ -56,14 +58,19 @@ class FunctionDataset(TaskDataset):
                 )
         return episode
 
-    def _tensor(self, name: str, value: Any) -> Tensor:
+    def _tensor(self, name: str, index: int, value: Any) -> Tensor:
         try:
-            return value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+            found = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
         except (TypeError, ValueError) as error:
             raise SettingError(
                 f"{self.setting} gives {name} of {type(value).__name__}; give tensors or arrays of numbers, or "
                 "tuples or dicts of them."
             ) from error
+        if not found.isfinite().all():
+            raise SettingError(
+                f"{self.setting} gives {name} with a value that is NaN or infinite in episode {index}; replace it."
+            )
+        return found
 
     def _batch(self, name: str, indices: Sequence[int], parts: list[Any]) -> Any:
         kinds = [_kinds(part) for part in parts]

@@ -125,7 +125,8 @@ def decode(
 ) -> Pixels:
     """An image as ``[channels, side, side]``, whatever its size and mode; transparency becomes white.
 
-    16 bits are scaled to 8, floats from [0, 1]; their negative values and those that are not finite become black.
+    16 bits are scaled to 8, floats from [0, 1]; values outside that range, and pictures that would lose all they show,
+    are errors.
 
     Args:
         source: a file or its bytes; of an animation the first frame.
@@ -135,7 +136,7 @@ def decode(
         size: width and height that it must have, if any.
 
     Raises:
-        DecodeError: it is not an image, or damaged, too large, or of another size.
+        DecodeError: it is not an image, or damaged, too large, or of another size or range.
     """
     try:
         with warnings.catch_warnings():
@@ -166,12 +167,16 @@ def decode(
 
 
 def _eight_bits(values: npt.NDArray[np.float64], mode: str) -> Pixels:
-    """16-bit values, or floats in [0, 1], as 8 bits, all images alike; what is negative or not finite is black."""
+    """16-bit values, or floats in [0, 1], as 8 bits, all images alike."""
     highest, kind = (1, "floats") if mode.startswith("F") else (65535, "integers of 16 bits")
-    values = np.nan_to_num(values, posinf=0, neginf=0).clip(0)
-    if values.max(initial=0) > highest:
-        raise DecodeError(f"has values up to {values.max():.6g}, but {kind} are read as 0 to {highest}: scale them")
-    return (values * 255 / highest).astype(np.uint8)
+    if not np.isfinite(values).all():
+        raise DecodeError("has values that are NaN or infinite: correct them")
+    pixels = (values.clip(0, highest) * 255 / highest).astype(np.uint8)
+    if values.min(initial=0) < 0 or values.max(initial=0) > highest or (values.any() and not pixels.any()):
+        low, high = (f"{value:.6g}" for value in (values.min(), values.max()))
+        black = "" if pixels.any() else ", where these are black"
+        raise DecodeError(f"has values {low} to {high}, but {kind} are read as 0 to {highest}{black}: scale them")
+    return pixels
 
 
 def _padded(image: Image.Image) -> Image.Image:

@@ -179,6 +179,9 @@ class EpisodicDataModule(TaskDataModule):
         at_least("ways", ways, self.least_ways)
         self.ways: int | None = ways
         self._drawn, self.rotations, self.pretraining = ways, rotations, pretraining
+        if not isinstance(augmentation, list | tuple | None):
+            name = type(augmentation).__name__
+            raise SettingError(f"data.augmentation must be a list of transforms (got {name}); put it into a list.")
         self.pictures = Preparation(_values(mean), _values(std), augmentation or ())
 
     @property

@@ -1,6 +1,7 @@
 """From an example's inputs as they are kept to a network's inputs: augmentation, scaling of uint8, normalization."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from maml_lightning.data.examples import Tree, is_of_pictures, leaves, seeded, tree_map
 from maml_lightning.errors import SettingError
+
+ROUNDING = 1e-3  # of pictures in [0, 1]
 
 
 class Preparation(NamedTuple):
@@ -40,8 +43,21 @@ class Preparation(NamedTuple):
                     f"data.{name} {list(values)} has {len(values)} values for the channels of pictures [C, H, W], but "
                     f"examples are {shape}; give one value, or one for each channel, or leave it out."
                 )
+            if not all(math.isfinite(value) for value in values):
+                raise SettingError(f"data.{name} must be finite (got {list(values)}); correct it, or leave it out.")
+            if name == "mean" and is_of_pictures(inputs) and any(abs(value) > 1 for value in values):
+                raise SettingError(
+                    f"data.{name} {list(values)} is not in the scale of [0, 1], which uint8 pictures are scaled to; "
+                    "divide mean and std by 255."
+                )
         if self.std is not None and not all(value > 0 for value in self.std):
             raise SettingError(f"data.std must be above 0 (got {list(self.std)}); leave it out for no scaling.")
+        for transform in self.augmentation:
+            if not callable(transform) or isinstance(transform, type):
+                what = f"the class {transform.__name__}" if isinstance(transform, type) else repr(transform)
+                raise SettingError(
+                    f"data.augmentation has {what}; give a transform that can be called, made of a class."
+                )
 
     def prepare(self, inputs: Tree, tasks: int, seeds: Sequence[int]) -> Tree:
         """What a network takes.
@@ -68,7 +84,9 @@ class Preparation(NamedTuple):
                     for transform in self.augmentation:
                         example = _transformed(transform, example)
                     augmented.append(example)
-        return tree_map(_stacked, *augmented)
+        found = tree_map(_stacked, *augmented)
+        _check_kept(leaves(inputs), leaves(found))
+        return found
 
 
 AS_THEY_ARE = Preparation()
@@ -99,6 +117,32 @@ def _transformed(transform: Callable[[Any], Any], example: Tree) -> Any:
             f"data.augmentation {name} does not take an example {kinds} ({' '.join(str(error).split())[:200]}); give "
             "another, or leave it out."
         ) from error
+
+
+def _check_kept(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
+    """Check that augmented inputs are still like those of validation and test, which are not augmented."""
+    for place in {**before, **after}:
+        ours, theirs = before.get(place), after.get(place)
+        if ours is None or theirs is None or ours.shape != theirs.shape:
+            kept = False
+        else:
+            scaled = is_of_pictures(ours) and theirs.dtype == torch.float32
+            kept = ours.dtype == theirs.dtype or scaled
+            if scaled and theirs.numel() and (theirs.min() < -ROUNDING or theirs.max() > 1 + ROUNDING):
+                raise SettingError(
+                    f"data.augmentation gives pictures of {theirs.min():.3g} to {theirs.max():.3g}, but validation and "
+                    "test, which are not augmented, have 0 to 1; scale by ToDtype with scale true, and normalize by "
+                    "data.mean and data.std."
+                )
+        if not kept:
+            kinds = (
+                "nothing" if leaf is None else f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape[1:])}"
+                for leaf in (theirs, ours)
+            )
+            raise SettingError(
+                "data.augmentation gives {} of an example's {}, but validation and test, which are not augmented, keep "
+                "theirs; give transforms that keep shape and type.".format(*kinds)
+            )
 
 
 def _stacked(*values: Any) -> Tensor:

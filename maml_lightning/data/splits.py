@@ -33,21 +33,23 @@ def check_disjoint(classes: Mapping[str, Sequence[Any]], *, numbered_alone: bool
 
     Args:
         classes: numbers or names of each setting's classes; errors name the setting.
-        numbered_alone: whether classes of two splits that both are numbered from 0 without a gap are different ones;
-            it is said.
+        numbered_alone: whether classes of two splits that both are numbered from 0 without a gap, up to different
+            numbers, are different ones; it is said.
 
     Raises:
         SettingError: one is.
     """
     for first, second in combinations(classes, 2):
         both = sorted(set(classes[first]) & set(classes[second]), key=str)
-        if both and numbered_alone and all(_numbered(classes[setting]) for setting in (first, second)):
+        numbered = numbered_alone and all(_numbered(classes[setting]) for setting in (first, second))
+        if both and numbered and len(classes[first]) != len(classes[second]):
             rank_zero_info(f"{first} and {second} each number their classes from 0; they count as different classes.")
         elif both:
             more = f" and {len(both) - 1} more" if both[1:] else ""
+            remedy = "split by class, or number them differently if they are different ones" if numbered else ""
             raise SettingError(
-                f"{first} and {second} share class {shown(both[0])}{more}; a class must be in one split alone: remove "
-                "it from one."
+                f"{first} and {second} share class {shown(both[0])}{more}; a class must be in one split alone: "
+                f"{remedy or 'remove it from one'}."
             )
 
 

@@ -272,8 +272,40 @@ def test_a_picture_in_two_splits_is_found():
 
 def test_classes_numbered_from_0_in_each_split_are_different_classes(caplog: pytest.LogCaptureFixture):
     with caplog.at_level("INFO"):
-        ArraysDataModule(flat(coded(4)), flat(coded(4, first=9)), **FEW).setup("fit")
+        inputs, labels = flat(coded(4, first=9))
+        ArraysDataModule(flat(coded(4)), (inputs[labels < 4], labels[labels < 4]), **FEW).setup("fit")
     assert "data.train and data.val each number their classes from 0; they count as different" in caplog.text
+
+
+def test_the_same_numbers_in_two_splits_are_the_same_classes():
+    """Such as the digits 0 to 9 of a training and a test set."""
+    with pytest.raises(SettingError, match=r"share class 0 and 5 more; .*: split by class, or number them differently"):
+        ArraysDataModule(flat(coded(4)), flat(coded(4, first=9)), **FEW).setup("fit")
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.npy", "a.pt"])
+def test_a_file_of_another_format_is_said_to_be_one(folder: Path, name: str):
+    Path(name).write_text("<html>not found</html>")
+    with pytest.raises(
+        SettingError, match=rf"data.train {re.escape(name)} cannot be read \(it is damaged or of another"
+    ):
+        ArraysDataModule(name, **FEW).setup("fit")
+
+
+def test_missing_and_odd_labels_are_named():
+    inputs, labels = flat(coded(4))
+    with pytest.raises(SettingError, match=r"data.train has labels that are texts; number the classes, alike in all"):
+        ArraysDataModule((inputs, np.array([f"c{label}" for label in labels])), **FEW).setup("fit")
+    with pytest.raises(SettingError, match=r"data.train has labels that are texts; number the classes, alike in all"):
+        ArraysDataModule({"inputs": inputs, "labels": [f"c{label}" for label in labels]}, **FEW).setup("fit")
+    with pytest.raises(
+        SettingError, match=r"data.train has no labels among x, y; name the arrays inputs .* and labels"
+    ):
+        ArraysDataModule({"x": inputs, "y": labels}, **FEW).setup("fit")
+    with pytest.raises(
+        SettingError, match=r"data.val has no labels, so that it is read as \[classes, examples, ...\]: "
+    ):
+        ArraysDataModule((inputs, labels), {"inputs": inputs}, **FEW).setup("fit")
 
 
 class Harmful:

@@ -97,6 +97,10 @@ def test_each_split_may_have_a_function_of_its_own():
             ),
             r"gives support_inputs float32 \[4, 1\] in episode 0 and float32 \[3, 1\] in episode 1; give all episodes",
         ),
+        (
+            lambda seed, index: (*line(seed, index)[:3], np.where(index, np.nan, line(seed, index)[3])),
+            r"data.function gives query_targets with a value that is NaN or infinite in episode 1; replace it",
+        ),
         ("my_module.task", r"data.function is 'my_module.task', not a function"),
     ],
 )

@@ -349,7 +349,7 @@ def test_an_image_in_two_splits_is_named(tree: Path):
         ImagesDataModule(str(tree), **SMALL).setup("test")  # type: ignore[arg-type]
 
 
-def test_a_class_in_two_splits_is_named_unless_splits_number_their_own(tree: Path, tmp_path: Path):
+def test_a_class_in_two_splits_is_named(tree: Path, tmp_path: Path):
     (tree / "test/class 08").rename(tree / "test/class 01")
     with pytest.raises(
         SettingError, match=r"data.root: train and data.root: test share class class 01; a class must be"
@@ -358,6 +358,11 @@ def test_a_class_in_two_splits_is_named_unless_splits_number_their_own(tree: Pat
     for split in ("train", "val", "test"):
         for number, folder in enumerate(sorted((tree / split).iterdir())):
             folder.rename(tree / split / str(number))
+    with pytest.raises(SettingError, match=r"train and data.root: val share class 0 .*, or number them differently"):
+        ImagesDataModule(str(tree), **SMALL).setup("fit")  # type: ignore[arg-type]
+    for split in ("val", "test"):
+        for folder in (tree / split).iterdir():
+            folder.rename(tree / split / f"{split} {folder.name}")
     ImagesDataModule(str(tree), **SMALL).setup("fit")  # type: ignore[arg-type]
 
 

@@ -86,10 +86,10 @@ def test_augmented_episodes_depend_on_seed_split_and_index_alone():
 def test_each_picture_and_each_set_has_numbers_of_its_own():
     class Noise:
         def __call__(self, picture: Tensor) -> Tensor:
-            return torch.rand(1)
+            return torch.rand(picture.shape)
 
     found = colors(pictures=Preparation(augmentation=[Noise()])).__getitems__([0, 1])
-    values = torch.cat([found.support_inputs.flatten(), found.query_inputs.flatten()])
+    values = torch.cat([found.support_inputs[..., 0, 0, 0].flatten(), found.query_inputs[..., 0, 0, 0].flatten()])
     assert len(values.unique()) == len(values)
 
 
@@ -99,6 +99,11 @@ def test_pretraining_is_augmented_as_well():
     assert torch.equal(dataset[0].query_inputs, plain.query_inputs.flip(-1))
 
 
+def test_pictures_may_be_scaled_by_the_augmentation():
+    scaled = colors(pictures=Preparation(augmentation=[v2.ToDtype(torch.float32, scale=True)]))[0]
+    torch.testing.assert_close(scaled.query_inputs, colors()[0].query_inputs, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -106,6 +111,16 @@ def test_pretraining_is_augmented_as_well():
         ({"std": [0.0]}, r"data.std must be above 0 \(got \[0.0\]\)"),
         ({"augmentation": [lambda picture: picture[..., : 1 + int(torch.randint(2, ()))]]}, r"data.augmentation gives"),
         ({"augmentation": [v2.RandomCrop(9)]}, r"RandomCrop does not take an example uint8 \[3, 4, 4\]"),
+        ({"mean": [float("nan")]}, r"data.mean must be finite \(got \[nan\]\)"),
+        ({"std": [float("inf")]}, r"data.std must be finite \(got \[inf\]\)"),
+        ({"mean": [123.7], "std": [58.4]}, r"data.mean \[123.7\] is not in the scale of \[0, 1\].* divide mean"),
+        ({"augmentation": v2.RandomHorizontalFlip()}, r"must be a list .* \(got RandomHorizontalFlip\); put"),
+        ({"augmentation": [v2.RandomHorizontalFlip]}, r"has the class RandomHorizontalFlip; give a transform"),
+        ({"augmentation": ["RandomCrop"]}, r"data.augmentation has 'RandomCrop'; give a transform"),
+        ({"augmentation": [v2.Resize(6)]}, r"gives uint8 \[3, 6, 6\] of an example's uint8 \[3, 4"),
+        ({"augmentation": [v2.ToDtype(torch.float32)]}, r"gives pictures of .* have 0 to 1; scale by ToDtype"),
+        ({"augmentation": [v2.ToDtype(torch.float64, scale=True)]}, r"gives float64 \[3, 4, 4\] of an "),
+        ({"augmentation": [lambda picture: (picture, picture)]}, r"data.augmentation gives"),
         ({"augmentation": [lambda picture: None]}, r"data.augmentation gives NoneType; give transforms whose results"),
     ],
 )  # fmt: skip

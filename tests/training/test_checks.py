@@ -182,7 +182,7 @@ def test_the_type_that_a_network_takes_is_its_own():
             MAML(net).training_step(episode(targets, (8 * SET).round()), 0)
     with pytest.raises(SettingError, match=r"the network takes float32: give them so, .*, in the shape that it takes"):
         MAML(nn.Linear(5, 3)).training_step(episode(targets, SET.double()), 0)
-    with pytest.raises(SettingError, match="give a network for them, such as maml_lightning.ConvNet"):
+    with pytest.raises(SettingError, match=r"give a network for them, such as maml_lightning.ConvNet"):
         MAML(nn.Linear(5, 3)).training_step(episode(targets), 0)
 
 
