@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from maml_lightning.data.array_files import FORMS, examples_of
 from maml_lightning.data.datasets import SPLITS, Split
 from maml_lightning.data.examples import Examples, leaves, take
-from maml_lightning.data.modules import EpisodicDataModule
+from maml_lightning.data.modules import EpisodicDataModule, say_what_is_mixed
 from maml_lightning.data.pictures import say_what_is_scaled
 from maml_lightning.data.splits import check_alike, check_disjoint, check_nothing_shared
 from maml_lightning.errors import SettingError
@@ -70,6 +70,7 @@ class ArraysDataModule(EpisodicDataModule):
             examples, self._labels[split] = examples_of(given, setting)
             if examples.targets is not None:
                 self.ways = None  # the targets' classes, if they are any, have nothing to do with it
+                say_what_is_mixed(setting, self._drawn, self._loaded)
             if not self._loaded:
                 say_what_is_scaled(setting, examples.inputs)
             self._loaded[split] = examples

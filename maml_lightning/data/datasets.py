@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from maml_lightning.data.examples import Examples, Reader, Tree, take, tree_map
+from maml_lightning.data.examples import Examples, Reader, Tree, leaves, take, tree_map
 from maml_lightning.data.pictures import AS_THEY_ARE, Preparation
 from maml_lightning.data.random_numbers import Bits, Integers, below, choose, random_bits
 from maml_lightning.episodes import Episode
@@ -98,6 +98,8 @@ class EpisodeDataset(TaskDataset):
                 f"data.{name} true needs classes as targets, but the {split} split has others; leave it out."
             )
         pictures.check(examples.inputs)
+        if pictures.augmentation and examples.targets is not None:
+            _check_augmentation(examples)
         turns = 4 if rotations else 1
         # rotated once, not after each draw: four times the memory, a third of the time
         self.examples = rotated(examples) if rotations else examples
@@ -204,6 +206,19 @@ def rotated(examples: Examples) -> Examples:
         [*(examples.name(index) for index in range(count)), *names],
         None if rows is None else torch.cat([rows + turn * len(inputs) for turn in range(4)]),
     )
+
+
+def _check_augmentation(examples: Examples) -> None:
+    """Check that no targets are of an example's pixels: they would stay where they are when it is moved."""
+    rows = torch.tensor([[examples.row(0)]])
+    inputs, targets = (leaves(take(part, rows, [0])) for part in (examples.inputs, examples.targets))
+    sizes = {tuple(leaf.shape[-2:]) for leaf in inputs.values() if leaf.ndim > 2}
+    for leaf in targets.values():
+        if leaf.ndim > 2 and tuple(leaf.shape[-2:]) in sizes:
+            raise SettingError(
+                f"data.augmentation changes inputs alone, but their targets {list(leaf.shape[1:])} are of pixels; "
+                "leave it out."
+            )
 
 
 def _check_sizes(examples: Examples, split: str, ways: int, shots: int, query_shots: int) -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -167,8 +167,13 @@ def _ends(values: Tensor, examples: Examples) -> dict[float, int]:
     return found
 
 
-def content_hashes(examples: Examples) -> list[int]:
-    """A hash of each example's input, class after class; the same in this process for the same bytes."""
+def content_hashes(examples: Examples, places: Collection[str] = ()) -> list[int]:
+    """A hash of each example's input, class after class; the same in this process for the same bytes.
+
+    Args:
+        examples: of one split.
+        places: of the tensors of their inputs that count; none counts all.
+    """
     total = sum(examples.counts)
     hashed = [
         [
@@ -176,7 +181,8 @@ def content_hashes(examples: Examples) -> list[int]:
             for start in range(0, total, size)
             for row in _rows(_some(leaf, examples.rows, start, start + size)).contiguous().view(torch.uint8).numpy()
         ]
-        for leaf in leaves(examples.inputs).values()
+        for place, leaf in leaves(examples.inputs).items()
+        if not places or place in places
         for size in (max(1, CHUNK // max(1, math.prod(leaf.shape[1:]))),)
     ]
     return [hash(parts) for parts in zip(*hashed, strict=True)]

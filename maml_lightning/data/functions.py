@@ -32,7 +32,9 @@ class FunctionDataset(TaskDataset):
     def __init__(self, function: Callable[[int, int], Any], split: str, episodes: int, *, seed: int, setting: str):
         super().__init__(split, episodes, seed=seed)
         self.function, self.setting = function, setting
-        self.split_seed = int(random_bits(seed, f"{split} function", [0], 1)[0, 0] >> np.uint64(1))
+        self.split_seed = int(
+            random_bits(seed, f"{split} function", [0], 1)[0, 0] >> np.uint64(32)
+        )  # as np.random.seed takes
 
     def __getitems__(self, indices: Sequence[int]) -> Episode:
         """The episodes with these indices as one batch."""

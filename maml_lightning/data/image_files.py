@@ -145,11 +145,7 @@ def decode(
                 if size not in (None, opened.size):
                     raise DecodeError(f"is {opened.size} pixels large, not {size}")
                 image = ImageOps.exif_transpose(opened)
-                if image.mode.startswith(("I", "F")):  # 16 bits and more, which convert() would clip
-                    image = Image.fromarray(_eight_bits(np.asarray(image, np.float64), image.mode))
-                if image.has_transparency_data:
-                    image = image.convert("RGBA")
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                image = eight_bit(image)
                 image = image.convert("L" if channels == 1 else "RGB")
                 if fit == "crop":
                     image = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
@@ -164,6 +160,20 @@ def decode(
         raise DecodeError(
             f"cannot be read ({getattr(error, 'strerror', None) or 'it is not a complete image'})"
         ) from error
+
+
+def eight_bit(image: Image.Image) -> Image.Image:
+    """The image with 8 bits for each value, of whatever mode it is; transparency becomes white.
+
+    Raises:
+        DecodeError: its values are out of range.
+    """
+    if image.mode.startswith(("I", "F")):  # 16 bits and more, which convert() would clip
+        image = Image.fromarray(_eight_bits(np.asarray(image, np.float64), image.mode))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image
 
 
 def _eight_bits(values: npt.NDArray[np.float64], mode: str) -> Pixels:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from maml_lightning.data.datasets import SPLITS, Split
 from maml_lightning.data.examples import Examples, Tree, check_finite, leaves, seeded
-from maml_lightning.data.modules import EpisodicDataModule
+from maml_lightning.data.modules import EpisodicDataModule, say_what_is_mixed
 from maml_lightning.data.pictures import say_what_is_scaled
 from maml_lightning.data.reading import Keys, stacked
 from maml_lightning.data.splits import check_alike, check_disjoint, check_nothing_shared, split_classes
@@ -32,11 +32,19 @@ class OnDemand:
     def __call__(self, rows: Tensor) -> Tree:
         """The examples of these rows ``[n]``, each tensor ``[n, ...]``."""
         numbers = rows.tolist()
-        return stacked((self.part(example_of(self.dataset, row)) for row in numbers), len(numbers), numbers)
+        found = stacked((self.part(example_of(self.dataset, row)) for row in numbers), len(numbers), numbers)
+        for place, leaf in leaves(found).items():
+            if not (finite := leaf.isfinite().flatten(1).all(1)).all():
+                row = numbers[int((~finite).nonzero()[0])]
+                raise SettingError(
+                    f"data.dataset{place}: example {row} has a value that is NaN or infinite; replace the value, or "
+                    "leave the example out."
+                )
+        return found
 
 
 def example_of(dataset: Any, row: int) -> Any:
-    """An example of a dataset.
+    """An example of a dataset; its random transforms give the same whenever it is read, and whatever memory is free.
 
     Raises:
         SettingError: the dataset does not give it.
@@ -44,7 +52,8 @@ def example_of(dataset: Any, row: int) -> Any:
     if isinstance(dataset, DataLoader):
         raise SettingError("data.dataset is a DataLoader; give the dataset that it loads (its .dataset).")
     try:
-        return dataset[row]
+        with seeded(row):
+            return dataset[row]
     except Exception as error:  # whatever a user's dataset raises
         reason = f"{type(error).__name__} {' '.join(str(error).split())[:200]}".strip()
         raise SettingError(
@@ -75,22 +84,21 @@ class Labeled:
             ) from error
         if not self.size:
             raise SettingError(f"data.dataset {type(dataset).__name__} is empty; give one with examples.")
-        with seeded(0):  # random transforms give the same at every start
-            first = example_of(dataset, 0)
-            parts = [keys.inputs_of(first), *([] if keys.target is None else [keys.target_of(first)])]
-            bytes_each = sum(leaf.numel() * leaf.element_size() for part in parts for leaf in leaves(part).values())
-            self.in_memory = bytes_each * self.size <= memory
-            self.inputs: Any = OnDemand(dataset, keys.inputs_of)
-            self.targets: Any = None if keys.target is None else OnDemand(dataset, keys.target_of)
-            if self.in_memory:
-                self._read(dataset, keys)
-                return
-            rank_zero_info(
-                f"data.dataset: {self.size} examples of {bytes_each} bytes do not fit into memory; they are read when "
-                "they are drawn."
-            )
-            known = _known_labels(dataset, keys, self.size)
-            self.labels = known or [plain(keys.label_of(example_of(dataset, row))) for row in range(self.size)]
+        first = example_of(dataset, 0)
+        parts = [keys.inputs_of(first), *([] if keys.target is None else [keys.target_of(first)])]
+        bytes_each = sum(leaf.numel() * leaf.element_size() for part in parts for leaf in leaves(part).values())
+        self.in_memory = bytes_each * self.size <= memory
+        self.inputs: Any = OnDemand(dataset, keys.inputs_of)
+        self.targets: Any = None if keys.target is None else OnDemand(dataset, keys.target_of)
+        if self.in_memory:
+            self._read(dataset, keys)
+            return
+        rank_zero_info(
+            f"data.dataset: {self.size} examples of {bytes_each} bytes do not fit into memory; they are read when "
+            "they are drawn."
+        )
+        known = _known_labels(dataset, keys, self.size)
+        self.labels = known or [plain(keys.label_of(example_of(dataset, row))) for row in range(self.size)]
 
     def _read(self, dataset: Any, keys: Keys) -> None:
         """Read inputs and targets of all examples as one, and the labels on the way."""
@@ -139,7 +147,7 @@ def _known_labels(dataset: Any, keys: Keys, size: int) -> list[int | str] | None
     except (AttributeError, KeyError, TypeError, SettingError):
         return None
     spots = range(0, size, max(1, size // SPOTS))
-    agree = len(labels) == size and all(plain(keys.label_of(dataset[row])) == labels[row] for row in spots)
+    agree = len(labels) == size and all(plain(keys.label_of(example_of(dataset, row))) == labels[row] for row in spots)
     return labels if agree else None
 
 
@@ -149,8 +157,8 @@ class DatasetDataModule(EpisodicDataModule):
     An example is a tuple ``(input, label)``, or with several inputs ``(input, input, ..., label)``; or a dict. Labels
     are integers or names. Pictures, as uint8 tensors too, are scaled to [0, 1], other inputs stay as they are.
 
-    The dataset is read once, with its transforms, and kept in memory if it fits into half of what is available; else
-    examples are read when they are drawn.
+    The dataset is kept in memory if it fits into half of what is available; else examples are read when they are drawn.
+    Its random transforms give each example once and for all; ``augmentation`` draws anew for each training episode.
 
     Args:
         dataset: of all classes, which are split; or of the training classes, if there are others for the rest.
@@ -219,6 +227,9 @@ class DatasetDataModule(EpisodicDataModule):
             return there
         if self.classes is None:
             return split_classes(there, self.split_seed)[split]
+        if len(set(self.classes[split])) < len(self.classes[split]):
+            name = max(self.classes[split], key=self.classes[split].count)
+            raise SettingError(f"data.classes has class {name} twice in {split}; leave one.")
         if missing := [label for label in self.classes[split] if label not in there]:
             raise SettingError(
                 f"data.classes has class {missing[0]} in {split}, but the dataset has no example of it; remove it."
@@ -229,6 +240,8 @@ class DatasetDataModule(EpisodicDataModule):
         """The examples of a split, checked alone and against those that were loaded before."""
         if split not in self._loaded:
             labeled = self._labeled(split)
+            if self.keys.target is not None:
+                say_what_is_mixed("data.dataset", self._drawn, self._loaded)
             self._loaded[split] = examples = labeled.examples(self.classes_of(split))
             if labeled.in_memory:
                 if len(self._loaded) == 1:

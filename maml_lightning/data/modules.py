@@ -1,11 +1,12 @@
 """What data modules of episodes share: their settings, described once, and their data loaders."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -219,6 +220,11 @@ class EpisodicDataModule(TaskDataModule):
             pictures=self.pictures if training else self.pictures._replace(augmentation=()),
         )
 
+    @property
+    def normalizes(self) -> bool:
+        """Whether inputs are normalized by ``mean`` or ``std``."""
+        return self.pictures.mean is not None or self.pictures.std is not None
+
     def loaded(self) -> dict[str, Examples]:
         """The examples of the splits that were loaded, by what errors call them."""
         datasets = {f"The {split} split": dataset for split, dataset in self.datasets.items()}
@@ -247,6 +253,15 @@ class EpisodicDataModule(TaskDataModule):
                 "maml_lightning.data.Examples, which may have any type."
             )
         return images(pixels, counts)
+
+
+def say_what_is_mixed(setting: str, ways: int, loaded: Collection[Any]) -> None:
+    """Print, before a first split is loaded, that each episode of examples with targets is of several tasks."""
+    if ways > 1 and not loaded:
+        rank_zero_info(
+            f"{setting} has targets: each episode mixes the examples of {ways} tasks (data.ways); data.ways 1 adapts "
+            "to one task at a time."
+        )
 
 
 def _values(given: float | list[float] | None) -> list[float] | None:

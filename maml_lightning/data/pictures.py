@@ -43,6 +43,12 @@ class Preparation(NamedTuple):
                     f"data.{name} {list(values)} has {len(values)} values for the channels of pictures [C, H, W], but "
                     f"examples are {shape}; give one value, or one for each channel, or leave it out."
                 )
+            if not is_of_pictures(inputs) and not inputs.is_floating_point():
+                kind = str(inputs.dtype).removeprefix("torch.")
+                raise SettingError(
+                    f"data.{name} needs pictures of floats or uint8, but examples are {kind}; convert them, such as to "
+                    "floats in [0, 1]."
+                )
             if not all(math.isfinite(value) for value in values):
                 raise SettingError(f"data.{name} must be finite (got {list(values)}); correct it, or leave it out.")
             if name == "mean" and is_of_pictures(inputs) and any(abs(value) > 1 for value in values):

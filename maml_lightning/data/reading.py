@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from maml_lightning.data.examples import Tree, leaves, tree_map
+from maml_lightning.data.image_files import DecodeError, eight_bit
 from maml_lightning.errors import SettingError
 
 
@@ -30,13 +31,13 @@ class Keys:
 
     def inputs_of(self, example: Any) -> Tree:
         """The inputs of an example, as tensors."""
-        label = self._label(example)
+        others = (self._label(example), self.target)
         if self.inputs is not None:
             keys = list(self.inputs)
         elif isinstance(example, Mapping):
-            keys = [key for key in example if key not in (label, self.target)]
-        else:
-            keys = [key for key in range(len(example)) if key not in (label % len(example), self.target)]
+            keys = [key for key in example if key not in others]
+        else:  # places may count from the end
+            keys = [place for place in range(len(example)) if not {place, place - len(example)} & {*others}]
         found = {key: tree_map(_gray, as_tensors(self._get(example, key, "inputs"), key)) for key in keys}
         if len(found) == 1:
             return next(iter(found.values()))
@@ -72,7 +73,7 @@ def as_tensors(value: Any, key: Any = "") -> Tree:
     """Numbers, arrays, pictures and lists of numbers as tensors; tuples and dicts of them as such.
 
     Args:
-        value: of one example. A picture becomes uint8 ``[C, H, W]``.
+        value: of one example. A picture becomes uint8 ``[C, H, W]``, as `eight_bit` says.
         key: what it is called in the example, for errors.
 
     Raises:
@@ -81,7 +82,11 @@ def as_tensors(value: Any, key: Any = "") -> Tree:
     if isinstance(value, Tensor):
         return value.detach().cpu()
     if isinstance(value, Image.Image):
-        pixels = np.asarray(value if value.mode in ("L", "RGB") else value.convert("RGB"))
+        try:
+            picture = eight_bit(value)
+        except DecodeError as error:
+            raise SettingError(f"A picture of the dataset's examples {error}, or leave it out.") from error
+        pixels = np.asarray(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
         return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1).copy())
     if isinstance(value, Mapping):
         return {name: as_tensors(each, f"{key} {name}") for name, each in value.items()}

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from maml_lightning.data.datasets import Split
 from maml_lightning.data.examples import Examples, content_hashes, is_of_pictures, leaves, tensors_of
@@ -85,18 +86,24 @@ def check_alike(splits: Mapping[str, Examples]) -> None:
                 )
 
 
+def _shows(leaf: Tensor) -> bool:
+    """Whether examples ``[examples, ...]`` are pictures, of any type."""
+    return is_of_pictures(leaf) or (leaf.is_floating_point() and leaf.ndim == 4 and leaf.shape[1] in (1, 3))
+
+
 def check_nothing_shared(first: str, ours: Examples, second: str, theirs: Examples) -> None:
     """Check that two splits have no class in common, and no picture.
 
-    Pictures (uint8) must differ one by one. Other examples, such as rows of yes and no, may be alike by chance: there
-    no class may have all of its examples in the other split.
+    Pictures (uint8, or floats ``[1 or 3, H, W]``) must differ one by one. Other examples, such as rows of yes and no,
+    may be alike by chance: there no class may have all of its examples in the other split.
 
     Raises:
         SettingError: they have.
     """
-    known = set(content_hashes(ours))
-    hashes, start = content_hashes(theirs), 0
-    pictures = all(map(is_of_pictures, leaves(theirs.inputs).values()))
+    seen = {place for place, leaf in leaves(theirs.inputs).items() if _shows(leaf)}
+    pictures = bool(seen)
+    known = set(content_hashes(ours, seen))
+    hashes, start = content_hashes(theirs, seen), 0
     for index, count in enumerate(theirs.counts):
         found = [place for place in range(start, start + count) if hashes[place] in known]
         start += count

@@ -297,8 +297,8 @@ class MAML(LightningModule):
         if not checks.is_checked(self._checked, parts, episode):
             self.scoring = checks.check_fit(self._inner_loop, self.metric, episode, self.inner_steps, self._trainer)
             self._checked = (*parts, checks.kind_of(episode))
-        if self.inputs is None and self.training:
-            data = getattr(self._trainer, "datamodule", None)
+        data = getattr(self._trainer, "datamodule", None)
+        if self.inputs is None and self.training and not getattr(data, "normalizes", False):
             self.inputs = InputSpec.of_episode(episode, getattr(data, "ways", None))
         return episode
 

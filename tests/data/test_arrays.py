@@ -268,6 +268,26 @@ def test_a_picture_in_two_splits_is_found():
     ):
         ArraysDataModule(train, val, **FEW).setup("fit")
     ArraysDataModule(train.float(), val.float(), **FEW).setup("fit")  # rows of numbers may be alike by chance
+    for shared in (
+        [each.float().unsqueeze(2) for each in (train, val)],
+        [{"picture": each, "more": torch.full((CLASSES, EXAMPLES), more)} for more, each in enumerate((train, val))],
+    ):
+        with pytest.raises(
+            SettingError, match=r"share a picture: example 13 of data.val, of class 2, is in data.train"
+        ):
+            ArraysDataModule(*shared, **FEW).setup("fit")
+
+
+def test_that_episodes_mix_tasks_with_targets_is_said_once(caplog: pytest.LogCaptureFixture):
+    splits = [{"inputs": coded(4, first=first), "targets": coded(2)} for first in (0, 10)]
+    with caplog.at_level("INFO"):
+        ArraysDataModule(*splits, **FEW).setup("fit")
+        ArraysDataModule(*splits, **{**FEW, "ways": 1}).setup("fit")
+        ArraysDataModule(coded(4), coded(4, first=10), **FEW).setup("fit")
+    assert [message for message in caplog.messages if "mixes" in message] == [
+        "data.train has targets: each episode mixes the examples of 3 tasks (data.ways); data.ways 1 adapts to one task "
+        "at a time."
+    ]
 
 
 def test_classes_numbered_from_0_in_each_split_are_different_classes(caplog: pytest.LogCaptureFixture):

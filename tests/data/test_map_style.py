@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 from cli import main
 from maml_lightning import DatasetDataModule, SettingError
 from maml_lightning.data import map_style
+from maml_lightning.data.reading import as_tensors
 from tests.data.numbers import equal
 from tests.own_datasets import Vectors
 from tests.runs import TINY, words
@@ -136,6 +137,14 @@ class Noisy(Listed):
         return self.examples[index][0] + shift, self.examples[index][0] + shift, self.examples[index][1]
 
 
+def test_random_transforms_do_not_depend_on_the_memory(monkeypatch: pytest.MonkeyPatch):
+    found = []
+    for share in (0, 0.5):
+        monkeypatch.setattr(map_style, "SHARE_OF_MEMORY", share)
+        found.append(batch(Noisy(coded()), target=1))
+    assert equal(*found)
+
+
 @pytest.mark.parametrize("share", [0, 0.5])
 def test_random_transforms_of_a_dataset_are_the_same_at_any_time(share: float, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(map_style, "SHARE_OF_MEMORY", share)
@@ -180,6 +189,7 @@ def test_listed_labels_are_used_where_examples_agree(monkeypatch: pytest.MonkeyP
         (coded(), {"shots": 4}, r"shots is 4 \+ 2, but class \d of the train split has 4 examples"),
         (coded(), {"classes": {"train": [0, 1], "val": [1, 2], "test": [3]}}, r"dataset \(val\) share class 1; a"),
         (coded(), {"classes": {"train": [0, 99], "val": [1], "test": [2]}}, r"class 99 in train, but the dataset"),
+        (coded(), {"classes": {"train": [0, 1, 0], "val": [2], "test": [3]}}, r"class 0 twice in train; leave one"),
         (coded(), {"classes": {"train": [0]}}, r"data.classes has train, not train, val and test"),
         (coded(), {"test_dataset": Listed(coded())}, r"test_dataset is given, but not data.val_dataset; give"),
     ],
@@ -231,3 +241,39 @@ def test_targets_of_datasets_must_be_alike():
         SettingError, match=r"\(val\) has targets float32 \[3\], but those of data.dataset \(train\) are"
     ):
         DatasetDataModule(*map(Listed, parts), target=1, **FEW).setup("fit")
+
+
+def test_places_may_count_from_the_end():
+    examples = [(x, y, x + 1000) for x, y in coded()]
+    expected = batch(Listed(examples), inputs=[0], label=1, target=2, ways=1)
+    for settings in (
+        {"label": 1, "target": -1},
+        {"label": -2, "target": 2},
+        {"label": -2, "target": -1, "inputs": [-3]},
+    ):
+        assert equal(batch(Listed(examples), ways=1, **settings), expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[0, 257 * 100], [257 * 7, 65535]], np.uint16), [[0, 100], [7, 255]]),
+        (np.array([[0, 257 * 100], [257 * 7, 65535]], np.int32), [[0, 100], [7, 255]]),
+        (np.array([[0.0, 0.2], [0.4, 1.0]], np.float32), [[0, 51], [102, 255]]),
+        (np.array([[[0, 0], [9, 255]], [[9, 0], [255, 255]]], np.uint8), [[255, 9], [255, 255]]),  # gray, transparency
+    ],
+    ids=["16 bits", "32 bits", "floats", "transparent"],
+)
+def test_pictures_of_any_mode_keep_their_brightness(values: np.ndarray, expected: list):
+    assert as_tensors(Image.fromarray(values))[0].tolist() == expected
+
+
+def test_a_picture_whose_range_is_unknown_is_refused():
+    with pytest.raises(SettingError, match=r"examples has values 0 to 3, but floats are read as 0 to 1: scale them"):
+        as_tensors(Image.fromarray(np.array([[0.0, 3.0]], np.float32)))
+
+
+def test_a_value_that_is_nan_is_named_when_it_is_read_on_demand(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(map_style, "SHARE_OF_MEMORY", 0)
+    with pytest.raises(SettingError, match=r"data.dataset: example \d+ has a value that is NaN or infinite; replace"):
+        batch(Listed([(x * torch.nan, y) for x, y in coded()]))

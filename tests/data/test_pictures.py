@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from torch import Tensor
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from cli import main
-from maml_lightning import ArraysDataModule, GlyphsDataModule, InputSpec, SettingError
+from maml_lightning import MAML, ArraysDataModule, GlyphsDataModule, InputSpec, SettingError
 from maml_lightning.data import EpisodeDataset
 from maml_lightning.data.pictures import Preparation
 from tests.data.numbers import Numbers, equal
@@ -151,3 +152,30 @@ def test_by_class_path_in_a_config_that_runs_again(folder: Path):
     assert again.datamodule.datasets["train"][0].support_inputs.min() < 0
     more = ["fit", "--config", str(run / "config.yaml"), "--ckpt_path", "last", "--trainer.max_epochs", "2"]
     assert main(more).trainer.current_epoch == 2
+
+
+@pytest.mark.parametrize("kind", [torch.int16, torch.int64, torch.uint16, torch.bool])
+def test_integers_that_are_no_pictures_are_not_normalized(kind: torch.dtype):
+    for name in ("mean", "std"):
+        with pytest.raises(SettingError, match=rf"data.{name} needs pictures of floats or uint8, but"):
+            ArraysDataModule(COLORS.to(kind), ways=3, **{name: 0.5}).make_dataset("train")  # type: ignore[arg-type]
+
+
+def test_pictures_with_targets_of_pixels_are_not_augmented():
+    settings: dict[str, Any] = {"ways": 1, "augmentation": [v2.RandomHorizontalFlip(1.0)]}
+    with pytest.raises(SettingError, match=r"data.augmentation changes inputs alone, but their targets \[4, 4\] are"):
+        ArraysDataModule({"inputs": COLORS, "targets": COLORS[:, :, 0]}, **settings).make_dataset("train")
+    ArraysDataModule({"inputs": COLORS, "targets": COLORS[:, :, 0, 0]}, **settings).make_dataset("train")
+
+
+def test_a_network_of_normalized_pictures_does_not_record_plain_ones(tmp_path: Path):
+    """Whatever the values are after it: a deviation above 1 leaves them in [0, 1]."""
+    for settings, recorded in (({}, True), ({"std": 4.0}, False)):
+        data = ArraysDataModule(COLORS, ways=3, meta_batch_size=2, train_episodes=2, **settings)
+        maml = MAML(nn.Sequential(nn.Flatten(), nn.Linear(48, 3)))
+        trainer = Trainer(
+            accelerator="cpu", max_epochs=1, logger=False, limit_val_batches=0, enable_checkpointing=False,
+            default_root_dir=tmp_path, enable_progress_bar=False,
+        )  # fmt: skip
+        trainer.fit(maml, data)
+        assert (maml.inputs is not None) == recorded
