@@ -285,8 +285,8 @@ def test_that_episodes_mix_tasks_with_targets_is_said_once(caplog: pytest.LogCap
         ArraysDataModule(*splits, **{**FEW, "ways": 1}).setup("fit")
         ArraysDataModule(coded(4), coded(4, first=10), **FEW).setup("fit")
     assert [message for message in caplog.messages if "mixes" in message] == [
-        "data.train has targets: each episode mixes the examples of 3 tasks (data.ways); data.ways 1 adapts to one task "
-        "at a time."
+        "data.train has targets: each episode mixes the examples of 3 tasks (data.ways); data.ways 1 adapts to one "
+        "task at a time."
     ]
 
 

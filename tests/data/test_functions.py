@@ -72,6 +72,15 @@ def test_loaders_share_episodes_among_processes_and_workers():
     assert [batch.tasks for batch in data.val_dataloader()] == [4, 2]
 
 
+def test_a_seed_is_one_that_numpy_takes():
+    def task(seed: int, index: int):
+        np.random.seed(seed)
+        return line(seed, index)
+
+    for split in ("train", "val", "test"):
+        assert len(FunctionDataModule(task, **FEW).make_dataset(split)[0]) == 4
+
+
 def test_each_split_may_have_a_function_of_its_own():
     data = FunctionDataModule(line, test_function=lambda seed, index: line(seed, index)[::-1], **FEW)
     assert data.make_dataset("val")[0].query_inputs.shape == (1, 6, 1)
