@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 from maml_lightning.data.checks import whole_shares
 from maml_lightning.data.datasets import TaskDataset
 from maml_lightning.episodes import Episode
+from maml_lightning.errors import SettingError
 
 
 # Under several processes Lightning wraps any other sampler in a DistributedSampler of its own, which pads the
@@ -69,7 +70,21 @@ class EpisodeSampler(DistributedSampler[int], SequentialSampler):
         return sum(len(self._share(start)) for start in range(0, self.episodes, self.meta_batch_size))
 
 
-class EpisodeLoader(DataLoader[Episode]):
+class TaskLoader(DataLoader[Episode]):
+    """A data loader whose workers' errors of the package are what they are without workers: one line."""
+
+    def __iter__(self) -> Iterator[Episode]:  # type: ignore[override]
+        # A generator, so that workers begin to draw at the first next(), when Lightning has set the sampler's epoch.
+        try:
+            yield from super().__iter__()
+        except SettingError as error:
+            _, of_worker, line = str(error).rpartition(f"\n{SettingError.__module__}.{SettingError.__name__}: ")
+            if not of_worker:
+                raise
+            raise SettingError(line.strip()) from error
+
+
+class EpisodeLoader(TaskLoader):
     """A data loader that resumes in the middle of an epoch: Lightning saves its state in each checkpoint.
 
     The state counts the meta-batches that training received, not those that workers have drawn ahead.
@@ -79,7 +94,6 @@ class EpisodeLoader(DataLoader[Episode]):
     trainer: Trainer | None = None  # its limit_train_batches may end an epoch early
 
     def __iter__(self) -> Iterator[Episode]:  # type: ignore[override]
-        # A generator, so that workers begin to draw at the first next(), when Lightning has set the sampler's epoch.
         self.received = cast(EpisodeSampler, self.sampler).skip
         for batch in super().__iter__():
             self.received += 1

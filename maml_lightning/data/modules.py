@@ -14,7 +14,7 @@ from maml_lightning.data.checks import at_least, whole_meta_batches, whole_share
 from maml_lightning.data.datasets import SPLITS, EpisodeDataset, Split, TaskDataset, images
 from maml_lightning.data.examples import Examples, extremes
 from maml_lightning.data.inherited_settings import full_docstring, full_signature
-from maml_lightning.data.loading import EpisodeLoader, EpisodeSampler
+from maml_lightning.data.loading import EpisodeLoader, EpisodeSampler, TaskLoader
 from maml_lightning.data.pictures import Preparation
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
@@ -140,7 +140,7 @@ class TaskDataModule(LightningDataModule, ABC):
             "generator": torch.Generator(),  # so that starting a loader draws nothing from torch's global generator
         }
         if split != "train":
-            return DataLoader(dataset, **options)
+            return TaskLoader(dataset, **options)
         loader = EpisodeLoader(dataset, **options)
         loader.trainer = self.trainer
         return loader

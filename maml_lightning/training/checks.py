@@ -2,7 +2,8 @@
 
 import itertools
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from operator import is_not
 from typing import Any
 
@@ -17,10 +18,11 @@ from maml_lightning.algorithms.inner_loop import InnerLoop
 from maml_lightning.algorithms.prototypes import labels_of
 from maml_lightning.algorithms.statistics import called
 from maml_lightning.engine.state import without_effects
-from maml_lightning.episodes import Episode
+from maml_lightning.episodes import Episode, InputSpec
 from maml_lightning.errors import SettingError
 from maml_lightning.structures import describe, first_task, leaves, mapped
 from maml_lightning.training import earlier_releases
+from maml_lightning.training.chunks import naming_what_saves_memory
 from maml_lightning.training.loss_checks import (
     check_classes,
     check_labels,
@@ -122,6 +124,46 @@ def check_rest(loop: InnerLoop, metric: Any, inner_steps: int, trainer: Trainer)
             check_fit(loop, metric, _converted(Episode.of(episode).check(), trainer), inner_steps, trainer)
         except SettingError as error:
             raise SettingError(f"{what}: {error}") from error
+
+
+@contextmanager
+def naming_misfits(module: Any, episode: Episode) -> Iterator[InnerLoop]:
+    """Where memory runs out, or network or loss do not take a task of a batch, raise an error that names what to do.
+
+    Args:
+        module: whose inner loop it gives.
+        episode: the batch that is computed meanwhile; of it, the first of its kind was checked beforehand.
+
+    Raises:
+        SettingError: see above. Any other error stays as it is.
+    """
+    loop = module._inner_loop
+    try:
+        with naming_what_saves_memory(loop):
+            yield loop
+    except SettingError:
+        raise
+    except (IndexError, RuntimeError, ValueError) as error:
+        for task in range(episode.tasks):
+            one = mapped(lambda tensor: tensor[task : task + 1], episode)  # noqa: B023
+            try:
+                check_fit(loop, module.metric, one, module.inner_steps, None)
+            except SettingError as reason:
+                raise SettingError(f"{_stage(module)}, task {task} of a batch: {reason}") from error
+            except RuntimeError:  # the device itself is in disorder
+                break
+        raise
+
+
+def _stage(module: Any) -> str:
+    stage = None if module._trainer is None else module._trainer.state.stage
+    return "training" if stage is None else stage.dataloader_prefix or "training"
+
+
+def input_spec(episode: Episode, trainer: Trainer | None) -> InputSpec | None:
+    """The specification of the pictures that a network is trained on; None of normalized ones and of anything else."""
+    data = getattr(trainer, "datamodule", None)
+    return None if getattr(data, "normalizes", False) else InputSpec.of_episode(episode, getattr(data, "ways", None))
 
 
 def kind_of(episode: Episode) -> list[tuple[torch.dtype, int]]:

@@ -177,13 +177,13 @@ class MAML(LightningModule):
         """
         start, rates = self._start(first_task(episode.support_inputs))
         steps = self.eval_inner_steps if steps is None else steps
-        with chunks.naming_what_saves_memory(self._inner_loop) as loop:
+        with checks.naming_misfits(self, episode) as loop:
             return loop.trajectory(start, episode, rates, steps)
 
     def inner_update_norms(self, episode: Episode) -> Tensor:
         """How far ``eval_inner_steps`` steps of adaptation move the parameters, in the Euclidean norm: ``[T]``."""
         start, rates = self._start(first_task(episode.support_inputs))
-        with chunks.naming_what_saves_memory(self._inner_loop) as loop:
+        with checks.naming_misfits(self, episode) as loop:
             return loop.moved(start, episode, rates, self.eval_inner_steps)
 
     @property
@@ -220,7 +220,7 @@ class MAML(LightningModule):
         first_order = self.first_order or self.current_epoch < self.first_order_epochs
         weights = multi_step_weights(self.inner_steps, self.current_epoch, self.multi_step_epochs)
         settings = Settings(first_order, weights, self.implicit_iterations)
-        with chunks.naming_what_saves_memory(self._inner_loop) as loop, chunks.reporting_choices(loop, episode.tasks):
+        with checks.naming_misfits(self, episode) as loop, chunks.reporting_choices(loop, episode.tasks):
             return loop.gradient(self.algorithm, parameters, episode, rates, self.inner_steps, settings)
 
     def _log(self, result: MetaGradient, episode: Episode, batch_idx: int) -> None:
@@ -281,7 +281,8 @@ class MAML(LightningModule):
     def _evaluate(self, batch: Episode, batch_idx: int, split: str) -> None:
         episode = self._check(batch)
         numbers = non_finite.episode_numbers(self.trainer, split, batch_idx, episode.tasks)
-        self._rows.append(self.scoring.rows(self.trajectory(episode), episode.query_targets, numbers))
+        with checks.naming_misfits(self, episode):
+            self._rows.append(self.scoring.rows(self.trajectory(episode), episode.query_targets, numbers))
 
     def prepare_data(self) -> None:
         """Check that trainer, data and network go together, before Lightning writes anything."""
@@ -297,9 +298,8 @@ class MAML(LightningModule):
         if not checks.is_checked(self._checked, parts, episode):
             self.scoring = checks.check_fit(self._inner_loop, self.metric, episode, self.inner_steps, self._trainer)
             self._checked = (*parts, checks.kind_of(episode))
-        data = getattr(self._trainer, "datamodule", None)
-        if self.inputs is None and self.training and not getattr(data, "normalizes", False):
-            self.inputs = InputSpec.of_episode(episode, getattr(data, "ways", None))
+        if self.inputs is None and self.training:
+            self.inputs = checks.input_spec(episode, self._trainer)
         return episode
 
     @classmethod

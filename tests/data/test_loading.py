@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DistributedSampler
 
-from maml_lightning import SettingError
+from maml_lightning import Episode, FunctionDataModule, SettingError
 from maml_lightning.data import EpisodeDataset
 from maml_lightning.data.loading import EpisodeSampler
 from tests.data.numbers import IMAGES, Numbers
@@ -93,3 +93,16 @@ def test_uneven_meta_batches_are_refused():
         EpisodeSampler(data, 4, fixed=True, num_replicas=3, rank=0)
     with pytest.raises(ValueError, match=r"data.train_episodes \(10\) .* data.meta_batch_size \(4\); use 12"):
         EpisodeSampler(data, 4, fixed=False)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_a_worker_is_one_line(split: str, workers: int):
+    data = FunctionDataModule(broken, meta_batch_size=2, train_episodes=4, val_episodes=4, num_workers=workers)
+    with pytest.raises(SettingError) as error:
+        list(getattr(data, f"{split}_dataloader")())
+    assert str(error.value) == "data.function gives 3 parts; give an Episode: " + ", ".join(Episode._fields) + "."
+
+
+def broken(seed: int, index: int):
+    return (torch.zeros(2, 1),) * (3 if index == 3 else 4)

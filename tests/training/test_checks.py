@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from maml_lightning import MAML, ArraysDataModule, Episode, FunctionDataModule, SettingError
+from maml_lightning.training.checks import naming_misfits
 from tests.structures import CASES, episode_of
 
 SET = torch.rand(2, 6, 4)  # inputs of two tasks
@@ -321,3 +322,29 @@ def test_the_first_episode_of_each_split_is_tried_before_training(tmp_path):
     with pytest.raises(SettingError, match=r"The first episode of val: model.net has 3 outputs, but the .* 4 classes"):
         trainer.fit(MAML(nn.Linear(4, 3)), data)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("late", [1, 3], ids=["support", "query"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_class_out_of_range_in_a_later_episode_is_named(split: str, late: int, tmp_path):
+    def task(seed: int, index: int):
+        parts = [SET[0], torch.arange(6) % 3, SET[1], torch.arange(6) % 3]
+        parts[late] = parts[late] + (index == 1)
+        return tuple(parts)
+
+    def good(seed: int, index: int):
+        return SET[0], torch.arange(6) % 3, SET[1], torch.arange(6) % 3
+
+    functions = {"train": good, "val": good, split: task}
+    data = FunctionDataModule(*functions.values(), meta_batch_size=2, train_episodes=2, val_episodes=2)
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, default_root_dir=tmp_path
+    )
+    with pytest.raises(SettingError, match=rf"{split}.*, task 1 of a batch: model.net has 3 outputs, but .* 4 classes"):
+        trainer.fit(MAML(nn.Linear(4, 3)), data)
+
+
+def test_a_failure_that_is_none_of_the_data_stays_as_it_is():
+    maml, batch = MAML(nn.Linear(4, 3)), episode(of_classes([0, 1, 2] * 2, [0] * 6))
+    with pytest.raises(ValueError, match="of my own"), naming_misfits(maml, batch):
+        raise ValueError("of my own")
