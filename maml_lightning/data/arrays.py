@@ -30,7 +30,7 @@ class ArraysDataModule(EpisodicDataModule):
 
     Inputs ``[H, W]`` or ``[C, H, W]`` of type uint8 are pictures: they are scaled to [0, 1], and gray ones get their
     channel. All other inputs stay as they are. No class may be in two splits: a label is the same class in all splits,
-    unless each split numbers its own classes from 0 without a gap.
+    unless each split numbers its own classes from 0 without a gap, and has another number of them.
 
     Args:
         train: training classes: a file (.npz, .npy, .pt) with inputs and integer labels, or with one array

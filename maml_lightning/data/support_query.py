@@ -233,7 +233,11 @@ class SupportQueryDataModule(LightningDataModule):
     def _read(self) -> None:
         spec = self._spec()
         if spec is None and self.trainer is not None and self.trainer.ckpt_path is None:
-            raise SettingError("ckpt_path is not given, and an untrained network predicts nothing; give --ckpt_path.")
+            raise SettingError(
+                "ckpt_path is not given, or it does not record what images its network was trained on: they were not "
+                "square, or normalized (data.mean, data.std), or it is of an earlier version; give --ckpt_path of a "
+                "network trained on square images in [0, 1] with this version."
+            )
         if spec is None:
             raise SettingError(
                 "The checkpoint does not record what images its network was trained on: they were not square, or not "
