@@ -1,7 +1,8 @@
 """What makes a network or a loss take the data, found by trying: the advice of errors."""
 
+import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +25,10 @@ def remedy_of_inputs(net: nn.Module, inputs: Any, takes: Callable[[Any], Any], e
         return f"the network takes them as {cast}"
     if re.search("dtype|scalar type", str(error)):
         return f"the network takes {_advice(kind)}, in the shape that it takes"
+    if isinstance(error, TypeError) and isinstance(inputs, Mapping):
+        return (
+            f"name the inputs as the arguments of its forward, {', '.join(inspect.signature(net.forward).parameters)}"
+        )
     numbers = [leaf for leaf in leaves(inputs) if not leaf.is_floating_point() and leaf.dtype != torch.bool]
     if isinstance(error, IndexError) and numbers:
         least, greatest = (min(int(leaf.min()) for leaf in numbers), max(int(leaf.max()) for leaf in numbers))
