@@ -148,8 +148,13 @@ def extremes(examples: Examples, setting: str) -> Iterator[tuple[str, int]]:
         found = _ends(leaf, examples)
         for value in sorted({*sorted(found)[:2], *sorted(found)[-2:]}):
             row = examples.row(found[value])
-            least, greatest = leaf[row].aminmax()
+            least, greatest = _comparable(leaf[row]).aminmax()
             yield f"{setting}{place}: {examples.at(found[value])}, has {least:g} to {greatest:g}", row
+
+
+def _comparable(values: Tensor) -> Tensor:
+    """The values as a type that has a minimum: uint16 has none."""
+    return values.double() if values.is_floating_point() else values.long()
 
 
 def _ends(values: Tensor, examples: Examples) -> dict[float, int]:
@@ -157,8 +162,7 @@ def _ends(values: Tensor, examples: Examples) -> dict[float, int]:
     total, size = sum(examples.counts), max(1, CHUNK // math.prod(values.shape[1:]))
     found: dict[float, int] = {}
     for start in range(0, total, size):
-        some = _rows(_some(values, examples.rows, start, start + size))
-        some = some.double() if some.is_floating_point() else some.long()
+        some = _comparable(_rows(_some(values, examples.rows, start, start + size)))
         least, greatest = some.aminmax()
         between = some[(some != least) & (some != greatest)]
         for value in (least, greatest, *(between.aminmax() if between.numel() else ())):

@@ -15,7 +15,7 @@ from torch import Tensor
 from cli import main
 from maml_lightning import ArraysDataModule, Episode, SettingError
 from maml_lightning.data import array_files
-from maml_lightning.data.examples import leaves, tree_map
+from maml_lightning.data.examples import extremes, leaves, tree_map
 from tests.runs import TINY, in_terminal, words
 
 CLASSES, EXAMPLES = 6, 5
@@ -433,3 +433,19 @@ def test_without_validation_no_validation_classes_are_needed(folder: Path):
     assert cli.trainer.global_step == 20
     with pytest.raises(SettingError, match=r"data.val is not given; give an array"):
         main(words("fit", **flags))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32, torch.int64])
+@pytest.mark.parametrize("shape", [(), (3,)], ids=str)
+def test_extremes_are_the_two_least_and_the_two_greatest_integers(dtype: torch.dtype, shape: tuple[int, ...]):
+    inputs, labels = flat(coded(*shape, dtype=torch.int64))
+    inputs = inputs.to(dtype)
+    examples, _ = array_files.examples_of((inputs, labels), "data.train")
+    found = dict(extremes(examples, "data.train"))
+    values = inputs.long().reshape(len(inputs), -1)[:, 0]
+    assert [values[row] for row in found.values()] == [0, 1, 54, 55]
+    row = int((values == 54).nonzero()[0])
+    assert f"data.train: example {row}, of class 5, has 54 to 54" in found
+    floats, _ = array_files.examples_of((inputs.float(), labels, inputs.double()), "data.train")
+    assert list(extremes(floats, "data.train"))[-1][0].startswith("data.train targets: example ")
+    assert not list(extremes(floats._replace(targets=None), "data.train"))
