@@ -43,7 +43,7 @@ def pictures(folder):
     noise = np.random.default_rng(0)
     for split in ("train", "val", "test"):
         for label in range(5):
-            of_class = folder / "pictures" / split / str(label)
+            of_class = folder / "pictures" / split / f"{split} {label}"
             of_class.mkdir(parents=True)
             for number in range(3):
                 Image.fromarray(noise.integers(0, 256, (28, 28, 3), np.uint8)).save(of_class / f"{number}.png")

@@ -151,7 +151,7 @@ def dictionary(outputs: Tensor, targets: Tensor) -> dict:
         (dictionary, r"model.metric dictionary gives \{a: float\}, not one number"),
         (
             torchmetrics.MeanSquaredError(),
-            r"model.metric mean_squared_error cannot be computed from outputs \[4, 3\] and",
+            r"model.metric mean_squared_error cannot be computed from outputs \[5, 3\] and",
         ),
         (torchmetrics.F1Score, r"model.metric F1Score cannot be created without arguments .*--model.metric.NAME"),
         ("accuracy", r"model.metric must be a torchmetrics metric or a function .*got 'accuracy'"),
