@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from maml_lightning.algorithms.inner_loop import InnerLoop
 from maml_lightning.algorithms.prototypes import labels_of
 from maml_lightning.algorithms.statistics import called
-from maml_lightning.engine.state import without_effects
+from maml_lightning.engine.trials import copies_to_try, same_random_numbers
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
 from maml_lightning.structures import describe, first_task, leaves, mapped
@@ -51,13 +51,16 @@ def check_fit(loop: InnerLoop, metric: Any, episode: Episode, inner_steps: int, 
         )
     all_inputs, all_targets = episode[2:] if pretraining else episode[:2]
     inputs, targets = map(first_task, (all_inputs, all_targets))
-    net, loss = loop.net, loop.loss
-    outputs = _outputs(net, loop.running or (), inputs, pretraining)
+    loss = loop.loss
+    for net, tried in (copies_to_try(loop.net, loss), (loop.net, loss)):
+        outputs = _outputs(net, loop.running or (), inputs, pretraining)
+        if _is_computed(tried, outputs, targets):
+            break  # else the loss may read what the network itself keeps as it runs
     if loop.head == "prototypes":
         outputs = outputs.new_zeros(*outputs.shape[:-1], len(labels_of(episode.support_targets)))
     elif is_of_classes(loss) and isinstance(targets, Tensor):
         _check_classes(loss, outputs, targets, all_targets, pretraining, trainer)
-    _check_loss(loss, outputs, targets)
+    _check_loss(tried, outputs, targets)
     if metric is not None:
         with _without_broadcasting():
             metric_scores(metric, [outputs[None]], mapped(lambda tensor: tensor[None], targets))
@@ -159,6 +162,15 @@ def _check_loss(loss: Callable[..., Any], outputs: Tensor, targets: Any) -> None
         raise _other_shape(outputs, targets)
 
 
+def _is_computed(loss: Callable[..., Any], outputs: Tensor, targets: Any) -> bool:
+    try:
+        with torch.no_grad():
+            loss(outputs, targets)
+    except Exception:  # said by the check that follows
+        return False
+    return True
+
+
 @contextmanager
 def _without_broadcasting() -> Iterator[None]:
     """Raise where PyTorch warns that a loss broadcasts targets of another shape than the outputs."""
@@ -203,8 +215,8 @@ def _outputs(net: nn.Module, running: Collection[str], inputs: Any, training: bo
     """The network's outputs in training or evaluation mode; its own mode is restored."""
     modes = {layer: layer.training for layer in net.modules()}
     try:
-        with torch.no_grad(), without_effects(net):
-            return called(net.train(training), {}, inputs, running)
+        with torch.enable_grad(), same_random_numbers():  # it may take a gradient as it runs
+            return called(net.train(training), {}, inputs, running).detach()
     except SettingError:
         raise
     except Exception as error:  # whatever a user's network raises
