@@ -219,7 +219,7 @@ def _outputs(net: nn.Module, running: Collection[str], inputs: Any, training: bo
             return called(net.train(training), {}, inputs, running).detach()
     except SettingError:
         raise
-    except Exception as error:  # whatever a user's network raises
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:  # others are faults of the network's own code
         raise SettingError(
             f"model.net does not take the episodes' inputs, {describe(inputs)} ({_first_line(error)}); "
             "give a network for them, such as maml_lightning.ConvNet for images, maml_lightning.MLP for vectors."
