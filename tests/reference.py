@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from maml_lightning import Episode
 
@@ -24,6 +25,7 @@ def reference(net: nn.Module, episode: Episode, lr: float, steps: int, loss, fir
     return mean_loss, total
 
 
+@sdpa_kernel(SDPBackend.MATH)  # the others have no second derivative
 def family(maml: nn.Module, net: nn.Module, episode: Episode, loss, steps: int, **settings):
     """The gradient of every parameter of ``maml`` under ``settings``, with the outer loss.
 

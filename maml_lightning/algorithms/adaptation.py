@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from maml_lightning.algorithms.optimizers import Parameters, rate_of
+from maml_lightning.engine.trials import copies_to_try, same_random_numbers
 from maml_lightning.errors import SettingError
 from maml_lightning.structures import call
 from maml_lightning.task_statistics import TaskNorm
@@ -99,14 +100,15 @@ def last_layer(net: nn.Module, inputs: Any) -> str | None:
 def _calls(net: nn.Module, inputs: Any) -> list[str] | None:
     """The names of the layers that a network calls, in their order; None where it does not take the inputs."""
     calls: list[str] = []
-    modes = {layer: layer.training for layer in net.modules()}
+    (net,) = copies_to_try(net)
     hooks = [
         layer.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
         for name, layer in net.named_modules()
         if name
     ]
+    modes = {layer: layer.training for layer in net.modules()}  # it is the network itself where it has no copy
     try:
-        with torch.no_grad():
+        with torch.no_grad(), same_random_numbers():
             call(net.eval(), inputs)
     except Exception:  # whatever a user's network raises; it will again where it matters
         return None
@@ -212,6 +214,7 @@ class Adaptation(nn.Module):
                 f"model.adapted_parameters [{patterns}]."
             )
         self.head, self._head_of = head, layers
+        self.names = adapted_names(net, self.adapted, head)
 
     def params(self, net: nn.Module) -> Parameters:
         """The network's parameters by name, those per step with a leading dimension ``[S+1, ...]``."""

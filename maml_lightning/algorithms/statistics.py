@@ -20,7 +20,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 
 from maml_lightning.algorithms.calling import call_with
-from maml_lightning.engine.state import copies_of_stored
+from maml_lightning.engine.trials import copies_of_stored
 from maml_lightning.errors import SettingError
 from maml_lightning.structures import call
 from maml_lightning.task_statistics import TaskNorm

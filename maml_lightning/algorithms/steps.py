@@ -59,8 +59,11 @@ def outputs(model: Model, fast: Parameters, shared: Parameters, constants: Param
     alone = is_by_autograd()  # in a loop over tasks the network keeps its own buffers, and may write to them
     tensors = {**fast, **shared} if alone else {**fast, **shared, **constants}
     with loop_operators() if alone else task_operators():
-        # torch's own layout, see kernel_layout
-        return call_with(model.net, {name: value.contiguous() for name, value in tensors.items()}, x)
+        tensors = {name: value.contiguous() for name, value in tensors.items()}  # torch's own layout, see kernel_layout
+        if not alone or torch.is_grad_enabled():
+            return call_with(model.net, tensors, x)
+        with torch.enable_grad():  # it may take a gradient as it runs
+            return call_with(model.net, tensors, x).detach()
 
 
 def query_outputs(

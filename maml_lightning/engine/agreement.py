@@ -12,7 +12,7 @@ _HALF = 0.2
 
 
 def disagreement(results: Any, expected: Any) -> str:
-    """In which way the results of the first task are not the expected ones, in a few words; empty where they are.
+    """In which way the results of the last task are not the expected ones, in a few words; empty where they are.
 
     Tensors with values that are not finite are left out.
 
@@ -24,7 +24,7 @@ def disagreement(results: Any, expected: Any) -> str:
     for result, value in pairs:
         if result.shape[1:] != value.shape[1:] or result.dtype != value.dtype:
             return f"gives {list(result.shape[1:])} {result.dtype}, not {list(value.shape[1:])} {value.dtype}"
-    pairs = [(r[:1], v) for r, v in pairs if v.is_floating_point() or v.is_complex()]
+    pairs = [(r[-1:], v) for r, v in pairs if v.is_floating_point() or v.is_complex()]
     pairs = [(r, v) for r, v in pairs if v.isfinite().all()]
     if not pairs:
         return ""

@@ -3,11 +3,13 @@
 There are three ways, tried in this order. ``traced``: a graph that is vectorized over tasks, recorded once and
 replayed. ``vectorized``: the function itself under ``vmap``. ``loop``: each task by itself, differentiated by autograd
 like any training loop; it runs whatever PyTorch runs. What cannot run in one way runs in the next. The first time,
-the first task also runs in the loop, and a way whose results differ is not taken.
+the last task also runs in the loop, and a way whose results differ is not taken.
 """
 
 import logging
-from collections.abc import Callable, Hashable
+import re
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -21,8 +23,9 @@ from maml_lightning.engine.graphs import structure
 from maml_lightning.engine.hoisting import Hoisted
 from maml_lightning.engine.jobs import Job, recomputed_pullback
 from maml_lightning.engine.memory import out_of_memory, return_freed_memory
-from maml_lightning.engine.state import Bound, RandomState, Snapshot, State, without_state
+from maml_lightning.engine.state import Bound, RandomState, State, without_state
 from maml_lightning.engine.tracing import TracedPair, signature, traced_call, traced_pair
+from maml_lightning.engine.trials import Trial, same_random_numbers
 from maml_lightning.errors import SettingError
 
 log = logging.getLogger(__name__)
@@ -55,6 +58,7 @@ class Executor:
         self._checked: set[Hashable] = set()  # graphs and families of calls that agree with the loop
         self._examined: set[Hashable] = set()  # networks whose effects are known
         self._lowest: dict[Hashable, int] = {}  # the way that a network was found to need
+        self._reasons: dict[Hashable, str] = {}  # why
         self._said: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -72,7 +76,7 @@ class Executor:
             self._states[key] = len(self._states)
         elif key not in self._states:
             why = f"its attributes have changed {MAX_STATES} times"
-            self._say(f"The network cannot be traced and runs untraced, which is slower: {why}")
+            self._say(f"The network runs without a recorded graph, which is slower: {why}")
         return State(objects, key, self._states.get(key))
 
     def release(self) -> None:
@@ -90,18 +94,12 @@ class Executor:
         return WAYS[self._way(state)]
 
     def saved_bytes(self, function: Callable, in_dims: tuple, *args: Any) -> int:
-        """Bytes that the backward pass through ``function`` of the first task needs, beside its arguments.
+        """Bytes that the backward pass through ``function`` of the last task needs, beside its arguments.
 
-        Runs the task in a loop without effects, and takes the loop from now on where there would have been any.
+        Runs the task in a loop, on copies, and takes the loop from now on where running it has effects.
         """
-        job, saved = Job(_bound(function), in_dims, args, pullback=True, recompute=False), 0
-
-        def run() -> None:
-            nonlocal saved
-            saved = loop.saved_bytes(job.function, job.in_dims, job.args)
-
-        self._without_effects(job, run)
-        return saved
+        job = Job(_bound(function), in_dims, args, pullback=True, recompute=False)
+        return self._try(job, lambda job: loop.saved_bytes(job.function, job.in_dims, job.args))[0] or 0
 
     def __call__(self, function: Callable, in_dims: tuple, *args: Any) -> Any:
         """``vmap(function, in_dims)(*args)``, without a graph for autograd."""
@@ -146,15 +144,18 @@ class Executor:
             checked = key if traced else family
             if checked not in self._checked and before is None:
                 before = RandomState(job.device())
-                reference = self._first_task(job)
+                reference = self._last_task(job)
                 continue
             try:
                 outputs, pullback = self._replay(job, key, leaves) if traced else job.untraced()
                 why = reference and disagreement(outputs, reference[0])
             except Exception as error:  # whatever a user's network raises where it cannot run this way
                 why = _reason(error)
+            if not why and before is not None and fingerprint(state.objects) != state.key:
+                why, way = "it changes its own attributes as it runs", LOOP - 1
             if not why:
                 self._checked.add(checked)
+                self._announce(state)
                 return outputs, self._check_once(job, pullback, reference[1]) if pullback and reference else pullback
             if before is not None:
                 before.restore()
@@ -169,14 +170,21 @@ class Executor:
 
     def _lower(self, state: State, way: int, why: str) -> None:
         """Take a slower way from now on."""
+        if self.execution == "loop":
+            return
         if self.execution != "auto":
             raise SettingError(
                 f"model.execution {self.execution} does not work for this network: {why}; leave it out, or set it to "
                 f"{'loop' if way == LOOP else 'vectorized or loop'}."
             )
         self._lowest[state.network] = max(way, self._lowest.get(state.network, TRACED))
-        how = "cannot be traced and runs untraced" if way == VECTORIZED else "runs task by task"
-        self._say(f"The network {how}, which is slower: {why}")
+        self._reasons.setdefault(state.network, why)
+
+    def _announce(self, state: State) -> None:
+        """Say once in which slower way a network runs, and why."""
+        if (why := self._reasons.get(state.network)) is not None:
+            how = "task by task" if self._way(state) == LOOP else "without a recorded graph"
+            self._say(f"The network runs {how}, which is slower: {why}")
 
     def _say(self, line: str) -> None:
         if line not in self._said:
@@ -188,45 +196,53 @@ class Executor:
             return key in self._graphs
         if len(self._graphs) == MAX_GRAPHS:
             self._say(
-                f"The network runs untraced, which is slower, for shapes of inputs beyond the first {MAX_GRAPHS}."
+                f"The network runs without a recorded graph, which is slower, for shapes beyond the first {MAX_GRAPHS}."
             )
             return False
         return True
 
-    def _first_task(self, job: Job) -> tuple[Any, Callable | None] | None:
-        """Outputs and pullback of the first task by the loop, to compare with; None where they cannot be compared."""
-        result = None
+    def _last_task(self, job: Job) -> tuple[Any, Callable | None] | None:
+        """Outputs and pullback of the last task by the loop, to compare with; None where they cannot be compared.
 
-        def run() -> None:
-            nonlocal result
-            result = job.first_task().in_loop()
-
-        return result if self._without_effects(job, run) else None
-
-    def _without_effects(self, job: Job, run: Callable[[], None]) -> bool:
-        """Run a job in the loop for its results alone; whether they are the same each time.
-
-        Takes the loop from now on where running it has effects, which have to happen as in a loop.
+        Random numbers differ from task to task. With the same ones, the last task alone has to be the same vectorized.
         """
-        state, snapshot, before = job.function.state, Snapshot(job.function.state), RandomState(job.device())
+        last, before = job.last_task(), RandomState(job.device())
+        result, deterministic = self._try(job, lambda job: job.last_task().in_loop())
+        if deterministic or result is None or self._way(job.function.state) == LOOP:
+            return result if deterministic else None
+        with before.restored():
+            if why := _untraced_disagreement(last, result):
+                self._lower(job.function.state, LOOP, why)
+        return None
+
+    def _try(self, job: Job, run: Callable[[Job], Any]) -> tuple[Any, bool]:
+        """What ``run`` gives of copies of the objects, None where it cannot run; and whether it is the same each time.
+
+        Takes the loop from now on where running has effects, which have to happen as in a loop.
+        """
+        state, before, result = job.function.state, RandomState(job.device()), None
         self._examined.add(state.network)
         if has_hooks(state.objects):
             self._lower(state, LOOP, "its hooks have to run at each call")
-            return False
-        with before.restored():
+            return None, False
+        try:
+            trial = Trial(state.objects)
+        except Exception as error:  # whatever a part of a user's network raises
+            self._lower(state, LOOP, f"it cannot be copied ({_reason(error)})")
+            return None, False
+        with before.restored(), same_random_numbers():
             try:
-                run()
+                result = run(job._replace(function=State(trial.objects, trial.key, 0).bind(job.function.function)))
             except Exception as error:  # what a loop cannot run, other ways may
                 _reason(error)
-            deterministic = before.is_current()
+            deterministic, changes = before.is_current(), trial.changes()
         return_freed_memory()
-        if why := snapshot.changes():
-            snapshot.restore()
-            self._lower(state, LOOP, f"it {why}")
-        return deterministic
+        if changes:
+            self._lower(state, LOOP, f"it {changes}")
+        return result, deterministic and not changes
 
     def _check_once(self, job: Job, pullback: Callable, reference: Callable | None) -> Callable:
-        """The pullback, which at its first call is compared with that of the first task by the loop."""
+        """The pullback, which at its first call is compared with that of the last task by the loop."""
         way, random_state, pullbacks = self._way(job.function.state), RandomState(job.device()), [pullback]
 
         @torch.no_grad()
@@ -235,8 +251,8 @@ class Executor:
             expected, reference = reference, None
             try:
                 gradients = pullbacks[0](cotangents)
-                first = pytree.tree_map(lambda cotangent: cotangent[:1], cotangents)
-                why = expected and disagreement(gradients, expected(first))
+                last = pytree.tree_map(lambda cotangent: cotangent[-1:], cotangents)
+                why = expected and disagreement(gradients, expected(last))
             except Exception as error:
                 why = _reason(error)
             del expected
@@ -251,17 +267,16 @@ class Executor:
         return checked
 
     def _looped(self, job: Job) -> tuple[Any, Callable | None]:
-        try:
-            return job.in_loop()
-        except NotImplementedError as error:
-            raise SettingError(
-                f"model.net cannot be run: {_reason(error)}. A training loop cannot run it either; replace that layer."
-            ) from error
+        with _naming_what_has_no_derivative():
+            outputs, pullback = job.in_loop()
+        self._announce(job.function.state)
+        return outputs, None if pullback is None else _naming_what_has_no_derivative()(pullback)
 
     def _replay(self, job: Job, key: Hashable, leaves: list[Tensor]) -> tuple[Any, Callable | None]:
         """Outputs and pullback by a graph, which is recorded the first time."""
         if key not in self._graphs:
-            with torch.autograd.set_detect_anomaly(False):  # fake tensors have nothing to detect
+            # Fake tensors have nothing to detect, and what they log is the reason for another way.
+            with torch.autograd.set_detect_anomaly(False), _without_log("torch._subclasses.fake_tensor"):
                 self._graphs[key] = (
                     traced_pair(job.vectorized(), job.joint(), job.args, self.compile)
                     if job.pullback
@@ -280,6 +295,16 @@ class Executor:
         return outputs, lambda cotangents: pair.pullback(residuals, cotangents)
 
 
+@contextmanager
+def _without_log(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
+
+
 def _bound(function: Callable) -> Bound:
     return function if isinstance(function, Bound) else without_state(function)
 
@@ -292,4 +317,35 @@ def _reason(error: Exception) -> str:
     """
     if isinstance(error, RuntimeError) and out_of_memory(error):
         raise error
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    line = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
+    return line if len(line) <= 120 else f"{line[:117]}..."
+
+
+def _untraced_disagreement(job: Job, expected: tuple[Any, Callable | None]) -> str:
+    """In which way a job of one task, vectorized, is not what is expected; empty where it is."""
+    try:
+        outputs, pullback = job.untraced()
+        why = disagreement(outputs, expected[0])
+        if why or pullback is None or expected[1] is None:
+            return why
+        return disagreement(pullback(outputs), expected[1](outputs))
+    except Exception as error:
+        return _reason(error)
+
+
+@contextmanager
+def _naming_what_has_no_derivative() -> Iterator[None]:
+    """Raise an error of one line where PyTorch has no derivative of an operator.
+
+    Raises:
+        SettingError: it has none.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # NotImplementedError is one
+        if not re.search("derivative .*not implemented|not implemented .*derivative", str(error)):
+            raise
+        raise SettingError(
+            f"PyTorch has no second derivative of a part of model.net or model.loss ({_reason(error)}), in no training "
+            "loop; replace that part, or set model.first_order to true."
+        ) from error

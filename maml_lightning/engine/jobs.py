@@ -50,15 +50,15 @@ class Job(NamedTuple):
 
         return _vmap(joint, (0, *self.in_dims))
 
-    def first_task(self) -> "Job":
-        """The same of the first task alone."""
+    def last_task(self) -> "Job":
+        """The same of the last task alone."""
 
-        def first(leaf: Tensor, dim: int | None) -> Tensor:
-            return leaf if dim is None else leaf[:1]
+        def last(leaf: Tensor, dim: int | None) -> Tensor:
+            return leaf if dim is None else leaf[-1:]
 
         leaves, spec = pytree.tree_flatten(self.args)
         dims: Any = pytree._broadcast_to_and_flatten(self.in_dims, spec)
-        return self._replace(args=pytree.tree_unflatten(list(map(first, leaves, dims)), spec), recompute=False)
+        return self._replace(args=pytree.tree_unflatten(list(map(last, leaves, dims)), spec), recompute=False)
 
     def in_loop(self) -> tuple[Any, Callable | None]:
         """Outputs and pullback, by a loop over tasks."""

@@ -10,29 +10,27 @@ from torch.utils import _pytree as pytree
 from maml_lightning.engine.differentiation import by_autograd, gradients_of
 
 
-def tasks_of(in_dims: Any, args: tuple) -> int:
-    """How many tasks the arguments hold."""
-    leaves, dims, _ = _flattened(in_dims, args)
-    return next(len(leaf) for leaf, dim in zip(leaves, dims, strict=True) if dim is not None)
-
-
-def of_task(task: int, in_dims: Any, args: Any) -> Any:
-    """The arguments of one task.
+def each_task(in_dims: Any, args: tuple) -> list[Any]:
+    """The arguments of each task.
 
     Args:
-        task: its number.
         in_dims: 0 or None for each argument or for parts of it, as for ``vmap``.
         args: a tuple of pytrees.
     """
-    leaves, dims, spec = _flattened(in_dims, args)
-    own = [leaf if dim is None else leaf[task] for leaf, dim in zip(leaves, dims, strict=True)]
-    return pytree.tree_unflatten(own, spec)
+    leaves, spec = pytree.tree_flatten(args)
+    dims: Any = pytree._broadcast_to_and_flatten(tuple(in_dims), spec)
+    parts = [leaf if dim is None else leaf.unbind() for leaf, dim in zip(leaves, dims, strict=True)]
+    tasks = next(len(leaf) for leaf, dim in zip(leaves, dims, strict=True) if dim is not None)
+    return [
+        pytree.tree_unflatten([p if dim is None else p[task] for p, dim in zip(parts, dims, strict=True)], spec)
+        for task in range(tasks)
+    ]
 
 
 def call(function: Callable, in_dims: Any, args: tuple) -> Any:
     """``function`` of each task, stacked."""
     with torch.no_grad(), by_autograd():
-        return _stacked([function(*of_task(task, in_dims, args)) for task in range(tasks_of(in_dims, args))])
+        return _stacked([function(*own) for own in each_task(in_dims, args)])
 
 
 def vjp(function: Callable, in_dims: Any, primal: Any, args: tuple) -> tuple[Any, Callable[[Any], Any]]:
@@ -45,8 +43,7 @@ def vjp(function: Callable, in_dims: Any, primal: Any, args: tuple) -> tuple[Any
         args: its other arguments.
     """
     results, records = [], []
-    for task in range(tasks_of(in_dims, (primal, *args))):
-        own, *others = of_task(task, in_dims, (primal, *args))
+    for own, *others in each_task(in_dims, (primal, *args)):
         inputs, spec = pytree.tree_flatten(own)
         inputs = [_differentiable(value) for value in inputs]
         with torch.enable_grad(), by_autograd():
@@ -66,7 +63,7 @@ def vjp(function: Callable, in_dims: Any, primal: Any, args: tuple) -> tuple[Any
 
 def saved_bytes(function: Callable, in_dims: Any, args: tuple) -> int:
     """Bytes that autograd keeps for the backward pass through ``function`` of the first task, arguments left out."""
-    own = of_task(0, in_dims, args)
+    own = each_task(in_dims, args)[0]
     leaves, spec = pytree.tree_flatten(own)
     known = {leaf.untyped_storage().data_ptr() for leaf in leaves}
     kept: dict[int, int] = {}
@@ -86,12 +83,6 @@ def saved_bytes(function: Callable, in_dims: Any, args: tuple) -> int:
 
 def _differentiable(value: Tensor) -> Tensor:
     return value.detach().requires_grad_(value.is_floating_point() or value.is_complex())
-
-
-def _flattened(in_dims: Any, args: tuple) -> tuple[list[Tensor], list[int | None], pytree.TreeSpec]:
-    leaves, spec = pytree.tree_flatten(args)
-    dims: Any = pytree._broadcast_to_and_flatten(tuple(in_dims), spec)
-    return leaves, dims, spec
 
 
 def _stacked(results: list[Any]) -> Any:

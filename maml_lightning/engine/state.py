@@ -1,22 +1,13 @@
-"""The Python objects that functions of tensors depend on: whether they are still what they were, and putting them back.
+"""The Python objects that functions of tensors depend on, and the random numbers that they draw."""
 
-The first time that a function runs, it may turn out that it has to run in another way. Until that is known nothing
-may have happened: attributes and random states are put back.
-"""
-
-import random
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from maml_lightning.engine.fingerprints import fingerprint
-
-_CONTAINERS = (dict, OrderedDict, list, set)
 
 
 class State:
@@ -77,94 +68,3 @@ class RandomState:
         with torch.random.fork_rng(self.devices):
             self.restore()
             yield
-
-
-class Snapshot:
-    """What running a function may change: attributes of modules, and Python's and NumPy's random states.
-
-    Args:
-        state: of the function; modules among its objects count.
-    """
-
-    def __init__(self, state: State) -> None:
-        self.state = state
-        self.random, self.numpy, self.drawn = random.getstate(), np.random.get_state(), _draws()
-        self.modules = [(layer, dict(vars(layer))) for layer in modules_of(state.objects)]
-        self.buffers = [
-            (buffer, buffer._version, buffer.detach().clone())
-            for layer, _ in self.modules
-            for buffer in layer._buffers.values()
-            if buffer is not None and not buffer.is_inference()
-        ]
-        self.containers = [
-            (value, value.copy())
-            for _, attributes in self.modules
-            for value in attributes.values()
-            if type(value) in _CONTAINERS
-        ]
-
-    def changes(self) -> str:
-        """What has changed since, in words that follow "it"; empty for nothing."""
-        if _draws() != self.drawn:
-            return "draws from Python's or NumPy's random numbers"
-        if any(buffer._version != version for buffer, version, _ in self.buffers) or self._reassigned():
-            return "writes to its buffers as it runs"
-        if fingerprint(self.state.objects) != self.state.key:
-            return "changes its own attributes as it runs"
-        return ""
-
-    def _reassigned(self) -> bool:
-        own = (buffer for layer, _ in self.modules for buffer in layer._buffers.values() if buffer is not None)
-        known = {id(buffer) for buffer, *_ in self.buffers}
-        return any(id(buffer) not in known for buffer in own if not buffer.is_inference())
-
-    def restore(self) -> None:
-        """Put everything back."""
-        random.setstate(self.random)
-        np.random.set_state(self.numpy)
-        for layer, attributes in self.modules:
-            vars(layer).clear()
-            vars(layer).update(attributes)
-        for container, values in self.containers:
-            container.clear()
-            container.extend(values) if isinstance(container, list) else container.update(values)
-        with torch.no_grad():
-            for buffer, version, value in self.buffers:
-                if buffer._version != version:
-                    buffer.copy_(value)
-
-
-def _draws() -> Hashable:
-    drawn: Any = np.random.get_state()
-    return random.getstate(), drawn[1].tobytes(), drawn[2]
-
-
-@contextmanager
-def without_effects(net: nn.Module) -> Iterator[None]:
-    """Put back what running a network changes."""
-    state = State((net,), fingerprint((net,)), None)
-    snapshot = Snapshot(state)
-    try:
-        yield
-    finally:
-        if snapshot.changes():
-            snapshot.restore()
-
-
-def modules_of(objects: tuple) -> list[nn.Module]:
-    """All layers of the modules among the objects."""
-    return [layer for part in objects if isinstance(part, nn.Module) for layer in part.modules()]
-
-
-def copies_of_stored(net: nn.Module) -> dict[int, Tensor]:
-    """A memo for ``copy.deepcopy``, which cannot copy tensors with a graph: those that layers keep (activations)."""
-    stored = (value for layer in net.modules() for attribute in vars(layer).values() for value in _tensors(attribute))
-    return {id(value): value.detach().clone() for value in stored if value.grad_fn is not None}
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif type(value) in (dict, list, tuple):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(part)

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from maml_lightning.algorithms.inner_loop import InnerLoop
 from maml_lightning.algorithms.prototypes import labels_of
 from maml_lightning.algorithms.statistics import called
-from maml_lightning.engine.state import without_effects
+from maml_lightning.engine.trials import copies_to_try, same_random_numbers
 from maml_lightning.episodes import Episode, InputSpec
 from maml_lightning.errors import SettingError
 from maml_lightning.structures import describe, first_task, leaves, mapped
@@ -28,6 +28,7 @@ from maml_lightning.training.loss_checks import (
     check_labels,
     check_loss,
     first_line,
+    is_computed,
     without_broadcasting,
 )
 from maml_lightning.training.metrics import metric_scores
@@ -58,17 +59,20 @@ def check_fit(loop: InnerLoop, metric: Any, episode: Episode, inner_steps: int, 
             f"model.inner_steps is {inner_steps}, but the training episodes have no support set to adapt to "
             "(data.pretraining); set it to 0."
         )
-    net, loss = loop.net, loop.loss
+    loss = loop.loss
     for all_inputs, all_targets in (episode[2:],) if pretraining else (episode[:2], episode[2:]):
         inputs, targets = map(first_task, (all_inputs, all_targets))
-        outputs = _outputs(net, loop.running or (), inputs, pretraining)
+        for net, tried in (copies_to_try(loop.net, loss), (loop.net, loss)):
+            outputs = _outputs(net, loop.running or (), inputs, pretraining)
+            if is_computed(tried, outputs, targets):
+                break  # else the loss may read what the network itself keeps as it runs
         if loop.head == "prototypes":
             outputs = outputs.new_zeros(*outputs.shape[:-1], len(labels_of(episode.support_targets)))
         elif is_of_classes(loss) and isinstance(targets, Tensor):
             check_classes(loss, outputs, targets, all_targets, pretraining, trainer)
         elif is_of_labels(loss) and isinstance(targets, Tensor):
             check_labels(loss, all_targets)
-        check_loss(loss, outputs, targets)
+        check_loss(tried, outputs, targets)
     if metric is not None:
         with without_broadcasting():
             metric_scores(metric, [outputs[None]], mapped(lambda tensor: tensor[None], targets))
@@ -181,14 +185,14 @@ def _outputs(net: nn.Module, running: Collection[str], inputs: Any, training: bo
     modes = {layer: layer.training for layer in net.modules()}
 
     def takes(inputs: Any) -> Tensor:
-        with torch.no_grad(), without_effects(net):
-            return called(net.train(training), {}, inputs, running)
+        with torch.enable_grad(), same_random_numbers():  # it may take a gradient as it runs
+            return called(net.train(training), {}, inputs, running).detach()
 
     try:
         return takes(inputs)
     except SettingError:
         raise
-    except Exception as error:  # whatever a user's network raises
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:  # others are faults of the network's own code
         raise SettingError(
             f"model.net does not take the episodes' inputs, {describe(inputs)} ({first_line(error)}); "
             f"{remedy_of_inputs(net, inputs, takes, error)}."

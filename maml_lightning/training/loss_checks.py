@@ -95,6 +95,16 @@ def check_loss(loss: Callable[..., Any], outputs: Tensor, targets: Any) -> None:
         raise _other_shape(outputs, targets)
 
 
+def is_computed(loss: Callable[..., Any], outputs: Tensor, targets: Any) -> bool:
+    """Whether a loss takes outputs and targets."""
+    try:
+        with torch.no_grad():
+            loss(outputs, targets)
+    except Exception:  # said by the check that follows
+        return False
+    return True
+
+
 def _loss_with_gradient(loss: Callable[..., Any], outputs: Tensor, targets: Any) -> Any:
     """The loss of outputs and targets, once its gradient is known to exist: some types allow the loss alone."""
     with torch.inference_mode(False), torch.enable_grad(), without_broadcasting():

@@ -204,7 +204,7 @@ class MAML(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam, as in the paper."""
         # Its usual eps of 1e-8 is 0 in float16, and 0 / 0 no number.
-        eps = max(1e-8, *(torch.finfo(value.dtype).tiny for value in self.parameters()))
+        eps = max(1e-8, *(torch.finfo(value.dtype).tiny for value in self.parameters() if value.requires_grad))
         return torch.optim.Adam(self.parameters(), lr=self.outer_lr, eps=eps)
 
     def training_step(self, batch: Episode, batch_idx: int) -> Tensor:

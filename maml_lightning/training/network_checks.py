@@ -15,9 +15,14 @@ def check_network(net: nn.Module, second_order: bool) -> None:
         second_order: whether second derivatives are needed.
 
     Raises:
-        SettingError: it has lazy layers that have not seen an input, or TorchScript, whose second derivatives are
-            wrong in PyTorch itself.
+        SettingError: it is wrapped for several devices, has lazy layers that have not seen an input, or TorchScript,
+            whose second derivatives are wrong in PyTorch itself.
     """
+    if isinstance(net, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise SettingError(
+            f"model.net is wrapped in {type(net).__name__}; give the network inside (net.module): several devices are "
+            "the Trainer's to use (trainer.devices)."
+        )
     lazy = [name for name, value in (*net.named_parameters(), *net.named_buffers()) if is_lazy(value)]
     if lazy:
         raise SettingError(

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maml_lightning.errors import SettingError
+
 
 class _Surrogate(torch.autograd.Function):
     @staticmethod
@@ -36,6 +38,8 @@ def surrogate_loss(loss: Tensor, *groups: tuple[Mapping[str, Tensor], Mapping[st
         for name, value in parameters.items()
         if value.requires_grad
     ]
+    if not pairs:
+        raise SettingError("model.net has no parameter that is trained; unfreeze one (requires_grad_(True)).")
     values, gradients = zip(*pairs, strict=True)
     # A loss that is not finite makes the gradient so, which the other processes then see as well.
     return _Surrogate.apply(loss, (gradients[0] + 0 * loss, *gradients[1:]), *values)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from maml_lightning import MAML, MLP, ConvNet, SettingError
+from maml_lightning import MAML, MLP, ConvNet, ResNet12, SettingError
 from tests.own_network import Branching
 from tests.reference import family, images, perturbed, relative_error
 
@@ -105,6 +105,41 @@ def test_own_networks_need_no_edits(name):
     assert_exact(own(), *{**VARIANTS, **NORMALIZED}[name], tasks_per_chunk=1, flat_memory=True)
 
 
+class Rows(nn.Module):
+    """An LSTM, or a transformer, over the rows of a picture."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.norm, self.head = body, nn.LayerNorm(4), nn.Linear(4, 3)
+        self.entry = nn.Linear(10, 4)
+
+    def forward(self, x):
+        outputs = self.body(self.entry(x.squeeze(1)))
+        return self.head(self.norm(outputs[0] if isinstance(outputs, tuple) else outputs).mean(1))
+
+
+def recurrent():
+    return Rows(nn.LSTM(4, 4, batch_first=True))
+
+
+def transformer():
+    return Rows(nn.TransformerEncoderLayer(4, 2, 5, dropout=0.0, activation="gelu", batch_first=True))
+
+
+def residual():
+    return nn.Sequential(nn.ZeroPad2d(3), ResNet12(1, 3, (2, 2, 2, 2)))
+
+
+NETWORKS = {"LSTM": recurrent, "transformer": transformer, "ResNet-12": residual}
+MEMBERS = ["ANIL", "BOIL", "Meta-SGD", "LSLR", "momentum", "Adam", "per-step normalization"]
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("net", NETWORKS)
+def test_the_family_is_exact_on_recurrent_and_residual_networks_and_transformers(net, member):
+    assert_exact(NETWORKS[net](), *{**VARIANTS, **NORMALIZED}[member], tasks_per_chunk=None)
+
+
 class Scaled(nn.Module):
     """A layer of one's own with a parameter of its own."""
 
@@ -195,7 +230,7 @@ def test_reptile_moves_to_the_adapted_weights():
     assert net.weight.grad.item() == pytest.approx(0.5 - theta, rel=1e-12)
 
 
-@pytest.mark.parametrize("make", [convolutional, own])
+@pytest.mark.parametrize("make", [convolutional, own, recurrent, transformer, residual])
 def test_reptile_direction_is_the_mean_over_tasks(make):
     net, episode = perturbed(make()), images()
     maml = MAML(net=net, algorithm="reptile", inner_lr=LR, inner_steps=2, tasks_per_chunk=3)
@@ -236,8 +271,9 @@ def test_implicit_gradient_is_the_exact_linear_solve():
     assert torch.allclose(net.weight.grad[0], expected, rtol=1e-8)
 
 
-def test_implicit_gradient_of_an_own_network_is_the_solve_with_its_hessian():
-    net, episode, mu = perturbed(own()), images(tasks=2), 5.0
+@pytest.mark.parametrize("make", [own, recurrent, transformer, residual])
+def test_implicit_gradient_of_an_own_network_is_the_solve_with_its_hessian(make):
+    net, episode, mu = perturbed(make()), images(tasks=2), 50.0
     maml = MAML(net=net, algorithm="imaml", inner_lr=0.1, inner_steps=3, proximal=mu, implicit_iterations=150)
     maml.training_step(episode, 0).backward()
     names, shapes = zip(*((name, value.shape) for name, value in net.named_parameters()), strict=True)

@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from maml_lightning.engine import chunks
-from maml_lightning.engine.execution import Executor
 from tests.reference import images
 
 
@@ -38,41 +37,12 @@ def test_the_mean_is_the_same_in_chunks_of_any_size(size, expected):
     assert torch.equal(result.predictions, episode.query_inputs)
 
 
-@pytest.mark.parametrize(("seconds", "fastest"), [({2: 1.0, 8: 8.0}, 2), ({2: 1.0, 8: 3.0}, 8), ({1: 0.1, 2: 1.0}, 1)])
-def test_the_fastest_size_per_task_is_taken(seconds, fastest, monkeypatch):
-    running = []
-    monkeypatch.setattr(chunks, "seconds", lambda run, device: (run(), seconds.get(running[-1], 99.0))[1])
-    size = chunks.fastest_size(lambda chunk: running.append(chunk.tasks), images(tasks=8), Executor())
-    assert size == fastest
-
-
-def test_a_size_that_would_not_fit_is_not_tried(monkeypatch):
-    executor, running = Executor(), []
-
-    def run(chunk):
-        running.append(chunk.tasks)
-        executor.kept_bytes += 1000 * chunk.tasks
-
-    monkeypatch.setattr(chunks, "free_bytes", lambda device: 15_999)
-    monkeypatch.setattr(chunks, "seconds", lambda run, device: (run(), 1.0)[1])
-    assert chunks.fastest_size(run, images(tasks=8), executor) == 2
-    assert max(running) == 2
-    monkeypatch.setattr(chunks, "free_bytes", lambda device: 16_001)
-    assert chunks.fastest_size(run, images(tasks=8), executor) == 8
-
-
-def test_running_out_of_memory_is_slow():
-    def run(chunk):
-        if chunk.tasks == 8:
-            raise torch.OutOfMemoryError("out of memory")
-
-    assert chunks.fastest_size(run, images(tasks=8), Executor()) < 8
-
-
-def test_measuring_leaves_the_random_state():
-    before = torch.get_rng_state()
-    chunks.fastest_size(lambda chunk: torch.rand(3), images(tasks=4), Executor())
-    assert torch.equal(torch.get_rng_state(), before)
+@pytest.mark.parametrize(
+    ("megabytes", "tasks", "size"),
+    [(1, 32, 32), (10, 32, 16), (100, 32, 2), (300, 32, 1), (0, 7, 7), (64, 7, 4), (40, 7, 4), (36, 7, 7)],
+)
+def test_tasks_that_need_little_memory_are_vectorized_together(megabytes, tasks, size):
+    assert chunks.chunk_size(megabytes * 2**20, tasks, torch.device("cpu")) == size
 
 
 def test_detached_is_usable_outside_of_inference_mode():

@@ -15,6 +15,10 @@ from maml_lightning import ConvNet
 from maml_lightning.engine.fingerprints import fingerprint, has_hooks
 
 
+def fingerprint_of(value):
+    return fingerprint((value,))
+
+
 @dataclass
 class Options:
     temperature: float = 1.0
@@ -48,29 +52,29 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_of_what_forward_may_read_is_another_fingerprint(change):
+def test_a_change_of_what_forward_may_read_is_another_fingerprint_of(change):
     net = network()
-    before = fingerprint(net)
-    assert fingerprint(net) == before
+    before = fingerprint_of(net)
+    assert fingerprint_of(net) == before
     CHANGES[change](net)
-    assert fingerprint(net) != before
-    assert fingerprint(net) == fingerprint(net)
+    assert fingerprint_of(net) != before
+    assert fingerprint_of(net) == fingerprint_of(net)
 
 
 def test_values_of_parameters_and_copies_do_not_matter():
     net = ConvNet(hidden_channels=2)
-    before = fingerprint(net)
+    before = fingerprint_of(net)
     with torch.no_grad():
         net.head.weight += 1
     copies = [copy.deepcopy(net), pickle.loads(pickle.dumps(net)), ConvNet(hidden_channels=2)]
-    assert all(fingerprint(each) == before and hash(fingerprint(each)) == hash(before) for each in (net, *copies))
+    assert all(fingerprint_of(each) == before and hash(fingerprint_of(each)) == hash(before) for each in (net, *copies))
 
 
 def test_partials_and_closures_are_looked_into():
-    assert fingerprint(partial(F.cross_entropy, label_smoothing=0.1)) == fingerprint(
+    assert fingerprint_of(partial(F.cross_entropy, label_smoothing=0.1)) == fingerprint_of(
         partial(F.cross_entropy, label_smoothing=0.1)
     )
-    assert fingerprint(partial(F.cross_entropy, label_smoothing=0.1)) != fingerprint(
+    assert fingerprint_of(partial(F.cross_entropy, label_smoothing=0.1)) != fingerprint_of(
         partial(F.cross_entropy, label_smoothing=0.2)
     )
     scale = 1.0
@@ -78,25 +82,25 @@ def test_partials_and_closures_are_looked_into():
     def loss(outputs, targets):
         return scale * F.mse_loss(outputs, targets)
 
-    before = fingerprint(loss)
+    before = fingerprint_of(loss)
     scale = 2.0
-    assert fingerprint(loss) != before
+    assert fingerprint_of(loss) != before
 
 
 def test_networks_that_contain_themselves_end():
     net = network()
     net.options.owner, net.scales = net, [net]
-    assert fingerprint(net) == fingerprint(net)
+    assert fingerprint_of(net) == fingerprint_of(net)
 
 
 def test_nothing_is_kept_alive_and_an_address_that_is_used_again_is_another_object():
     net = network()
     net.act = lambda x: x
-    kept, gone = fingerprint(net), weakref.ref(net)
+    kept, gone = fingerprint_of(net), weakref.ref(net)
     del net
     gc.collect()
     assert gone() is None
-    assert kept != fingerprint(network())
+    assert kept != fingerprint_of(network())
 
 
 def test_hooks_are_found():
@@ -110,8 +114,8 @@ def test_hooks_are_found():
 
 def test_recurrent_layers_are_the_same_after_a_call():
     net = nn.LSTM(3, 2)
-    before = fingerprint((net,))
+    before = fingerprint_of((net,))
     torch.func.functional_call(net, {n: v * 2 for n, v in net.named_parameters()}, (torch.rand(2, 1, 3),))
-    assert fingerprint((net,)) == before
+    assert fingerprint_of((net,)) == before
     net.batch_first = True
-    assert fingerprint((net,)) != before
+    assert fingerprint_of((net,)) != before

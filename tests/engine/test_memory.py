@@ -35,17 +35,23 @@ def test_peak_is_of_this_process_and_stays():
 
 def test_c_library_without_the_switch_is_left_alone(monkeypatch):
     memory.keep_freed_memory.cache_clear()
+    memory._c_library.cache_clear()
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
-    assert memory.keep_freed_memory() is None
+    assert memory.keep_freed_memory() is memory.return_freed_memory() is None
     memory.keep_freed_memory.cache_clear()
+    memory._c_library.cache_clear()
 
 
 def test_switches_are_set_once(monkeypatch):
     calls = []
-    library = type("Library", (), {"mallopt": lambda self, *call: calls.append(call)})()
+    names = ("mallopt", "malloc_trim")
+    library = type("Library", (), {n: lambda self, *call, n=n: calls.append((n, *call)) for n in names})()
     memory.keep_freed_memory.cache_clear()
+    memory._c_library.cache_clear()
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: library)
     for _ in range(2):
         memory.keep_freed_memory()
-    assert calls == [(-4, 0), (-1, -1)]
+    memory.return_freed_memory()
+    assert calls == [("mallopt", -3, 2**25), ("mallopt", -1, -1), ("malloc_trim", 0)]
     memory.keep_freed_memory.cache_clear()
+    memory._c_library.cache_clear()

@@ -1,0 +1,127 @@
+"""Networks whose calls have effects, or read what may change, are exact from the first step on; trials leave nothing."""
+
+import copy
+import itertools
+import random
+from collections import deque
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from maml_lightning import MAML, Episode
+from tests.reference import reference, relative_error
+
+SCALE = 1.0
+
+
+class Settings:
+    scale = 1.0
+
+
+class Net(nn.Module):
+    """A linear layer whose outputs are multiplied by ``scale(net, outputs)``."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.layer, self.scale, self.calls, self.kept = nn.Linear(4, 3), scale, 0, SimpleNamespace(calls=0, value=1.0)
+        self.history, self.numbers, self.schedule = deque(maxlen=3), random.Random(0), itertools.count(1)
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        outputs = self.layer(x)
+        return outputs * self.scale(self, outputs)
+
+    @property
+    def of_settings(self):
+        return Settings.scale
+
+
+def counted(net, outputs):
+    net.calls += 1
+    return 1 + 0.1 * net.calls
+
+
+def counted_in_a_part(net, outputs):
+    net.kept.calls += 1
+    return 1 + 0.1 * net.kept.calls
+
+
+def remembered(net, outputs):
+    net.history.append(outputs.detach().mean())
+    return 1 + sum(net.history)
+
+
+def averaged(net, outputs):
+    net.mean = 0.9 * net.mean + 0.1 * outputs.detach().mean(0)
+    return 1 + net.mean
+
+
+def averaged_in_place(net, outputs):
+    net.mean.data.mul_(0.9).add_(0.1 * outputs.detach().mean(0))
+    return 1 + net.mean.clone()
+
+
+EFFECTS = {
+    "attribute": counted,
+    "attribute of a part": counted_in_a_part,
+    "deque": remembered,
+    "buffer": averaged,
+    "buffer's data": averaged_in_place,
+    "generator of its own": lambda net, outputs: net.numbers.random(),
+    "iterator": lambda net, outputs: next(net.schedule),
+}
+READ = {
+    "global variable": lambda net, outputs: SCALE,
+    "class attribute": lambda net, outputs: Settings.scale,
+    "property": lambda net, outputs: net.of_settings,
+    "attribute of a part": lambda net, outputs: net.kept.value,
+}
+
+
+def episode():
+    generator = torch.Generator().manual_seed(3)
+    x, query = (torch.rand(3, 6, 4, dtype=torch.float64, generator=generator) for _ in range(2))
+    y = torch.arange(3).repeat(3, 2)
+    return Episode(x, y, query, y)
+
+
+def gradient(maml):
+    maml.zero_grad()
+    maml.training_step(episode(), 0).backward()
+    return {name: value.grad for name, value in maml.net.named_parameters()}
+
+
+@pytest.mark.parametrize("effect", EFFECTS)
+def test_effects_are_those_of_a_loop(effect):
+    net = Net(EFFECTS[effect]).double()
+    plain = copy.deepcopy(net)
+    maml = MAML(net, inner_lr=0.1, inner_steps=2)
+    for _ in range(2):
+        _, expected = reference(plain, episode(), 0.1, 2, F.cross_entropy)
+        assert relative_error(gradient(maml), expected) < 1e-9
+
+
+@pytest.mark.parametrize("read", READ)
+def test_what_is_read_may_change(read, monkeypatch):
+    net = Net(READ[read]).double()
+    maml = MAML(net, inner_lr=0.1, inner_steps=2)
+    for scale in (1.0, 3.0):
+        monkeypatch.setattr(f"{__name__}.SCALE", scale)
+        monkeypatch.setattr(Settings, "scale", scale)
+        net.kept.value = scale
+        _, expected = reference(net, episode(), 0.1, 2, F.cross_entropy)
+        assert relative_error(gradient(maml), expected) < 1e-9
+
+
+def test_a_network_that_clips_its_weights_keeps_those_of_its_own():
+    def clipped(net, outputs):
+        net.layer.weight.data.clamp_(-0.1, 0.1)
+        return 1.0
+
+    net = Net(clipped).double()
+    before = net.layer.weight.detach().clone()
+    gradient(MAML(net, inner_lr=0.1, inner_steps=1))
+    assert torch.equal(net.layer.weight, before)
