@@ -214,7 +214,8 @@ class Adaptation(nn.Module):
                 f"model.adapted_parameters [{patterns}]."
             )
         self.head, self._head_of = head, layers
-        self.names = adapted_names(net, self.adapted, head)
+        own = {name for name, _ in net.named_parameters()}
+        self.names = adapted_names(net, self.adapted, head, [name for name in self.trainable if name in own] or None)
 
     def params(self, net: nn.Module) -> Parameters:
         """The network's parameters by name, those per step with a leading dimension ``[S+1, ...]``."""

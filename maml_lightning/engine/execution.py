@@ -94,10 +94,7 @@ class Executor:
         return WAYS[self._way(state)]
 
     def saved_bytes(self, function: Callable, in_dims: tuple, *args: Any) -> int:
-        """Bytes that the backward pass through ``function`` of the last task needs, beside its arguments.
-
-        Runs the task in a loop, on copies, and takes the loop from now on where running it has effects.
-        """
+        """Bytes that the backward pass through ``function`` of the last task needs, beside its arguments."""
         job = Job(_bound(function), in_dims, args, pullback=True, recompute=False)
         return self._try(job, lambda job: loop.saved_bytes(job.function, job.in_dims, job.args))[0] or 0
 

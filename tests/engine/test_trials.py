@@ -1,4 +1,4 @@
-"""Networks whose calls have effects, or read what may change, are exact from the first step on; trials leave nothing."""
+"""What calls change happens as in a loop, what networks read may change, and trials leave nothing behind."""
 
 import copy
 import itertools
