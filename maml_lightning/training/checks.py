@@ -67,7 +67,7 @@ def check_fit(loop: InnerLoop, metric: Any, episode: Episode, inner_steps: int, 
             if is_computed(tried, outputs, targets):
                 break  # else the loss may read what the network itself keeps as it runs
         if loop.head == "prototypes":
-            outputs = outputs.new_zeros(*outputs.shape[:-1], len(labels_of(episode.support_targets)))
+            outputs = outputs.new_zeros(*outputs.shape[:-1], len(labels_of(episode.support_targets, all_targets)))
         elif is_of_classes(loss) and isinstance(targets, Tensor):
             check_classes(loss, outputs, targets, all_targets, pretraining, trainer)
         elif is_of_labels(loss) and isinstance(targets, Tensor):
