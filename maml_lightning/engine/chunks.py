@@ -4,7 +4,6 @@ A function of a chunk adds the chunk's gradients to running sums, so that one ch
 """
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from maml_lightning.structures import Part, mapped
 
 Parameters = dict[str, Tensor]
 
-# On a CPU, tasks that keep more than this are not vectorized together (docs/scaling.md has measurements).
+# On a CPU, tasks that keep more than this are not vectorized together: memory would grow for a few percent of time.
 VECTORIZED_BYTES = 256 * 2**20
 
 
@@ -106,15 +105,6 @@ def chunk_size(bytes_per_task: int, tasks: int, device: torch.device) -> int:
     # Chunks of one size share their graphs; of unlike sizes they are at least nearly equal.
     even = next(size for size in range(most, 0, -1) if tasks % size == 0)
     return even if 2 * even > most else math.ceil(tasks / math.ceil(tasks / most))
-
-
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Wall time of ``run``, until the device is done."""
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def _zeros(values: Parameters) -> Parameters:

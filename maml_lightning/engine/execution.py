@@ -94,7 +94,7 @@ class Executor:
         return WAYS[self._way(state)]
 
     def saved_bytes(self, function: Callable, in_dims: tuple, *args: Any) -> int:
-        """Bytes that the backward pass through ``function`` of the last task needs, beside its arguments."""
+        """Bytes that the backward pass through ``function`` of the first task needs, beside its arguments."""
         job = Job(_bound(function), in_dims, args, pullback=True, recompute=False)
         return self._try(job, lambda job: loop.saved_bytes(job.function, job.in_dims, job.args))[0] or 0
 
@@ -137,6 +137,7 @@ class Executor:
         before: RandomState | None = None
         reference: tuple[Any, Callable | None] | None = None
         while (way := self._way(state)) != LOOP:
+            slower = way + 1
             traced = way == TRACED and (self._is_traced(key, pays) or self.execution == "traced")
             checked = key if traced else family
             if checked not in self._checked and before is None:
@@ -149,14 +150,14 @@ class Executor:
             except Exception as error:  # whatever a user's network raises where it cannot run this way
                 why = _reason(error)
             if not why and before is not None and fingerprint(state.objects) != state.key:
-                why, way = "it changes its own attributes as it runs", LOOP - 1
+                why, slower = "it changes its own attributes as it runs", LOOP
             if not why:
                 self._checked.add(checked)
                 self._announce(state)
                 return outputs, self._check_once(job, pullback, reference[1]) if pullback and reference else pullback
             if before is not None:
                 before.restore()
-            self._lower(state, way + 1, why)
+            self._lower(state, slower, why)
         return self._looped(job)
 
     def _way(self, state: State) -> int:

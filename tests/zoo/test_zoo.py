@@ -100,6 +100,16 @@ def check_untouched(case: Case, net: nn.Module, before: dict[str, torch.Tensor],
     assert not leaked(net), f"{leaked(net)} hold tensors of a transform"
 
 
+def after_step(case: Case, number: int, *networks: nn.Module) -> None:
+    """Move the parameters, and after the first step make the case's change."""
+    for network in networks:
+        with torch.no_grad():
+            for value in network.parameters():
+                value += 0.01
+        if case.change and number == 0:
+            case.change(network)
+
+
 def check_steps(case: Case, **settings) -> None:
     """Two meta-steps: the second replays what the first traced, with other parameters and after a change."""
     net, plain = case.network(), case.network(plain=True)
@@ -119,12 +129,7 @@ def check_steps(case: Case, **settings) -> None:
         error = step_error(maml, episode, expected)
         assert error < TOLERANCE, f"step {number}: relative error {error:.1e}"
         check_untouched(case, net, before, objects)
-        for network in (net, plain):
-            with torch.no_grad():
-                for value in network.parameters():
-                    value += 0.01
-            if case.change and number == 0:
-                case.change(network)
+        after_step(case, number, net, plain)
         before = {name: value.clone() for name, value in net.state_dict().items()}
         objects = [id(value) for value in net.parameters()]
 
