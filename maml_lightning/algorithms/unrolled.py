@@ -11,7 +11,8 @@ adapted parameters, where ``H_k`` is the Hessian of the support loss, never form
 
 Each product with ``H_k`` is the pullback of the inner step, so that the same sweep holds for momentum and Adam, whose
 state has an adjoint of its own. FOMAML drops the ``H_k`` term, ANIL and BOIL adapt a part of the parameters, Meta-SGD
-and LSLR learn ``alpha``, Meta-Curvature matrices beside it. The pullback also yields the gradients of what all tasks share.
+and LSLR learn ``alpha``, Meta-Curvature matrices beside it. The pullback also yields the gradients of what all tasks
+share.
 """
 
 from collections.abc import Callable

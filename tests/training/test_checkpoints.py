@@ -28,6 +28,7 @@ EVERY_STEP = {"last_checkpoint.every_n_train_steps": 1}
 # Everything that has a state of its own.
 STATEFUL = {
     "model.learn_inner_lr": "step",
+    "model.meta_curvature": "true",
     "model.inner_steps": 2,
     "model.multi_step_epochs": 2,
     "model.first_order_epochs": 1,
