@@ -308,7 +308,7 @@ class MAMLCommandLine(LightningCLI):
         """Save the network's settings in the checkpoint; check the checkpoint that is loaded before a run begins."""
         config = {**self.config_dump, **({"optimizer": None} if self.optimizer_follows else {})}
         if config.get("ensemble"):
-            self.model = ensemble_of(self.config[self.subcommand], self.given)
+            self.model = ensemble_of(config, self.given)
             self.trainer.precision_plugin.convert_module(self.model)
             return
         self.model.hparams.update(config["model"])

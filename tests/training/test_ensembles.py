@@ -10,6 +10,7 @@ from torch import nn
 
 from cli import main
 from maml_lightning import MAML, SettingError
+from maml_lightning.trained import packaged
 from maml_lightning.training.ensembles import Ensemble, mean_outputs
 from maml_lightning.training.scores import Score, Scoring
 from tests.reference import images
@@ -50,8 +51,8 @@ def test_the_mean_of_each_kind_of_prediction():
     assert mean_outputs([sure, sure], Score("accuracy", 1)).dtype == torch.float32
 
 
-def fit(folder, **flags):
-    main(words("fit", **{**TINY, "trainer.default_root_dir": folder, **flags}))
+def fit(folder, base=TINY, **flags):
+    main(words("fit", **{**base, "trainer.default_root_dir": folder, **flags}))
     return next(Path(folder).rglob("best.ckpt"))
 
 
@@ -59,11 +60,13 @@ def results(cli):
     return json.loads((Path(cli.trainer.log_dir) / "test_results.json").read_text())
 
 
-def test_an_ensemble_is_tested_from_the_command_line(capsys):
+def test_an_ensemble_is_tested_from_the_command_line(caplog):
     one = fit("one", **{"model.meta_curvature": "true", "model.learn_inner_lr": "step"})
     two = fit("two", **{"model.inner_lr": 0.1, "seed_everything": 1, "model.net.hidden_channels": 6})
-    found = results(main([*words("test", **DATA), "--ensemble", str(one), str(two)]))
-    assert "of an ensemble of 2 networks after 2 inner steps" in capsys.readouterr().err
+    with caplog.at_level("INFO"):
+        found = results(main([*words("test", **DATA), "--ensemble", str(one), str(two)]))
+    assert "Test accuracy of an ensemble of 2 networks after 2 inner steps: " in caplog.text
+    assert "the weights are untrained" not in caplog.text
     assert found["ensemble"] == [str(one), str(two)]
     assert found["checkpoint"] is None
     assert (found["episodes"], found["inner_steps"], found["ways"]) == (12, 2, 3)
@@ -73,7 +76,7 @@ def test_an_ensemble_is_tested_from_the_command_line(capsys):
     data = cli.datamodule.datasets["test"]
     right = []
     for index in range(12):
-        episode = type(data[0])(*(part[None] for part in data[index]))
+        episode = data[index]
         mean = sum(member.trajectory(episode)[-1].softmax(-1) for member in members)
         right.append((mean.argmax(-1) == episode.query_targets).double().mean())
     assert results(cli)["accuracy"] == pytest.approx(torch.stack(right).mean().item(), abs=1e-6)
@@ -105,12 +108,12 @@ def test_a_runs_config_goes_with_networks_of_its_settings():
 
 def test_networks_of_the_package_are_named():
     flags = {**DATA, "data.ways": 5, "data.test_episodes": 2, "data.test_classes": 8}
-    found = results(main([*words("test", **flags), "--ensemble", "omniglot_5way_1shot", "omniglot_5way_1shot.ckpt"]))
-    assert found["ensemble"] == ["omniglot_5way_1shot", "omniglot_5way_1shot.ckpt"]
+    names = ["omniglot_5way_1shot", str(packaged("omniglot_5way_1shot"))]
+    assert results(main([*words("test", **flags), "--ensemble", *names]))["ensemble"] == names
 
 
 def test_an_ensemble_of_regressions_averages_their_outputs():
-    one, two = (fit(name, **{**SINUSOIDS, "seed_everything": seed}) for seed, name in enumerate(("one", "two")))
+    one, two = (fit(name, SINUSOIDS, seed_everything=seed) for seed, name in enumerate(("one", "two")))
     data = {key: value for key, value in SINUSOIDS.items() if not key.startswith("model.")}
     found = results(main([*words("test", **data), "--ensemble", str(one), str(two)]))
     assert found["mse"] > 0
@@ -133,7 +136,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written():
 
 
 def test_classes_and_numbers_are_not_averaged():
-    one, two = fit("one"), fit("two", **SINUSOIDS)
+    one, two = fit("one"), fit("two", SINUSOIDS)
     data = {key: value for key, value in SINUSOIDS.items() if not key.startswith("model.")}
     with pytest.raises(SettingError, match=r"ensemble .*one.*: model\.net does not take the episodes' inputs"):
         main([*words("test", **data), "--ensemble", str(two), str(one)])
