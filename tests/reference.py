@@ -25,6 +25,20 @@ def reference(net: nn.Module, episode: Episode, lr: float, steps: int, loss, fir
     return mean_loss, total
 
 
+MODES = ("output", "input", "filter")
+
+
+def curved(gradient: Tensor, matrices: list) -> Tensor:
+    """Meta-Curvature: the n-mode products of a gradient with ``[1, n, n]`` matrices; of a vector, its factors."""
+    if gradient.dim() < 2:
+        return gradient if matrices[0] is None else gradient * matrices[0][0]
+    result = gradient.reshape(*gradient.shape[:2], -1)
+    for matrix, product in zip(matrices, ("ab,bif->aif", "ab,obf->oaf", "ab,oib->oia"), strict=True):
+        if matrix is not None:
+            result = torch.einsum(product, matrix[0], result)
+    return result.reshape(gradient.shape)
+
+
 @sdpa_kernel(SDPBackend.MATH)  # the others have no second derivative
 def family(maml: nn.Module, net: nn.Module, episode: Episode, loss, steps: int, **settings):
     """The gradient of every parameter of ``maml`` under ``settings``, with the outer loss.
@@ -44,6 +58,9 @@ def family(maml: nn.Module, net: nn.Module, episode: Episode, loss, steps: int, 
     def rate(name, k):
         key = next((key for key in (rates + name.replace(".", "/"), rates + "all") if key in leaves), None)
         return settings["inner_lr"] if key is None else leaves[key][min(k, len(leaves[key]) - 1)]
+
+    def matrix(name, mode):
+        return f"adaptation.curvature.{name.replace('.', '/')}/{mode}"
 
     total = torch.zeros((), dtype=torch.float64)
     for x, y, query_x, query_y in zip(*episode, strict=True):
@@ -65,6 +82,7 @@ def family(maml: nn.Module, net: nn.Module, episode: Episode, loss, steps: int, 
             grads = dict(
                 zip(adapted, torch.autograd.grad(inner, [fast[n] for n in adapted], create_graph=create), strict=True)
             )
+            grads = {name: curved(g, [leaves.get(matrix(name, mode)) for mode in MODES]) for name, g in grads.items()}
             clip = settings.get("clip")
             norm = torch.cat([g.flatten() for g in grads.values()]).norm()
             if clip is not None and norm > clip:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from maml_lightning.algorithms.curvature import identities, matrices_of
 from maml_lightning.algorithms.optimizers import Parameters, rate_of
 from maml_lightning.engine.trials import copies_to_try, same_random_numbers
 from maml_lightning.errors import SettingError
@@ -138,6 +139,8 @@ class Adaptation(nn.Module):
         per_step_normalization: give weights and biases of normalization layers a value for each ``theta_0 … theta_S``,
             learned and not adapted (Antoniou et al. 2019, section 4). Their statistics are those of the current batch,
             so there are none to keep for each step. Frozen layers beside trained ones stay frozen.
+        curvature: learn matrices that transform the inner gradient, see :mod:`~maml_lightning.algorithms.curvature`.
+        any_classes: the number of rows of the last layer follows the episode: it has no output matrix.
 
     Freezing or unfreezing parameters later takes effect at once: a frozen parameter is not adapted. A network that is
     frozen as a whole, as ``LightningModule.freeze`` and averaged copies are, adapts what it adapted when this was
@@ -155,6 +158,8 @@ class Adaptation(nn.Module):
         adapted: str | Sequence[str] = "all",
         learn: Literal["network", "tensor", "step", "weight"] | None = None,
         per_step_normalization: bool = False,
+        curvature: bool = False,
+        any_classes: bool = False,
     ) -> None:
         super().__init__()
         self.learn, self.adapted = learn, adapted
@@ -188,6 +193,11 @@ class Adaptation(nn.Module):
         }[learn]
         # `learnt`, like `by_step`, is part of the names in checkpoints.
         self.learnt = nn.ParameterDict({_key(n): nn.Parameter(torch.full(s, inner_lr)) for n, s in shapes.items()})
+        self.any_classes = any_classes
+        last = f"{_layers(net)[-1]}." if any_classes else None
+        self._any_rows = [name for name in self.names if last is not None and name.startswith(last)]
+        matrices = identities({n: net.get_parameter(n) for n in self.names}, self._any_rows) if curvature else {}
+        self.curvature = nn.ParameterDict({_key(name): nn.Parameter(value) for name, value in matrices.items()})
 
     def first_of_steps(self) -> Parameters:
         """The parameters with one value for each ``theta_0 … theta_S``, as they are at ``theta_0``."""
@@ -197,21 +207,24 @@ class Adaptation(nn.Module):
         """Find the last layer of a network that has not run yet, see :func:`last_layer`.
 
         Raises:
-            SettingError: it is not the last that is registered, and each of its tensors has a learned rate: those were
-                made before it was known.
+            SettingError: it is not the last that is registered, and each of its tensors has a learned rate or matrices:
+                those were made before it was known.
         """
-        if self.adapted not in ("head", "body") or self._head_of == (layers := _layers(net)):
+        needed = self.adapted in ("head", "body") or (self.any_classes and len(self.curvature))
+        if not needed or self._head_of == (layers := _layers(net)):
             return
         head = last_layer(net, inputs)
         if head is None:
             return
-        if head != layers[-1] and self.learn not in (None, "network"):
+        if head != layers[-1] and (len(self.curvature) or self.learn not in (None, "network")):
+            setting = "model.meta_curvature true" if len(self.curvature) else f"model.learn_inner_lr {self.learn}"
             names = [head] if self.adapted == "head" else [layer for layer in layers if layer != head]
             patterns = ", ".join(f"{name}.*" for name in names)
+            by = "model.head prototypes" if self.any_classes else f"model.adapted_parameters {self.adapted}"
+            remedy = "register it last" if self.any_classes else f"give model.adapted_parameters [{patterns}]"
             raise SettingError(
-                f"model.adapted_parameters {self.adapted} with model.learn_inner_lr {self.learn} needs a network whose "
-                f"last layer to run ({head}) is also the last that is registered ({layers[-1]}); give "
-                f"model.adapted_parameters [{patterns}]."
+                f"{by} with {setting} needs a network whose last layer to run ({head}) is also the last that is "
+                f"registered ({layers[-1]}); {remedy}."
             )
         self.head, self._head_of = head, layers
         own = {name for name, _ in net.named_parameters()}
@@ -230,15 +243,20 @@ class Adaptation(nn.Module):
         return {n: self.by_step.get(_key(n), value) for n, value in own.items()}
 
     def rates(self, net: nn.Module, inner_lr: float) -> Parameters:
-        """The inner learning rates of what adapts, ``[1 or S, ...]`` by name: ``inner_lr`` where none is learned."""
+        """The inner learning rates of what adapts, ``[1 or S, ...]`` by name: ``inner_lr`` where none is learned.
+
+        With them the curvature matrices of what adapts, ``[1, ...]``.
+        """
         own = dict(net.named_parameters())
         if any(value.requires_grad for value in own.values()):
             chosen = adapted_names(net, self.adapted, self.head)
         else:
             chosen = adapted_names(net, self.adapted, self.head, [name for name in self.trainable if name in own])
         names = [name for name in chosen if _key(name) not in self.by_step]
+        kept = {key.replace("/", "."): value for key, value in self.curvature.items()}
+        matrices = matrices_of({name: own[name] for name in names}, kept, self._any_rows) if kept else {}
         if not self.learn:
-            return {name: rate_of(own[name], inner_lr) for name in names}
+            return {name: rate_of(own[name], inner_lr) for name in names} | matrices
         rates = {n: self.learnt.get("all" if self.learn == "network" else _key(n)) for n in names}
         for name, rate in rates.items():
             if rate is None or (self.learn == "weight" and rate.shape[1:] != own[name].shape):
@@ -246,7 +264,7 @@ class Adaptation(nn.Module):
                     f"model.learn_inner_lr {self.learn} has no rate for {name}: it was frozen, or of another network, "
                     "when MAML was created; unfreeze it before, or create another MAML with this network."
                 )
-        return rates
+        return rates | matrices
 
 
 def _key(name: str) -> str:

@@ -51,6 +51,13 @@ class Algorithm(NamedTuple):
 
 # Settings that mean something only where the inner steps are differentiated.
 OF_UNROLLED_STEPS = dict.fromkeys(
-    ("first_order", "learn_inner_lr", "multi_step_epochs", "first_order_epochs", "per_step_normalization"),
+    (
+        "first_order",
+        "learn_inner_lr",
+        "multi_step_epochs",
+        "first_order_epochs",
+        "per_step_normalization",
+        "meta_curvature",
+    ),
     "does not differentiate through the inner steps",
 )

@@ -45,7 +45,8 @@ class InnerLoop:
 
     Parameters are given by name, shaped like the network's or with a leading dimension ``[S+1, ...]``, one value for
     each ``theta_k``: those are not adapted. Inner learning rates are a number, or a dictionary ``[1 or S, ...]`` by
-    name, each rate broadcastable to its parameter; a parameter without a rate is not adapted. Steps beyond the last
+    name, each rate broadcastable to its parameter; a parameter without a rate is not adapted. The dictionary may also
+    have the curvature matrices of parameters, see :mod:`~maml_lightning.algorithms.curvature`. Steps beyond the last
     take the last.
 
     Raises:

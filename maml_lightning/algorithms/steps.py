@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from maml_lightning.algorithms.calling import call_with
+from maml_lightning.algorithms.curvature import transformed
 from maml_lightning.algorithms.optimizers import InnerOptimizer, Parameters, rate_of
 from maml_lightning.engine.chunks import detached
 from maml_lightning.engine.differentiation import grad, grad_and_value, is_by_autograd
@@ -96,7 +97,7 @@ def step(
         model: network, loss and optimizer.
         differentiable: ``((theta_k, state), arguments)``: what the step is differentiated with respect to.
         fixed: arguments that it is not differentiated with respect to. Together they are ``shared`` parameters,
-            ``rates`` and, with a proximal term, the ``initial`` parameters.
+            ``rates``, ``learned`` rates and, with a proximal term, the ``initial`` parameters.
         constants: buffers and frozen parameters, by name.
         x: support inputs ``[N*K, ...]``.
         y: support targets ``[N*K]``.
@@ -121,7 +122,8 @@ def _update(
     if model.proximal:
         initial = arguments["initial"]
         gradient = {name: g + model.proximal * (fast[name] - initial[name]) for name, g in gradient.items()}
-    return model.optimizer.update(gradient, state, fast, arguments["rates"])
+    rates = {**arguments["rates"], **arguments["learned"]}
+    return model.optimizer.update(transformed(gradient, rates), state, fast, rates)
 
 
 def _query_gradient(
@@ -145,8 +147,8 @@ class Setup(NamedTuple):
         constants: buffers and frozen parameters, by name.
         initial: ``theta_0`` of the adapted parameters.
         shared: the other parameters at ``theta_0 … theta_S``.
-        rates: the inner learning rates of each step.
-        learned_rates: whether a rate requires a gradient.
+        rates: the inner learning rates of each step, but for
+        learned: those that require a gradient, and the curvature matrices.
         labels: of the classes ``[N]`` where the last layer starts from their prototypes, else None.
         state: where ``initial`` is each task's own, ``[T, ...]``, the optimizer's state that goes with it.
     """
@@ -158,7 +160,7 @@ class Setup(NamedTuple):
     initial: Parameters
     shared: list[Parameters]
     rates: list[Parameters]
-    learned_rates: bool
+    learned: list[Parameters]
     labels: Tensor | None = None
     state: Any = None
 
@@ -178,8 +180,8 @@ class Setup(NamedTuple):
     def arguments(self) -> list[dict[str, Parameters]]:
         """What each step takes beside ``theta_k`` and the optimizer's state."""
         initial = {"initial": self.initial} if self.model.objects.proximal else {}
-        pairs = zip(self.shared, self.rates, strict=False)
-        return [{"shared": shared, "rates": rates, **initial} for shared, rates in pairs]
+        parts = zip(self.shared, self.rates, self.learned, strict=False)
+        return [{"shared": shared, "rates": rates, "learned": learned, **initial} for shared, rates, learned in parts]
 
     def initial_state(self) -> tuple[Parameters, Any]:
         """``theta_0`` and the optimizer's state before the first step."""
@@ -203,7 +205,7 @@ def prepare(
         flat_memory: whether the backward pass recomputes the inner steps.
         params: by name, shaped like the network's or ``[S+1, ...]``, one value for each ``theta_k``; those are shared.
             Where some require a gradient, the others are frozen: they have none.
-        rates: a number, or ``[1 or S, ...]`` by name of the adapted parameters.
+        rates: a number, or ``[1 or S, ...]`` by name of the adapted parameters; with them the curvature matrices.
         steps: inner steps ``S``, at least 0.
     """
     keep_freed_memory()
@@ -218,7 +220,8 @@ def prepare(
     rest = {name: kernel_layout(v) for name, v in values.items() if name not in rates and name not in per_step}
     shared = {name: value for name, value in rest.items() if name in trained}
     frozen = {name: value for name, value in rest.items() if name not in trained}
-    detached_rates = {name: detached(rate) for name, rate in rates.items()}
+    learned = {name: detached(rate) for name, rate in rates.items() if rate.requires_grad}
+    fixed = {name: detached(rate) for name, rate in rates.items() if name not in learned}
     return Setup(
         executor,
         flat_memory,
@@ -226,8 +229,8 @@ def prepare(
         {**{name: buffer.detach() for name, buffer in model.net.named_buffers()}, **frozen},
         {name: kernel_layout(value) for name, value in values.items() if name in rates},
         [{**shared, **_of_step(per_step, k)} for k in range(steps + 1)],
-        [_of_step(detached_rates, k) for k in range(steps)],
-        any(rate.requires_grad for rate in rates.values()),
+        [_of_step(fixed, k) for k in range(steps)],
+        [_of_step(learned, k) for k in range(steps)],
     )
 
 

@@ -11,7 +11,8 @@ adapted parameters, where ``H_k`` is the Hessian of the support loss, never form
 
 Each product with ``H_k`` is the pullback of the inner step, so that the same sweep holds for momentum and Adam, whose
 state has an adjoint of its own. FOMAML drops the ``H_k`` term, ANIL and BOIL adapt a part of the parameters, Meta-SGD
-and LSLR learn ``alpha``. The pullback also yields the gradients of what all tasks share.
+and LSLR learn ``alpha``, Meta-Curvature matrices beside it. The pullback also yields the gradients of what all tasks
+share.
 """
 
 from collections.abc import Callable
@@ -40,7 +41,7 @@ def meta_gradient(setup: Setup, chunk: Episode, total: MetaGradient, settings: S
     adjoint: Any = (gradient, pytree.tree_map(torch.zeros_like, state))
     for k in reversed(range(steps)):
         adjoint, gradients = pullbacks.pop()(adjoint)
-        add_sum(total.rates, gradients.get("rates", {}), k)
+        add_sum(total.rates, gradients.get("learned", {}), k)
         for name in ("shared", "initial"):
             add_sum(total.gradient, gradients.get(name, {}), k)
         fast = trajectory.pop()
@@ -61,7 +62,8 @@ def _forward(
     traced_step = setup.model.bind(first_order_step if first_order else step)
     with_gradient = {
         "shared": not first_order and bool(setup.shared[0]),
-        "rates": setup.learned_rates,
+        "rates": False,
+        "learned": any(setup.learned),
         "initial": bool(setup.model.objects.proximal),
     }
     state = setup.initial_state()

@@ -21,6 +21,7 @@ PLAIN_MAML = {
     "per_step_normalization": False,
     "query_statistics": "batch",
     "head": "learned",
+    "meta_curvature": False,
     "inner_optimizer": "sgd",
     "inner_weight_decay": 0.0,
     "inner_clip_norm": None,

@@ -44,6 +44,7 @@ SETTINGS: dict[str, dict[str, str | None]] = {
         "model.algorithm": "maml, imaml or reptile (maml)",
         "model.adapted_parameters": "all, head (ANIL), body (BOIL), or name patterns (all)",
         "model.learn_inner_lr": "network, tensor, step (LSLR) or weight (Meta-SGD) (null)",
+        "model.meta_curvature": "learn matrices that transform the inner gradient (Park and Oliva 2019) (false)",
         "model.tasks_per_chunk": None,
         "model.compile": None,
     },

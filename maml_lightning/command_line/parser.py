@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from maml_lightning import __version__
 from maml_lightning.command_line import class_paths, help, resuming, shipped
+from maml_lightning.command_line.ensembles import ensemble_of
 from maml_lightning.errors import SettingError
 from maml_lightning.trained import packaged
 from maml_lightning.training import resume
@@ -93,6 +94,13 @@ class MAMLCommandLine(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "test":
+            parser.add_argument(
+                "--ensemble",
+                nargs="+",
+                help="Checkpoints, or names of those in the package, in place of ckpt_path: their networks are adapted "
+                "apart, and their class probabilities averaged.",
+            )
         help.add_pages(parser, DEFAULT_EPOCHS)
         parser.first_screen = partial(help.first_screen, parser, subcommand, DEFAULT_EPOCHS)  # type: ignore[attr-defined]
         return parser
@@ -299,6 +307,10 @@ class MAMLCommandLine(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Save the network's settings in the checkpoint; check the checkpoint that is loaded before a run begins."""
         config = {**self.config_dump, **({"optimizer": None} if self.optimizer_follows else {})}
+        if config.get("ensemble"):
+            self.model = ensemble_of(config, self.given)
+            self.trainer.precision_plugin.convert_module(self.model)
+            return
         self.model.hparams.update(config["model"])
         self.model.run_settings = resume.run_settings(config)
         # Weights are loaded in the type that they are trained in: Lightning would load them first and convert then.

@@ -27,7 +27,8 @@ class MetaGradient(NamedTuple):
     Args:
         loss: the outer loss, mean over tasks, a scalar.
         gradient: of ``loss`` with respect to each parameter that is not frozen, shaped like it.
-        rates: of ``loss`` with respect to each inner learning rate that requires a gradient, shaped like it.
+        rates: of ``loss`` with respect to each inner learning rate, or what else the inner step learns, that requires
+            a gradient, shaped like it.
         predictions: the adapted networks' outputs on the query inputs, ``[T, N*Q, ...]``.
     """
 

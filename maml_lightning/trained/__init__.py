@@ -1,6 +1,7 @@
 """Pretrained networks of the package, and how to load the network of any checkpoint."""
 
 from pathlib import Path
+from typing import Any
 
 from maml_lightning.training.checkpoints import WholeCheckpointIO, read_checkpoint
 from maml_lightning.training.module import MAML
@@ -14,13 +15,14 @@ def packaged(name: str) -> Path | None:
     return path if path.parent == FOLDER and path.is_file() else None
 
 
-def load(checkpoint: str | Path, trust: bool = False) -> MAML:
+def load(checkpoint: str | Path, trust: bool = False, **settings: Any) -> MAML:
     """The module of a checkpoint that the command line wrote, its network built as it was trained.
 
     Args:
         checkpoint: its path, or the name of one in the package.
         trust: also import and call what it names outside this package and PyTorch, such as your own network.
             Code of a checkpoint from others could then do anything.
+        settings: of the module, in place of the checkpoint's.
 
     Raises:
         SettingError: it cannot be read, or does not name its network, or names code that is not trusted.
@@ -32,7 +34,7 @@ def load(checkpoint: str | Path, trust: bool = False) -> MAML:
         >>> classifier(torch.rand(9, 1, 28, 28)).shape
         torch.Size([9, 5])
     """
-    return MAML.load_from_checkpoint(packaged(str(checkpoint)) or checkpoint, trust=trust).eval()
+    return MAML.load_from_checkpoint(packaged(str(checkpoint)) or checkpoint, trust=trust, **settings).eval()
 
 
 def strip(source: Path, target: Path) -> None:

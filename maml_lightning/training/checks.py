@@ -240,11 +240,16 @@ def check_strategy(strategy: str) -> None:
         raise SettingError(f"trainer.strategy {strategy} {reason}; use ddp.")
 
 
-def check_same_network(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+def check_same_network(module: nn.Module, checkpoint: dict[str, Any], start: bool = False) -> None:
     """Check that a checkpoint has the tensors of a module.
 
     Running statistics may be missing, as in those of earlier releases: the module keeps its own. So it does with a last
     layer of another number of classes, which has no say where it starts from prototypes.
+
+    Args:
+        module: with an ``adaptation``.
+        checkpoint: what of the module's it lacks is added to it.
+        start: a new run starts from it, which may learn curvature matrices that it lacks: from the identity.
 
     Raises:
         SettingError: it has not; names a tensor that differs.
@@ -252,12 +257,15 @@ def check_same_network(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     earlier_releases.add_running_statistics(module, checkpoint)
     if getattr(module, "head", None) == "prototypes":
         _keep_last_layer(module, checkpoint["state_dict"])
+    matrices = {n: v for n, v in module.state_dict().items() if n.startswith("adaptation.curvature.")}
+    if start and not matrices.keys() & checkpoint["state_dict"].keys():
+        checkpoint["state_dict"].update(matrices)
     ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
     if ours != theirs:
         name = next(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
         raise SettingError(
-            "The checkpoint is of another network, or of other learned inner learning rates: "
+            "The checkpoint is of another network, or of other learned inner learning rates or curvature matrices: "
             f"{name} is {theirs.get(name, 'missing')} in it and {ours.get(name, 'missing')} here; "
             "give the data.ways and the model settings that it was trained with."
         )

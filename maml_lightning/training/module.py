@@ -64,10 +64,8 @@ class MAML(LightningModule):
             each tensor and step (LSLR) or for each weight (Meta-SGD, Li et al. 2017); null keeps inner_lr.
         multi_step_epochs: evaluate the query loss after each inner step, with weights that anneal to the last step in
             this many epochs (Antoniou et al. 2019); 0 evaluates it after the last step alone.
-        first_order_epochs: drop the second derivatives in this many epochs at the start (derivative-order annealing,
-            Antoniou et al. 2019).
-        per_step_normalization: learn the weights of normalization layers for each inner step, and do not adapt them
-            (Antoniou et al. 2019).
+        first_order_epochs: drop the second derivatives in this many epochs at the start (Antoniou et al. 2019).
+        per_step_normalization: learn normalization weights for each inner step, not adapted (Antoniou et al. 2019).
         inner_optimizer: sgd, momentum (0.9) or adam (0.9, 0.999), differentiated through.
         inner_weight_decay: of the inner loop, 0 or more, as in torch.optim.SGD.
         inner_clip_norm: clip each task's inner gradient to this norm, above 0; null does not clip.
@@ -77,6 +75,7 @@ class MAML(LightningModule):
             other queries (transductive); support with those of the support set (MetaBN, Bronskill et al. 2020).
         head: learned; or prototypes: the last linear layer starts from the mean features of the support classes, of any
             number, and then adapts like all else (ProtoMAML, Triantafillou et al. 2020).
+        meta_curvature: learn matrices that multiply a weight's inner gradient along its dimensions (Park, Oliva 2019).
         non_finite: stop where a loss, a gradient or an output is not finite, naming the step and the episodes; or skip
             the meta-step, and count it in train/skipped_steps.
 
@@ -117,6 +116,7 @@ class MAML(LightningModule):
         implicit_iterations: int = 5,
         query_statistics: Literal["batch", "support"] = "batch",
         head: Literal["learned", "prototypes"] = "learned",
+        meta_curvature: bool = False,
         non_finite: Literal["stop", "skip"] = "stop",
     ) -> None:
         check_values(dict(locals()))
@@ -129,7 +129,7 @@ class MAML(LightningModule):
         self.eval_inner_steps = inner_steps if eval_inner_steps is None else eval_inner_steps
         self.algorithm, self.implicit_iterations, self.non_finite = algorithm, implicit_iterations, non_finite
         self.multi_step_epochs, self.first_order_epochs, self.head = multi_step_epochs, first_order_epochs, head
-        learned = (learn_inner_lr, per_step_normalization)
+        learned = (learn_inner_lr, per_step_normalization, meta_curvature, head == "prototypes")
         self.adaptation = Adaptation(net, inner_lr, inner_steps, adapted_parameters, *learned)
         optimizer = optimizer_of(inner_optimizer, inner_weight_decay, inner_clip_norm)
         proximal = proximal if find_algorithm(algorithm).proximal else 0.0
@@ -346,5 +346,5 @@ class MAML(LightningModule):
 
     def begin_with(self, checkpoint: dict[str, Any]) -> None:
         """Take the weights and learned inner learning rates of a checkpoint of the same network, nothing else."""
-        checks.check_same_network(self, checkpoint)
+        checks.check_same_network(self, checkpoint, start=True)
         self.load_state_dict(checkpoint["state_dict"])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from maml_lightning.analysis.tables import csv_bytes, write_file
 from maml_lightning.episodes import Episode
+from maml_lightning.training.ensembles import Ensemble
 from maml_lightning.training.module import MAML
 from maml_lightning.training.scores import Score
 
@@ -65,13 +66,14 @@ class TestReport(Callback):
     """Prints a test's headline and writes ``test_results.json`` into the run's log folder.
 
     Episodes whose networks' outputs are not finite (with ``non_finite`` skip), or none of whose query targets counts,
-    are in none of its figures; where there are any, ``skipped`` is their number.
+    are in none of its figures; where there are any, ``skipped`` is their number. Of an ensemble, ``ensemble`` lists its
+    checkpoints.
     """
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write and print, in the first process."""
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # which all processes ask for together
-        if not trainer.is_global_zero or not isinstance(pl_module, MAML) or not pl_module.test_scores:
+        if not trainer.is_global_zero or not isinstance(pl_module, MAML | Ensemble) or not pl_module.test_scores:
             return
         (name, scores), *others = pl_module.test_scores.items()
         results = test_results(scores, name)
@@ -80,7 +82,9 @@ class TestReport(Callback):
         data = getattr(trainer, "datamodule", None)
         task = {setting: getattr(data, setting, None) for setting in ("ways", "shots", "query_shots")}
         results = {**results, **task, "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path)}
-        left = ""
+        left = of = ""
+        if isinstance(pl_module, Ensemble):
+            results["ensemble"], of = pl_module.names, f" of an ensemble of {len(pl_module.names)} networks"
         if pl_module.skipped_episodes:
             results["skipped"], left = pl_module.skipped_episodes, f", {pl_module.skipped_episodes} left out"
         file = folder / "test_results.json"
@@ -89,8 +93,8 @@ class TestReport(Callback):
         interval = "" if results["ci95"] is None else f" ± {scale * results['ci95']:.2f}"
         left += "".join(f"; {metric} {results[metric]}" for metric, _ in others)
         rank_zero_info(
-            f"Test {name} after {steps} inner step{'s' * (steps != 1)}: {scale * results[name]:.2f}{interval}{unit} "
-            f"over {results['episodes']} episodes{left} ({file})"
+            f"Test {name}{of} after {steps} inner step{'s' * (steps != 1)}: "
+            f"{scale * results[name]:.2f}{interval}{unit} over {results['episodes']} episodes{left} ({file})"
         )
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(results, indent=2) + "\n")

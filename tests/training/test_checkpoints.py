@@ -28,6 +28,7 @@ EVERY_STEP = {"last_checkpoint.every_n_train_steps": 1}
 # Everything that has a state of its own.
 STATEFUL = {
     "model.learn_inner_lr": "step",
+    "model.meta_curvature": "true",
     "model.inner_steps": 2,
     "model.multi_step_epochs": 2,
     "model.first_order_epochs": 1,
@@ -123,6 +124,35 @@ def test_a_run_that_began_with_anothers_weights_goes_on_from_its_own():
     fit("halted", **initial, **{"trainer.max_steps": 5})
     fit("halted", **initial, ckpt_path="last")
     assert same(state("whole"), state("halted"))
+
+
+def test_matrices_begin_as_the_identity_where_a_checkpoint_has_none(checkpoint):
+    curved = {**DATA, "model.meta_curvature": "true", "trainer.default_root_dir": "run", "trainer.max_epochs": 0}
+    begun = main(words("fit", **curved, initial_checkpoint=checkpoint)).model.state_dict()
+    theirs = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert all(torch.equal(begun[name], value) for name, value in theirs.items())
+    matrices = {name: value[0] for name, value in begun.items() if name.startswith("adaptation.curvature.")}
+    assert len(matrices) == 13
+    assert set(begun) - set(theirs) == set(matrices)
+    for value in matrices.values():
+        assert torch.equal(value, torch.ones(len(value)) if value.dim() < 2 else torch.eye(len(value)))
+
+
+def test_learned_matrices_begin_another_run_and_are_tested():
+    fit("first", **{"model.meta_curvature": "true"})
+    best = next(Path("first").rglob("best.ckpt"))
+    theirs = torch.load(best, weights_only=True)["state_dict"]
+    assert not torch.equal(theirs["adaptation.curvature.body/0/weight/filter"][0], torch.eye(9))
+    begun = main(words("fit", **{**DATA, "trainer.max_epochs": 0}, initial_checkpoint=best)).model
+    assert all(torch.equal(value, theirs[name]) for name, value in begun.state_dict().items())
+    tested = main(words("test", **DATA, ckpt_path=best)).model
+    assert torch.equal(
+        tested.adaptation.curvature["head/weight/input"], theirs["adaptation.curvature.head/weight/input"]
+    )
+    with pytest.raises(
+        SettingError, match=r"curvature matrices: adaptation\.curvature\..* is \(.*\) in it and missing"
+    ):
+        main(words("fit", **DATA, **{"model.meta_curvature": "false"}, initial_checkpoint=best))
 
 
 def test_training_cannot_begin_with_another_network_or_without_a_file(checkpoint):

@@ -168,6 +168,7 @@ REFUSED = [
     ({}, {"model.net.hidden_features": "[8]"}, END, "another network, or of other learned inner learning rates"),
     (LEARNED, {"model.inner_lr": 0.5}, END, r"model.inner_lr 0.5 would be ignored: .*learned.*; leave it out"),
     ({}, {"model.learn_inner_lr": "step"}, END, "another network, or of other learned inner learning rates"),
+    ({}, {"model.meta_curvature": "true"}, END, "or of other learned inner learning rates or curvature matrices: adap"),
     (SGD, {"model.outer_lr": 0.5}, END, r"model.outer_lr 0.5 would be ignored: .*; give --optimizer.lr"),
     ({}, {"seed_everything": 3}, END, r"seed_everything 3 would be ignored: .*began with 0; leave it out"),
     (
