@@ -16,7 +16,7 @@ from cli import main
 from maml_lightning import InputSpec, OmniglotDataModule, SettingError, SupportQueryDataModule, load, support_set
 from maml_lightning.data.image_files import class_folders
 from maml_lightning.data.omniglot import character_files, split_characters
-from maml_lightning.data.support_query import read_images
+from maml_lightning.data.support_sets import read_images
 from tests.runs import process, run, words
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -321,8 +321,10 @@ def test_two_processes_write_what_one_writes_once(odd: Path):
     assert ended.returncode == 0, ended.stderr
     assert (odd / "predictions.csv").read_bytes() == (odd / "alone.txt").read_bytes()
     assert len(alone) == 14
-    assert ended.stderr.count("Written: predictions.csv, predictions.png") == 1
-    assert {file.name for file in odd.glob("predictions*")} == {"predictions.csv", "predictions.png"}
+    assert ended.stderr.count("Written: predictions.csv, predictions.json, predictions.png") == 1
+    assert {file.name for file in odd.glob("predictions*")} == {
+        f"predictions.{kind}" for kind in ("csv", "json", "png")
+    }
 
 
 @pytest.fixture
@@ -343,7 +345,7 @@ def test_a_table_is_written_before_anything_else_can_fail(
     def fail(*_: object) -> None:
         raise RuntimeError("no font")
 
-    monkeypatch.setattr("maml_lightning.data.support_query.contact_sheet", fail)
+    monkeypatch.setattr("maml_lightning.data.support_query.prediction_sheet", fail)
     with pytest.raises(RuntimeError, match="no font"):
         ready.report(FOUND)
     assert ready.output.read_text().splitlines()[1] == "cross/0.png,cross,0.750000,0.250000"
@@ -356,7 +358,7 @@ def test_what_appears_meanwhile_is_left_as_it_is(ready: SupportQueryDataModule, 
     ready.report(FOUND)
     assert ready.output.read_text() == "mine"
     assert (ready.output.parent / "out-1.csv").read_text().count("cross/0.png") == 1
-    assert f"Written: {ready.output.parent / 'out-1.csv'}, {ready.sheet}" in caplog.text
+    assert f"Written: {ready.output.parent / 'out-1.csv'}, {ready.json}, {ready.sheet}" in caplog.text
 
 
 def test_a_table_that_cannot_be_written_is_elsewhere(
