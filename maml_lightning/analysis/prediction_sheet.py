@@ -34,7 +34,8 @@ class Row(NamedTuple):
 def rows_of(queries: Sequence[Query], classes: Sequence[str], support: Sequence[Sequence[Tensor]]) -> list[Row]:
     """A row for each class: queries of known class are in its row, others in that of the class predicted.
 
-    Wrong ones come first, then by ascending probability. Queries of no class have rows at the end.
+    Wrong ones come first, those whose class is not known last, each by ascending probability.
+    Queries of no class have rows at the end.
     """
     rows = []
     for index, (name, images) in enumerate(zip(classes, support, strict=True)):
@@ -42,7 +43,7 @@ def rows_of(queries: Sequence[Query], classes: Sequence[str], support: Sequence[
         known = [queries[n] for n in own if queries[n].label is not None]
         right = sum(query.predicted == index for query in known)
         counts = [f"{right} of {len(known)} right"] if known else []
-        counts += [f"{len(own) - len(known)} predicted, class not known"] if len(own) > len(known) else []
+        counts += [f"{len(own) - len(known)} more predicted"] if len(own) > len(known) else []
         rows.append(Row(f"{name}: {', '.join(counts) or 'no queries'}", images, _ordered(own, queries)))
     rejected = [n for n, query in enumerate(queries) if query.label is None and query.rejected]
     broken = [n for n, query in enumerate(queries) if query.label is None and query.nearest is None]
@@ -55,9 +56,9 @@ def _row_of(query: Query) -> int | None:
 
 
 def _ordered(numbers: Sequence[int], queries: Sequence[Query]) -> list[int]:
-    def place(number: int) -> tuple[bool, float]:
+    def place(number: int) -> tuple[bool, bool, float]:
         query = queries[number]
-        return query.label is None or query.label == query.predicted, query.probability
+        return query.label is None, query.label == query.predicted, query.probability
 
     return sorted(numbers, key=place)
 

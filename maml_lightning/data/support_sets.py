@@ -19,6 +19,7 @@ from maml_lightning.files import shown
 FAINT = 0.5  # of full ink; below it an image's contrast is raised
 
 Picture = str | os.PathLike[str] | Image.Image | npt.NDArray[Any] | Tensor
+Support = str | Path | Mapping[str, Sequence[Picture]]  # a folder, or pictures by class
 
 
 class Prepared(NamedTuple):
@@ -103,9 +104,7 @@ def _border(pixels: Pixels) -> float:
     return float(np.median(np.concatenate(edges, axis=1)))
 
 
-def support_set(
-    support: str | Path | Mapping[str, Sequence[Picture]], spec: InputSpec
-) -> tuple[Tensor, Tensor, list[str]]:
+def support_set(support: Support, spec: InputSpec) -> tuple[Tensor, Tensor, list[str]]:
     """Read a support set, one folder per class, to adapt on.
 
     Args:

@@ -14,7 +14,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from maml_lightning.analysis.tables import csv_bytes, write_file
+from maml_lightning.engine.trials import same_random_numbers
 from maml_lightning.episodes import Episode
+from maml_lightning.structures import call, first_task, mapped, plain
 from maml_lightning.training.module import MAML
 from maml_lightning.training.scores import Score
 
@@ -61,12 +63,53 @@ def metric_results(scores: Tensor, name: str) -> dict:
     return {name: found[name], f"{name}_ci95": found["ci95"], f"{name}_per_step": found[f"{name}_per_step"], **fewer}
 
 
+def is_transductive(maml: MAML, episode: Episode) -> bool | None:
+    """Whether predictions on a query depend on the other queries of its episode.
+
+    A copy that is adapted to the first task gets all queries, then the first of them alone.
+
+    Args:
+        maml: the module.
+        episode: of at least one task.
+
+    Returns:
+        None where it cannot be tried, as of inputs that are of the task as a whole.
+    """
+    support, targets, queries, _ = (first_task(part) for part in Episode(*map(plain, episode)))
+    devices = [maml.device] if maml.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices), same_random_numbers(), torch.no_grad():
+            adapted = maml.adapt(support, targets, steps=0).eval()
+            together = call(adapted, queries)[0].float()
+            alone = call(adapted, mapped(lambda tensor: tensor[:1], queries))[0].float()
+    except Exception:  # whatever a network raises that does not take one query
+        return None
+    tolerance = torch.finfo(next(maml.parameters()).dtype).eps ** 0.5 * together.abs().max().item()
+    return not torch.allclose(together, alone, rtol=0, atol=tolerance, equal_nan=True)
+
+
 class TestReport(Callback):
     """Prints a test's headline and writes ``test_results.json`` into the run's log folder.
+
+    Both say under which protocol: ``ways``, ``shots``, ``query_shots``, ``query_layout``, ``query_statistics``,
+    ``head``, and ``transductive``: whether predictions depend on the other queries, as tried on the first episode.
 
     Episodes whose networks' outputs are not finite (with ``non_finite`` skip), or none of whose query targets counts,
     are in none of its figures; where there are any, ``skipped`` is their number.
     """
+
+    _transductive: bool | None = None
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget an earlier test."""
+        self._transductive = None
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Try on the first episode whether predictions depend on the other queries."""
+        if batch_idx == 0 and trainer.is_global_zero and isinstance(pl_module, MAML):
+            self._transductive = is_transductive(pl_module, Episode.of(batch))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write and print, in the first process."""
@@ -79,7 +122,18 @@ class TestReport(Callback):
             results |= metric_results(values, metric)
         data = getattr(trainer, "datamodule", None)
         task = {setting: getattr(data, setting, None) for setting in ("ways", "shots", "query_shots")}
-        results = {**results, **task, "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path)}
+        protocol = {
+            "query_layout": getattr(data, "query_layout", "balanced"),
+            "query_statistics": pl_module.query_statistics,
+            "head": pl_module.head,
+            "transductive": self._transductive,
+        }
+        results = {
+            **results,
+            **task,
+            **protocol,
+            "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
+        }
         left = ""
         if pl_module.skipped_episodes:
             results["skipped"], left = pl_module.skipped_episodes, f", {pl_module.skipped_episodes} left out"
@@ -90,7 +144,7 @@ class TestReport(Callback):
         left += "".join(f"; {metric} {results[metric]}" for metric, _ in others)
         rank_zero_info(
             f"Test {name} after {steps} inner step{'s' * (steps != 1)}: {scale * results[name]:.2f}{interval}{unit} "
-            f"over {results['episodes']} episodes{left} ({file})"
+            f"over {results['episodes']} episodes{left} ({protocol_text(results)}; {file})"
         )
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(results, indent=2) + "\n")
@@ -104,6 +158,20 @@ class TestReport(Callback):
                     {f"test/{each}": results[each] for each in pl_module.test_scores if results[each] is not None},
                     run_name="hparams",
                 )
+
+
+def protocol_text(results: dict) -> str:
+    """The protocol of a test in words: ``5-way 1-shot, 15 queries per class, transductive``."""
+    ways, shots, queries = (results[key] for key in ("ways", "shots", "query_shots"))
+    words = [" ".join([f"{ways}-way"] * bool(ways) + [f"{shots}-shot"] * bool(shots))]
+    if queries:
+        of = (
+            "per class" if results["query_layout"] == "balanced" else f"per class on average, {results['query_layout']}"
+        )
+        words.append(f"{queries} {'query' if queries == 1 else 'queries'} {of if ways else 'per episode'}")
+    if results["transductive"] is not None:
+        words.append("transductive" if results["transductive"] else "each query by itself")
+    return ", ".join(filter(None, words))
 
 
 class Predicted(NamedTuple):
