@@ -151,7 +151,7 @@ class SupportQueryDataModule(LightningDataModule):
                 raise SettingError(f"data.output: {shown(file)} exists already; remove it or give another name.")
         _check_writable(self.output)
         self.setup()
-        untrained = self.trainer is not None and self.trainer.ckpt_path is None
+        untrained = self._spec() is None and self.trainer is not None and self.trainer.ckpt_path is None
         if self.images is None and (self._spec() is not None or untrained):  # Lightning prepares a second time
             self._read()
 

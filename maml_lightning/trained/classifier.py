@@ -68,9 +68,7 @@ class Classifier:
         where = f"The support set {shown(support)}" if isinstance(support, str | Path) else "The support set"
         check_ways(where, len(self.names), maml.inputs, maml.head)
         images = images.to(maml.device, next((value.dtype for value in maml.net.parameters()), None))
-        adapted = Probabilities(maml.adapt(images, targets.to(maml.device)), len(self.names)).eval()
-        alone = maml.query_statistics != "batch"
-        self.network: nn.Module = adapted if alone else _BesideSupport(adapted, images)
+        self.network = adapted_to(maml, images, targets.to(maml.device))
 
     @overload
     def __call__(self, pictures: Picture) -> Prediction: ...
@@ -104,6 +102,15 @@ class Classifier:
         best = max(range(len(row)), key=row.__getitem__)
         accepted = row[best] >= (self.reject or 0)  # which NaN is not
         return Prediction(self.names[best] if accepted else None, row[best], dict(zip(self.names, row, strict=True)))
+
+
+def adapted_to(maml: MAML, support: Tensor, targets: Tensor) -> nn.Module:
+    """A network of probabilities ``[n, N]``, adapted to a support set ``[N*K, C, H, W]`` with targets ``[N*K]``.
+
+    Those of an input do not depend on the other inputs.
+    """
+    adapted = Probabilities(maml.adapt(support, targets), int(targets.max()) + 1).eval()
+    return adapted if maml.query_statistics != "batch" else _BesideSupport(adapted, support)
 
 
 class _BesideSupport(nn.Module):
