@@ -142,9 +142,10 @@ class TestReport(Callback):
         scale, unit = (100, " %") if name == "accuracy" else (1, "")
         interval = "" if results["ci95"] is None else f" ± {scale * results['ci95']:.2f}"
         left += "".join(f"; {metric} {results[metric]}" for metric, _ in others)
+        said = f"{words}; " if (words := protocol_text(results)) else ""
         rank_zero_info(
             f"Test {name} after {steps} inner step{'s' * (steps != 1)}: {scale * results[name]:.2f}{interval}{unit} "
-            f"over {results['episodes']} episodes{left} ({protocol_text(results)}; {file})"
+            f"over {results['episodes']} episodes{left} ({said}{file})"
         )
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(results, indent=2) + "\n")
