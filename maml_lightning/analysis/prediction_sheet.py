@@ -43,7 +43,8 @@ def rows_of(queries: Sequence[Query], classes: Sequence[str], support: Sequence[
         known = [queries[n] for n in own if queries[n].label is not None]
         right = sum(query.predicted == index for query in known)
         counts = [f"{right} of {len(known)} right"] if known else []
-        counts += [f"{len(own) - len(known)} more predicted"] if len(own) > len(known) else []
+        if others := len(own) - len(known):
+            counts.append(f"{others} {'more ' if known else ''}predicted")
         rows.append(Row(f"{name}: {', '.join(counts) or 'no queries'}", images, _ordered(own, queries)))
     rejected = [n for n, query in enumerate(queries) if query.label is None and query.rejected]
     broken = [n for n, query in enumerate(queries) if query.label is None and query.nearest is None]

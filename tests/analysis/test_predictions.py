@@ -94,7 +94,7 @@ def test_a_row_for_each_class_wrong_ones_first():
     assert [row.queries for row in rows] == [[2, 1, 0], [5], [4, 3]]
     assert [row.title for row in rows] == [
         "cross: 1 of 3 right",
-        "ring: 1 more predicted",
+        "ring: 1 predicted",
         "tee: 0 of 1 right, 1 more predicted",
     ]
     loose = rows_of(queries_of(NAMES, [None] * 6, PROBABILITIES, 0.45), CLASSES, list(support))
