@@ -1,7 +1,8 @@
 """``python -m benchmarks {speed,memory,batch,family,fit,scale}``; without a name, all of them run in turn.
 
 ``python -m benchmarks {accuracy,again,results}`` trains and records an accuracy, repeats a record, prints all records;
-``python -m benchmarks networks`` compares the zoo of networks with a plain loop and writes docs/networks.md.
+``python -m benchmarks networks`` compares the zoo of networks with a plain loop and writes docs/networks.md;
+``python -m benchmarks rejection`` prints how often data.reject is right.
 
 Peers from the package index: ``pip install higher torchopt jax``; learn2learn if it builds.
 """
@@ -15,12 +16,13 @@ from jsonargparse import auto_cli
 from benchmarks.accuracy import accuracy, again, results
 from benchmarks.measure import batch, family, fit, memory, scale, speed
 from benchmarks.networks import networks
+from benchmarks.rejection import rejection
 
 PARTS = [speed, memory, batch, family, fit, scale]
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        auto_cli([*PARTS, accuracy, again, results, networks])
+        auto_cli([*PARTS, accuracy, again, results, networks, rejection])
     else:
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
         for part in PARTS:

@@ -18,7 +18,7 @@ from maml_lightning.episodes import Episode, InputSpec
 from maml_lightning.errors import NonFiniteError, SettingError
 from maml_lightning.networks import MLP, ConvNet, ResNet12
 from maml_lightning.sequence_networks import ConvNet1d, GRUNet, TextNet
-from maml_lightning.trained import load
+from maml_lightning.trained import Classifier, load
 from maml_lightning.training.checkpoints import LastCheckpoint
 from maml_lightning.training.cost import CostMonitor
 from maml_lightning.training.inspection import AdaptationMonitor
@@ -33,6 +33,7 @@ __all__ = [
     "AdaptationMonitor",
     "ArraysDataModule",
     "BenchmarkDataModule",
+    "Classifier",
     "ConvNet",
     "ConvNet1d",
     "CostMonitor",

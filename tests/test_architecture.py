@@ -20,7 +20,7 @@ GROUND = {
 ALLOWED = {
     "command_line": {"face", "trained", "training", "data", "analysis", *GROUND},
     "face": {"trained", "training", "algorithms", "data", *GROUND},
-    "trained": {"training", *GROUND},
+    "trained": {"training", "data", "analysis", *GROUND},
     "training": {"algorithms", "engine", "analysis", *GROUND},
     "algorithms": {"engine", *GROUND},
     "engine": {"episodes", "structures", "task_statistics", "errors", "files", "processes"},

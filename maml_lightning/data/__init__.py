@@ -14,7 +14,8 @@ from maml_lightning.data.map_style import DatasetDataModule
 from maml_lightning.data.modules import EpisodicDataModule, TaskDataModule
 from maml_lightning.data.omniglot import OmniglotDataModule
 from maml_lightning.data.sinusoids import SinusoidsDataModule
-from maml_lightning.data.support_query import SupportQueryDataModule, support_set
+from maml_lightning.data.support_query import SupportQueryDataModule
+from maml_lightning.data.support_sets import support_set
 
 __all__ = [
     "ArraysDataModule",

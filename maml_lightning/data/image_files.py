@@ -144,14 +144,7 @@ def decode(
             with Image.open(source) as opened:
                 if size not in (None, opened.size):
                     raise DecodeError(f"is {opened.size} pixels large, not {size}")
-                image = ImageOps.exif_transpose(opened)
-                image = eight_bit(image)
-                image = image.convert("L" if channels == 1 else "RGB")
-                if fit == "crop":
-                    image = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
-                else:
-                    image = _padded(image).resize((side, side), Image.Resampling.LANCZOS)
-        return np.asarray(image).reshape(side, side, channels).transpose(2, 0, 1)
+                return pixels_of(opened, side, channels, fit)
     except DecodeError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -160,6 +153,16 @@ def decode(
         raise DecodeError(
             f"cannot be read ({getattr(error, 'strerror', None) or 'it is not a complete image'})"
         ) from error
+
+
+def pixels_of(image: Image.Image, side: int, channels: Literal[1, 3], fit: Literal["crop", "pad"]) -> Pixels:
+    """An opened image as ``[channels, side, side]``, see `decode`."""
+    image = eight_bit(ImageOps.exif_transpose(image)).convert("L" if channels == 1 else "RGB")
+    if fit == "crop":
+        image = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
+    else:
+        image = _padded(image).resize((side, side), Image.Resampling.LANCZOS)
+    return np.asarray(image).reshape(side, side, channels).transpose(2, 0, 1)
 
 
 def eight_bit(image: Image.Image) -> Image.Image:

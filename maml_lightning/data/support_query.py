@@ -1,114 +1,62 @@
 """One task of your own: folders of labeled images to adapt on, and images to classify."""
 
+import glob
 import io
 import os
 import uuid
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
-from PIL import Image
+from PIL import Image, ImageOps
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from maml_lightning.analysis.drawing import Tile, contact_sheet
-from maml_lightning.analysis.tables import csv_bytes, text_cell, write_file
-from maml_lightning.data.image_files import Pixels, class_folders, image_files, read_image
+from maml_lightning.analysis import predictions
+from maml_lightning.analysis.prediction_sheet import Pictures, prediction_sheet, rows_of
+from maml_lightning.analysis.predictions import Query
+from maml_lightning.analysis.tables import write_file
+from maml_lightning.data.image_files import SUFFIXES, eight_bit, image_files
+from maml_lightning.data.support_sets import NO_SPEC, check_ways, classes_of, read_images, targets_of
 from maml_lightning.episodes import Episode, InputSpec
 from maml_lightning.errors import SettingError
 from maml_lightning.files import shown
 
-FAINT = 0.5  # of full ink; below it an image's contrast is raised
-ROWS = 40  # of the printed table; the file has all
-SHEET = 200  # support images and queries on the contact sheet, at most, of each
+SHEET = 200  # queries on the contact sheet, at most: wrong ones first
+THUMBNAIL = 192  # pixels
 
 
-class Prepared(NamedTuple):
-    """Images as a network takes them, and how many of them each change was made to."""
-
-    inputs: Tensor
-    changes: dict[str, int]
-
-
-def read_images(files: list[Path], spec: InputSpec) -> Prepared:
-    """Read images and match them to a network's training images: size, channels and, for drawings, ink and background.
-
-    If the training images had a plain background, images of the opposite polarity are inverted, their background is
-    shifted to that of the training images, and faint ink is raised to full contrast.
+def query_files(query: str | Path) -> tuple[Path, list[Path]]:
+    """The images to classify, and the folder that their names are relative to.
 
     Args:
-        files: ``n`` images of any size and mode.
-        spec: what the network was trained on.
-
-    Returns:
-        inputs ``[n, C, H, W]`` in [0, 1], and how many images each change was made to.
+        query: a folder, whose subfolders count too; a file; or a pattern such as ``scans/*/*.png``, in which ``**``
+            stands for folders of any depth.
 
     Raises:
-        SettingError: an image cannot be read.
+        SettingError: there is none.
     """
-    changes = {"padded to a square": 0, "inverted": 0, "shifted to the background": 0, "raised in contrast": 0}
-    images: list[Pixels] = []
-    for file in files:
-        pixels = read_image(file, spec.side, spec.channels, "pad")
-        with Image.open(file) as image:
-            changes["padded to a square"] += image.width != image.height
-        if spec.background is not None:
-            target = round(255 * spec.background)
-            if abs(_border(pixels) - target) > 127:
-                pixels, changes["inverted"] = 255 - pixels, changes["inverted"] + 1
-            ink = pixels.astype(np.float64) - target
-            if abs(base := _border(pixels) - target) > 5:
-                ink, changes["shifted to the background"] = ink - base, changes["shifted to the background"] + 1
-            peak = np.abs(ink).max()
-            if abs(base) > 5 or 0 < peak < 255 * FAINT:
-                changes["raised in contrast"] += 0 < peak < 255 * FAINT
-                pixels = (target + ink * 255 / max(peak, 1)).clip(0, 255).round().astype(np.uint8)
-        images.append(pixels)
-    return Prepared(torch.from_numpy(np.stack(images)).float() / 255, changes)
-
-
-def _border(pixels: Pixels) -> float:
-    edges = [pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]]
-    return float(np.median(np.concatenate(edges, axis=1)))
-
-
-def support_set(folder: str | Path, spec: InputSpec) -> tuple[Tensor, Tensor, list[str]]:
-    """Read a support set, one folder per class, to adapt on.
-
-    Args:
-        folder: ``FOLDER/CLASS/*.png``, or other formats, any number of images per class.
-        spec: what the network was trained on, ``maml.inputs``.
-
-    Returns:
-        inputs ``[n, C, H, W]``, targets ``[n]`` and the names of the classes.
-
-    Raises:
-        SettingError: there are fewer than 2 classes, or something cannot be read.
-    """
-    classes = _classes(Path(folder))
-    inputs = read_images([file for files in classes.values() for file in files], spec).inputs
-    return inputs, _targets(classes), list(classes)
-
-
-def _classes(folder: Path) -> dict[str, list[Path]]:
-    classes = class_folders(folder)
-    if len(classes) < 2:
+    path = Path(query)
+    if path.is_dir():
+        files = image_files(path, nested=True)
+        if not files:
+            raise SettingError(f"data.query {shown(query)} holds no images; put some in it.")
+        return path, files
+    if path.is_file():
+        return path.parent, [path]
+    if not glob.has_magic(str(query)):
+        raise SettingError(f"data.query {shown(query)} is not a folder, a file or a pattern; give one of images.")
+    found = (Path(name) for name in glob.glob(str(query), recursive=True))
+    files = sorted(file for file in found if file.is_file() and file.suffix.lower() in SUFFIXES)
+    if not files:
         raise SettingError(
-            f"{shown(folder)} holds {len(classes)} folder{'s' * (len(classes) != 1)} of images; give one for each of "
-            "at least 2 classes."
+            f"data.query {shown(query)} matches no images ({', '.join(SUFFIXES)}); give another pattern."
         )
-    return classes
-
-
-def _targets(classes: dict[str, list[Path]]) -> Tensor:
-    return torch.arange(len(classes)).repeat_interleave(torch.tensor([len(files) for files in classes.values()]))
+    return next(parent for parent in path.parents if not glob.has_magic(str(parent))), files
 
 
 def _only(batch: list[Episode]) -> Episode:
@@ -135,21 +83,29 @@ def _check_writable(output: Path) -> None:
 class SupportQueryDataModule(LightningDataModule):
     """Classify your own images: ``cli.py predict --ckpt_path CKPT --data SupportQueryDataModule``.
 
-    Writes a table of probabilities (CSV: ``file``, ``predicted``, then one column per class) and a contact sheet (PNG)
-    with the same name. Images are matched to those that the network was trained on. Names of files and classes that a
-    spreadsheet would take for formulas (they begin with ``=``, ``+``, ``-``, ``@``, a tab or a line break) get a
-    single quote in front in the table. If the outputs for an image are not finite, ``predicted`` is empty. With
-    several processes, each predicts everything and the first one writes.
+    Writes a table of probabilities (CSV: ``file``, ``predicted``, then one column per class), the same and more as
+    JSON, and a contact sheet (PNG), all with the same name. Images are matched to those that the network was trained
+    on. Names of files and classes that a spreadsheet would take for formulas (they begin with ``=``, ``+``, ``-``,
+    ``@``, a tab or a line break) get a single quote in front in the CSV. If the outputs for an image are not finite,
+    ``predicted`` is empty. With several processes, each predicts everything and the first one writes.
+
+    The JSON has ``checkpoint``, ``support``, ``query``, ``reject``, ``classes``, ``predictions`` (of each query
+    ``file``, ``label``, ``predicted``, ``nearest``, ``probability``, ``rejected``, ``probabilities`` by class), and
+    where labels are known ``accuracy``, ``per_class`` (``class``, ``queries``, ``right``, ``wrong``, ``none``,
+    ``accuracy``) and ``confusion_matrix``, whose rows are true classes and whose last column is none of them; else
+    null.
 
     Args:
         support: folder of the labeled images, ``SUPPORT/CLASS/*.png`` or other formats; any number per class.
-        query: folder of the images to classify; subfolders count too. Where they have the classes' names, accuracy is
-            reported.
-        output: the CSV file; neither it nor the PNG of the same name may exist. If one appears during the run, it is
-            kept, and ``NAME-1`` is written.
+        query: the images to classify: a folder, whose subfolders count too; a file; or a pattern such as
+            ``scans/*.png``. Where images are in folders with the classes' names, accuracy is reported.
+        output: the CSV file; neither it nor the JSON and PNG of the same name may exist. If one appears during the run,
+            it is kept, and ``NAME-1`` is written.
         beside_support: whether queries are evaluated in one batch with the support images. A network that normalizes
-            with the statistics of the current batch can hardly classify one query alone, or many of one class.
-            ``auto``: yes, unless the folders' names show equally many queries of every class, as in a test.
+            with the statistics of the current batch (model.query_statistics batch) can hardly classify one query alone,
+            or many of one class. ``auto``: yes for such a network, unless the folders' names show equally many queries
+            of every class, as in a test.
+        reject: a query whose highest probability is below this is "none of these"; null rejects none.
 
     Raises:
         SettingError: a folder or an image cannot be used, or the output exists already.
@@ -161,13 +117,19 @@ class SupportQueryDataModule(LightningDataModule):
         query: str,
         output: str = "predictions.csv",
         beside_support: bool | Literal["auto"] = "auto",
+        reject: float | None = None,
     ):
         super().__init__()
-        self.beside_support = beside_support
-        self.support, self.query, self.output = Path(support), Path(query), Path(output)
+        self.beside_support, self.reject = beside_support, reject
+        self.support, self.query, self.output = Path(support), query, Path(output)
         if not self.output.name:
             raise SettingError(f"data.output {output} is not a file name; give one such as predictions.csv.")
-        self.sheet = self.output.with_suffix(".png")
+        if reject is not None and not 0 < reject <= 1:
+            raise SettingError(
+                f"data.reject must be a probability above 0, at most 1 (got {reject}); null rejects none."
+            )
+        self.sheet, self.json = self.output.with_suffix(".png"), self.output.with_suffix(".json")
+        self.folder = Path()  # that the queries' names are relative to
         self.classes: dict[str, list[Path]] = {}
         self.files: list[Path] = []
         self.images: tuple[Tensor, Tensor] | None = None  # support and query, as the network takes them
@@ -179,35 +141,37 @@ class SupportQueryDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Check all settings before anything is written."""
-        support, query = self.support.resolve(), self.query.resolve()
-        if support == query or support in query.parents or query in support.parents:
+        if self.output.suffix.lower() in (".png", ".json"):
             raise SettingError(
-                f"data.support {shown(self.support)} and data.query {shown(self.query)} must not contain one another; "
-                "move one."
+                f"data.output {shown(self.output)} must not end in {self.output.suffix}; that is another file's name; "
+                "use .csv."
             )
-        if self.output.suffix.lower() == ".png":
-            raise SettingError(
-                f"data.output {shown(self.output)} must not end in .png; that is the contact sheet's name; use .csv."
-            )
-        for file in (self.output, self.sheet):
+        for file in (self.output, self.json, self.sheet):
             if os.path.lexists(file):
                 raise SettingError(f"data.output: {shown(file)} exists already; remove it or give another name.")
         _check_writable(self.output)
         self.setup()
-        if self._spec() is not None or (self.trainer is not None and self.trainer.ckpt_path is None):
+        untrained = self._spec() is None and self.trainer is not None and self.trainer.ckpt_path is None
+        if self.images is None and (self._spec() is not None or untrained):  # Lightning prepares a second time
             self._read()
 
+    def _module(self, attribute: str, default: Any) -> Any:
+        """An attribute of the module that predicts."""
+        return default if self.trainer is None else getattr(self.trainer.lightning_module, attribute, default)
+
     def _spec(self) -> InputSpec | None:
-        return None if self.trainer is None else getattr(self.trainer.lightning_module, "inputs", None)
+        return self._module("inputs", None)
 
     def setup(self, stage: str | None = None) -> None:
         """List the image files."""
-        self.classes = _classes(self.support)
-        if not self.query.is_dir():
-            raise SettingError(f"data.query {shown(self.query)} is not a folder; give one that holds images.")
-        self.files = image_files(self.query, nested=True)
-        if not self.files:
-            raise SettingError(f"data.query {shown(self.query)} holds no images; put some in it.")
+        self.classes = classes_of(self.support)
+        self.folder, self.files = query_files(self.query)
+        support = self.support.resolve()
+        if any(support in (folder := file.parent.resolve()).parents or support == folder for file in self.files):
+            raise SettingError(
+                f"data.support {shown(self.support)} and data.query {shown(self.query)} must not contain one another; "
+                "move one."
+            )
 
     def predict_dataloader(self) -> DataLoader[Episode]:
         """The one task."""
@@ -218,7 +182,7 @@ class SupportQueryDataModule(LightningDataModule):
         if self._beside():
             query = torch.cat([support, query])
         targets = torch.zeros(len(query), dtype=torch.int64)  # unused: the classes of queries are unknown
-        episode = Episode(support, _targets(self.classes), query, targets)
+        episode = Episode(support, targets_of(self.classes), query, targets)
         tasks: Any = [Episode(*(part[None] for part in episode))]
         # Every process predicts the one task: Lightning's own sampler would split it among them.
         sampler: DistributedSampler[Episode] = DistributedSampler(tasks, num_replicas=1, rank=0, shuffle=False)
@@ -227,27 +191,18 @@ class SupportQueryDataModule(LightningDataModule):
     def _beside(self) -> bool:
         if self.beside_support != "auto":
             return self.beside_support
+        if self._module("query_statistics", "batch") != "batch":
+            return False
         counts = Counter(self._label(file) for file in self.files)
         return set(counts) != set(range(self.ways)) or len(set(counts.values())) > 1
 
     def _read(self) -> None:
         spec = self._spec()
         if spec is None and self.trainer is not None and self.trainer.ckpt_path is None:
-            raise SettingError(
-                "ckpt_path is not given, or it does not record what images its network was trained on: they were not "
-                "square, or normalized (data.mean, data.std), or it is of an earlier version; give --ckpt_path of a "
-                "network trained on square images in [0, 1] with this version."
-            )
+            raise SettingError(f"ckpt_path is not given, or it {NO_SPEC}; give --ckpt_path of such a network.")
         if spec is None:
-            raise SettingError(
-                "The checkpoint does not record what images its network was trained on: they were not square, or not "
-                "in [0, 1] (data.mean, data.std), or it is of an earlier version; train it on such with this version."
-            )
-        if self.ways > spec.ways:
-            raise SettingError(
-                f"data.support {shown(self.support)} holds {self.ways} classes, but the checkpoint classifies among "
-                f"{spec.ways}; remove some, or train one with --data.ways {self.ways}."
-            )
+            raise SettingError(f"The checkpoint {NO_SPEC}; train it on such with this version.")
+        check_ways(f"data.support {shown(self.support)}", self.ways, spec, self._module("head", "learned"))
         support = read_images([file for files in self.classes.values() for file in files], spec)
         query = read_images(self.files, spec)
         changes = {what: count + query.changes[what] for what, count in support.changes.items()}
@@ -269,57 +224,55 @@ class SupportQueryDataModule(LightningDataModule):
             SettingError: a file could not be written.
         """
         probabilities = probabilities[-len(self.files) :].float().cpu()
-        finite, names = probabilities.isfinite().all(1).tolist(), list(self.classes)
-        predicted = [
-            index if usable else None for index, usable in zip(probabilities.argmax(-1).tolist(), finite, strict=True)
+        classes, labels = list(self.classes), [self._label(file) for file in self.files]
+        names = [str(file.relative_to(self.folder)) for file in self.files]
+        queries = predictions.queries_of(names, labels, probabilities, self.reject)
+        checkpoint = None if self.trainer is None else getattr(self.trainer, "ckpt_path", None)
+        settings = {"checkpoint": checkpoint, "support": self.support, "query": self.query}
+        settings = {key: None if value is None else str(value) for key, value in settings.items()}
+        written = [
+            write_file(self.output, predictions.csv_table(queries, classes)),
+            write_file(self.json, predictions.json_table(queries, classes, {**settings, "reject": self.reject})),
         ]
-        files = [str(file.relative_to(self.query)) for file in self.files]
-        true = [self._label(file) for file in self.files]
-        rows = list(zip(files, predicted, probabilities.tolist(), strict=True))
-        table = [["file", "predicted", *map(text_cell, names)]]
-        for file, index, row in rows:
-            name = "" if index is None else text_cell(names[index])
-            table.append([text_cell(file), name, *(f"{value:.6f}" for value in row)])
-        written = [write_file(self.output, csv_bytes(table))]
         sheet = io.BytesIO()
-        self._contact_sheet(predicted, probabilities, true).save(sheet, "PNG")
+        self._contact_sheet(queries).save(sheet, "PNG")
         written.append(write_file(self.sheet, sheet.getvalue()))
         console = Console()
-
-        def cell(name: str) -> Text:
-            return Text(shown(name).encode(console.encoding, "backslashreplace").decode(console.encoding))
-
-        screen = Table("file", "predicted", "probability")
-        for file, index, row in rows[:ROWS]:
-            screen.add_row(cell(file), *(("", "") if index is None else (cell(names[index]), f"{row[index]:.2f}")))
-        console.print(screen)
-        if len(rows) > ROWS:
-            rank_zero_info(f"… and {len(rows) - ROWS} more in {shown(written[0])}.")
-        labeled = [(index, label) for index, label in zip(predicted, true, strict=True) if label is not None]
-        if labeled:
-            correct, total = sum(index == label for index, label in labeled), len(labeled)
+        for table in predictions.screen(queries, classes, console.encoding):
+            console.print(table)
+        if len(queries) > predictions.ROWS:
+            rank_zero_info(f"… and {len(queries) - predictions.ROWS} more in {shown(written[0])}.")
+        if known := [query for query in queries if query.label is not None]:
+            correct, total = sum(query.predicted == query.label for query in known), len(known)
             rank_zero_info(f"Accuracy: {correct / total:.4f} ({correct} of {total} images in folders named as classes)")
-        if not all(finite):
-            rank_zero_info(f"{finite.count(False)} images are not predicted: the network's outputs are not finite.")
+        if rejected := sum(query.rejected for query in queries):
+            rank_zero_info(f"{rejected} of {len(queries)} images are none of these: below data.reject {self.reject}.")
+        if broken := sum(query.nearest is None for query in queries):
+            rank_zero_info(f"{broken} images are not predicted: the network's outputs are not finite.")
         rank_zero_info(f"Written: {', '.join(map(shown, written))}")
 
     def _label(self, file: Path) -> int | None:
         names = list(self.classes)
-        folders = file.relative_to(self.query).parts[:-1]
+        folders = file.relative_to(self.folder).parts[:-1]
         return names.index(folders[-1]) if folders and folders[-1] in names else None
 
-    def _contact_sheet(self, predicted: list[int | None], probabilities: Tensor, true: list[int | None]) -> Image.Image:
-        """Support images by class, then queries with their predicted classes; wrong ones in red."""
+    def _contact_sheet(self, queries: list[Query]) -> Image.Image:
+        """A row for each class; the originals of queries that are not on the sheet are not read again."""
         assert self.images is not None
-        names, (support, query) = list(self.classes), self.images
-        labels = _targets(self.classes).tolist()
-        support_tiles = [Tile(image, names[label]) for image, label in zip(support, labels, strict=True)]
-        query_tiles = [
-            Tile(
-                image,
-                "not finite" if index is None else f"{names[index]} {row[index]:.2f}",
-                "red" if label not in (None, index) else "green",
-            )
-            for image, index, row, label in zip(query, predicted, probabilities.tolist(), true, strict=True)
+        support, seen = self.images
+        of_class = support.split([len(files) for files in self.classes.values()])
+        rows = rows_of(queries, list(self.classes), of_class)
+        shown_ones = {number for row in rows for number in row.queries[: max(1, SHEET // len(rows))]}
+        pictures = [
+            Pictures(_thumbnail(file), image) if number in shown_ones else None
+            for number, (file, image) in enumerate(zip(self.files, seen, strict=True))
         ]
-        return contact_sheet([("support", support_tiles[:SHEET]), ("query", query_tiles[:SHEET])])
+        return prediction_sheet(rows, queries, list(self.classes), pictures)
+
+
+def _thumbnail(file: Path) -> Image.Image:
+    """The original of an image that was read before."""
+    with Image.open(file) as opened:
+        image = eight_bit(ImageOps.exif_transpose(opened)).convert("RGB")
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        return image

@@ -14,7 +14,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from maml_lightning.analysis.tables import csv_bytes, write_file
+from maml_lightning.engine.trials import same_random_numbers
 from maml_lightning.episodes import Episode
+from maml_lightning.structures import call, first_task, mapped, plain
 from maml_lightning.training.ensembles import Ensemble
 from maml_lightning.training.module import MAML
 from maml_lightning.training.scores import Score
@@ -62,13 +64,54 @@ def metric_results(scores: Tensor, name: str) -> dict:
     return {name: found[name], f"{name}_ci95": found["ci95"], f"{name}_per_step": found[f"{name}_per_step"], **fewer}
 
 
+def is_transductive(maml: MAML, episode: Episode) -> bool | None:
+    """Whether predictions on a query depend on the other queries of its episode.
+
+    A copy that is adapted to the first task gets all queries, then the first of them alone.
+
+    Args:
+        maml: the module.
+        episode: of at least one task.
+
+    Returns:
+        None where it cannot be tried, as of inputs that are of the task as a whole.
+    """
+    support, targets, queries, _ = (first_task(part) for part in Episode(*map(plain, episode)))
+    devices = [maml.device] if maml.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices), same_random_numbers(), torch.no_grad():
+            adapted = maml.adapt(support, targets, steps=0).eval()
+            together = call(adapted, queries)[0].float()
+            alone = call(adapted, mapped(lambda tensor: tensor[:1], queries))[0].float()
+    except Exception:  # whatever a network raises that does not take one query
+        return None
+    tolerance = torch.finfo(next(maml.parameters()).dtype).eps ** 0.5 * together.abs().max().item()
+    return not torch.allclose(together, alone, rtol=0, atol=tolerance, equal_nan=True)
+
+
 class TestReport(Callback):
     """Prints a test's headline and writes ``test_results.json`` into the run's log folder.
+
+    Both say under which protocol: ``ways``, ``shots``, ``query_shots``, ``query_layout``, ``query_statistics``,
+    ``head``, and ``transductive``: whether predictions depend on the other queries, as tried on the first episode.
 
     Episodes whose networks' outputs are not finite (with ``non_finite`` skip), or none of whose query targets counts,
     are in none of its figures; where there are any, ``skipped`` is their number. Of an ensemble, ``ensemble`` lists its
     checkpoints.
     """
+
+    _transductive: bool | None = None
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget an earlier test."""
+        self._transductive = None
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Try on the first episode whether predictions depend on the other queries."""
+        if batch_idx == 0 and trainer.is_global_zero and isinstance(pl_module, MAML):
+            self._transductive = is_transductive(pl_module, Episode.of(batch))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write and print, in the first process."""
@@ -81,7 +124,14 @@ class TestReport(Callback):
             results |= metric_results(values, metric)
         data = getattr(trainer, "datamodule", None)
         task = {setting: getattr(data, setting, None) for setting in ("ways", "shots", "query_shots")}
-        results = {**results, **task, "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path)}
+        protocol = {
+            "query_layout": getattr(data, "query_layout", "balanced"),
+            "query_statistics": getattr(pl_module, "query_statistics", None),
+            "head": getattr(pl_module, "head", None),
+            "transductive": self._transductive,
+        }
+        checkpoint = None if trainer.ckpt_path is None else str(trainer.ckpt_path)
+        results = {**results, **task, **protocol, "checkpoint": checkpoint}
         left = of = ""
         if isinstance(pl_module, Ensemble):
             results["ensemble"], of = pl_module.names, f" of an ensemble of {len(pl_module.names)} networks"
@@ -92,9 +142,10 @@ class TestReport(Callback):
         scale, unit = (100, " %") if name == "accuracy" else (1, "")
         interval = "" if results["ci95"] is None else f" ± {scale * results['ci95']:.2f}"
         left += "".join(f"; {metric} {results[metric]}" for metric, _ in others)
+        said = f"{words}; " if (words := protocol_text(results)) else ""
         rank_zero_info(
-            f"Test {name}{of} after {steps} inner step{'s' * (steps != 1)}: "
-            f"{scale * results[name]:.2f}{interval}{unit} over {results['episodes']} episodes{left} ({file})"
+            f"Test {name}{of} after {steps} inner step{'s' * (steps != 1)}: {scale * results[name]:.2f}{interval}{unit} "
+            f"over {results['episodes']} episodes{left} ({said}{file})"
         )
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(results, indent=2) + "\n")
@@ -108,6 +159,20 @@ class TestReport(Callback):
                     {f"test/{each}": results[each] for each in pl_module.test_scores if results[each] is not None},
                     run_name="hparams",
                 )
+
+
+def protocol_text(results: dict) -> str:
+    """The protocol of a test in words: ``5-way 1-shot, 15 queries per class, transductive``."""
+    ways, shots, queries = (results[key] for key in ("ways", "shots", "query_shots"))
+    words = [" ".join([f"{ways}-way"] * bool(ways) + [f"{shots}-shot"] * bool(shots))]
+    if queries:
+        of = (
+            "per class" if results["query_layout"] == "balanced" else f"per class on average, {results['query_layout']}"
+        )
+        words.append(f"{queries} {'query' if queries == 1 else 'queries'} {of if ways else 'per episode'}")
+    if results["transductive"] is not None:
+        words.append("transductive" if results["transductive"] else "each query by itself")
+    return ", ".join(filter(None, words))
 
 
 class Predicted(NamedTuple):

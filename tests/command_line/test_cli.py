@@ -20,7 +20,9 @@ def test_test_writes_its_results(folder, checkpoint):
     cli = main(words("test", **DATA, ckpt_path=checkpoint))
     results = json.loads((Path(cli.trainer.log_dir) / "test_results.json").read_text())
     contract = "accuracy ci95 episodes ways shots query_shots inner_steps accuracy_per_step checkpoint"
-    assert set(results) == set(contract.split())
+    protocol = {"query_layout": "balanced", "query_statistics": "batch", "head": "learned", "transductive": True}
+    assert set(results) == {*contract.split(), *protocol}
+    assert {key: results[key] for key in protocol} == protocol
     assert results["accuracy"] == pytest.approx(cli.trainer.logged_metrics["test/accuracy"].item(), abs=1e-6)
     assert [results[key] for key in ("episodes", "ways", "shots", "query_shots", "inner_steps")] == [12, 3, 1, 1, 2]
     assert results["accuracy_per_step"][-1] == results["accuracy"]

@@ -147,7 +147,9 @@ def test_fit_keeps_the_lowest_error_and_test_reports_it(folder: Path):
     test = main(words("test", **SINUSOIDS, ckpt_path=checkpoints / "best.ckpt"))
     results = json.loads((Path(test.trainer.log_dir) / "test_results.json").read_text())
     contract = "mse ci95 episodes ways shots query_shots inner_steps mse_per_step checkpoint"
+    contract += " query_layout query_statistics head transductive"
     assert set(results) == set(contract.split())
+    assert results["transductive"] is False
     assert results["mse"] == pytest.approx(test.trainer.logged_metrics["test/mse"].item(), rel=1e-5)
     assert [results[key] for key in ("episodes", "ways", "shots", "inner_steps")] == [12, None, 10, 2]
     assert len(results["mse_per_step"]) == 3

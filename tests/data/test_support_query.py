@@ -1,4 +1,5 @@
 import csv
+import json
 import logging
 import multiprocessing
 import os
@@ -13,10 +14,19 @@ import torch
 from PIL import Image, ImageDraw
 
 from cli import main
-from maml_lightning import InputSpec, OmniglotDataModule, SettingError, SupportQueryDataModule, load, support_set
+from maml_lightning import (
+    MAML,
+    ConvNet,
+    InputSpec,
+    OmniglotDataModule,
+    SettingError,
+    SupportQueryDataModule,
+    load,
+    support_set,
+)
 from maml_lightning.data.image_files import class_folders
 from maml_lightning.data.omniglot import character_files, split_characters
-from maml_lightning.data.support_query import read_images
+from maml_lightning.data.support_sets import read_images
 from tests.runs import process, run, words
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -321,8 +331,10 @@ def test_two_processes_write_what_one_writes_once(odd: Path):
     assert ended.returncode == 0, ended.stderr
     assert (odd / "predictions.csv").read_bytes() == (odd / "alone.txt").read_bytes()
     assert len(alone) == 14
-    assert ended.stderr.count("Written: predictions.csv, predictions.png") == 1
-    assert {file.name for file in odd.glob("predictions*")} == {"predictions.csv", "predictions.png"}
+    assert ended.stderr.count("Written: predictions.csv, predictions.json, predictions.png") == 1
+    assert {file.name for file in odd.glob("predictions*")} == {
+        f"predictions.{kind}" for kind in ("csv", "json", "png")
+    }
 
 
 @pytest.fixture
@@ -343,7 +355,7 @@ def test_a_table_is_written_before_anything_else_can_fail(
     def fail(*_: object) -> None:
         raise RuntimeError("no font")
 
-    monkeypatch.setattr("maml_lightning.data.support_query.contact_sheet", fail)
+    monkeypatch.setattr("maml_lightning.data.support_query.prediction_sheet", fail)
     with pytest.raises(RuntimeError, match="no font"):
         ready.report(FOUND)
     assert ready.output.read_text().splitlines()[1] == "cross/0.png,cross,0.750000,0.250000"
@@ -356,7 +368,7 @@ def test_what_appears_meanwhile_is_left_as_it_is(ready: SupportQueryDataModule, 
     ready.report(FOUND)
     assert ready.output.read_text() == "mine"
     assert (ready.output.parent / "out-1.csv").read_text().count("cross/0.png") == 1
-    assert f"Written: {ready.output.parent / 'out-1.csv'}, {ready.sheet}" in caplog.text
+    assert f"Written: {ready.output.parent / 'out-1.csv'}, {ready.json}, {ready.sheet}" in caplog.text
 
 
 def test_a_table_that_cannot_be_written_is_elsewhere(
@@ -441,3 +453,94 @@ def test_an_input_spec_distinguishes_drawings_from_photos():
     assert InputSpec.of(1 - drawings, 5) == InputSpec(5, 1, 9, 1.0)
     assert InputSpec.of(torch.rand(2, 4, 3, 9, 9), 5) == InputSpec(5, 3, 9, None)
     assert InputSpec.of(torch.rand(6, 7), 5) is None
+
+
+def predicted_of(root: Path, query: object, **settings: object) -> list[str]:
+    """The names of the queries that are listed."""
+    data = SupportQueryDataModule(str(root / "support"), str(query), **settings)  # type: ignore[arg-type]
+    data.setup()
+    return [str(file.relative_to(data.folder)) for file in data.files]
+
+
+def test_a_query_is_a_folder_a_file_or_a_pattern(good: Path):
+    (good / "query" / "note.txt").write_text("no image")
+    (good / "query" / "a[1].png").write_bytes((good / "query" / "cross" / "0.png").read_bytes())
+    everything = ["a[1].png", "cross/0.png", "ring/0.png"]
+    assert predicted_of(good, good / "query") == everything
+    assert predicted_of(good, good / "query" / "ring" / "0.png") == ["0.png"]
+    assert predicted_of(good, good / "query" / "a[1].png") == ["a[1].png"]
+    assert predicted_of(good, good / "query" / "*" / "*.png") == everything[1:]
+    assert predicted_of(good, good / "query" / "**" / "*") == everything
+    assert predicted_of(good, good / "query" / "r*" / "0.*") == ["ring/0.png"]
+    for query, message in (("*.gif", r"matches no images"), ("none", r"is not a folder, a file or a pattern")):
+        with pytest.raises(SettingError, match=message):
+            predicted_of(good, good / "query" / query)
+    for inside in (good / "support" / "ring", good / "support" / "ring" / "0.png", good / "*" / "*" / "*.png", good):
+        with pytest.raises(SettingError, match="must not contain one another"):
+            predicted_of(good, inside)
+
+
+@pytest.mark.parametrize("reject", [0, -1, 1.5])
+def test_a_threshold_out_of_range_is_named(good: Path, reject: float):
+    with pytest.raises(SettingError, match=r"data.reject must be a probability above 0, at most 1 \(got "):
+        predicted_of(good, good / "query", reject=reject)
+
+
+def test_queries_below_the_threshold_are_none_of_these(ready: SupportQueryDataModule, caplog: pytest.LogCaptureFixture):
+    logging.getLogger("lightning.pytorch").propagate = True  # to pytest
+    ready.reject = 0.6
+    ready.report(FOUND)
+    assert [line.split(",")[1] for line in ready.output.read_text().splitlines()] == [
+        "predicted",
+        "cross",
+        "none of these",
+    ]
+    told = json.loads(ready.json.read_text())
+    assert [each["predicted"] for each in told["predictions"]] == ["cross", None]
+    assert [each["nearest"] for each in told["predictions"]] == ["cross", "cross"]
+    assert (told["reject"], told["accuracy"], told["classes"]) == (0.6, 0.5, ["cross", "ring"])
+    assert told["confusion_matrix"] == [[1, 0, 0], [0, 0, 1]]
+    assert "1 of 2 images are none of these: below data.reject 0.6." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("statistics", "given", "beside"), [("batch", "auto", True), ("support", "auto", False), ("support", True, True)]
+)
+def test_a_network_with_statistics_of_the_support_set_gets_queries_alone(
+    good: Path, statistics: str, given: object, beside: bool
+):
+    (good / "query" / "ring" / "0.png").unlink()
+    data = SupportQueryDataModule(str(good / "support"), str(good / "query"), beside_support=given)  # type: ignore[arg-type]
+    module = SimpleNamespace(inputs=OMNIGLOT, query_statistics=statistics, head="learned")
+    data.trainer = SimpleNamespace(lightning_module=module)  # type: ignore[assignment]
+    data.setup()
+    (episode,) = data.predict_dataloader()
+    assert episode.query_inputs.shape[1] == 1 + 2 * beside
+
+
+def test_prototypes_classify_among_more_classes_of_unequal_shots(tmp_path: Path):
+    for number in range(50):
+        folder = tmp_path / "support" / f"{number:02d}"
+        folder.mkdir(parents=True)
+        for shot in range(1 + number % 3):
+            plain(number % 5, 10 * number + shot).rotate(90 * (number // 5), fillcolor=255).save(folder / f"{shot}.png")
+    net = {"in_channels": 1, "out_features": 5, "hidden_channels": 8, "blocks": 3, "pooling": False}
+    settings = {"inner_lr": 0.01, "head": "prototypes", "query_statistics": "support"}
+    maml = MAML(ConvNet(**net), **settings)  # type: ignore[arg-type]
+    content = {
+        "state_dict": maml.state_dict(),
+        "hyper_parameters": {"net": {"class_path": "maml_lightning.ConvNet", "init_args": net}, **settings},
+        "inputs": OMNIGLOT._asdict(),
+        "epoch": 0,
+        "global_step": 1,
+        "pytorch-lightning_version": "2.6.0",
+    }
+    torch.save(content, tmp_path / "mine.ckpt")
+    (tmp_path / "query").mkdir()
+    plain(1, 7).save(tmp_path / "query" / "a.png")
+    plain(2, 8).save(tmp_path / "query" / "b.png")
+    header, *both = predict(tmp_path / "support", tmp_path / "query", "both.csv", tmp_path / "mine.ckpt")
+    assert header[2:] == [f"{number:02d}" for number in range(50)]
+    (alone,) = predict(tmp_path / "support", tmp_path / "query" / "b.png", "b.csv", tmp_path / "mine.ckpt")[1:]
+    assert alone[1] == both[1][1]
+    assert [float(cell) for cell in alone[2:]] == pytest.approx([float(cell) for cell in both[1][2:]], abs=2e-6)
