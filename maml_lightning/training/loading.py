@@ -35,12 +35,12 @@ def load_module(
         check_settings(
             saved, source, remedy="give net=..., loss=..., metric=... by hand, or trust=True if you trust the file"
         )
-    for kind in ("net", "metric"):
+    for kind in ("net", "loss", "metric"):
         if isinstance(saved.get(kind), dict):
             saved[kind] = build(kind, saved[kind], source)
     if isinstance(saved.get("metric"), str):
         saved["metric"] = locate(saved["metric"])
-    if "loss" in saved:
+    if isinstance(saved.get("loss"), str | None) and "loss" in saved:
         path, saved["loss"] = saved["loss"], locate(saved["loss"]) if saved["loss"] else F.cross_entropy
         if not callable(saved["loss"]) or isinstance(saved["loss"], type):
             raise SettingError(
