@@ -34,7 +34,7 @@ def test_shapes_are_fixed_and_no_example_comes_twice():
 
 
 def test_a_querys_target_is_its_class():
-    support, labels, query, targets = numbered().__getitems__(range(50))
+    support, _, query, targets = numbered().__getitems__(range(50))
     by_label = classes_of(support, (60,) * 9)[:, ::SHOTS]
     assert torch.equal(classes_of(query, (60,) * 9), by_label.gather(1, targets))
 
