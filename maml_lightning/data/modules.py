@@ -228,9 +228,9 @@ class EpisodicDataModule(TaskDataModule):
         )
 
     @property
-    def normalizes(self) -> bool:
-        """Whether inputs are normalized by ``mean`` or ``std``."""
-        return self.pictures.mean is not None or self.pictures.std is not None
+    def normalization(self) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+        """The mean and the standard deviation that pictures are normalized with; None for none."""
+        return self.pictures.mean, self.pictures.std
 
     def loaded(self) -> dict[str, Examples]:
         """The examples of the splits that were loaded, by what errors call them."""

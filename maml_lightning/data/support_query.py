@@ -87,14 +87,14 @@ def support_set(folder: str | Path, spec: InputSpec) -> tuple[Tensor, Tensor, li
         spec: what the network was trained on, ``maml.inputs``.
 
     Returns:
-        inputs ``[n, C, H, W]``, targets ``[n]`` and the names of the classes.
+        inputs ``[n, C, H, W]``, normalized as the network takes them, targets ``[n]`` and the names of the classes.
 
     Raises:
         SettingError: there are fewer than 2 classes, or something cannot be read.
     """
     classes = _classes(Path(folder))
     inputs = read_images([file for files in classes.values() for file in files], spec).inputs
-    return inputs, _targets(classes), list(classes)
+    return spec.normalized(inputs), _targets(classes), list(classes)
 
 
 def _classes(folder: Path) -> dict[str, list[Path]]:
@@ -214,7 +214,8 @@ class SupportQueryDataModule(LightningDataModule):
         if self.images is None:
             self._read()
         assert self.images is not None
-        support, query = self.images
+        spec = self._spec()
+        support, query = self.images if spec is None else map(spec.normalized, self.images)
         if self._beside():
             query = torch.cat([support, query])
         targets = torch.zeros(len(query), dtype=torch.int64)  # unused: the classes of queries are unknown
@@ -235,8 +236,8 @@ class SupportQueryDataModule(LightningDataModule):
         if spec is None and self.trainer is not None and self.trainer.ckpt_path is None:
             raise SettingError(
                 "ckpt_path is not given, or it does not record what images its network was trained on: they were not "
-                "square, or normalized (data.mean, data.std), or it is of an earlier version; give --ckpt_path of a "
-                "network trained on square images in [0, 1] with this version."
+                "square, or normalized in another way than by data.mean and data.std, or it is of an earlier version; "
+                "give --ckpt_path of a network trained on square images with this version."
             )
         if spec is None:
             raise SettingError(

@@ -65,5 +65,6 @@ def loss_path(loss: Any) -> str:
 def measured(checkpoint: dict[str, Any]) -> tuple[dict[Any, int], InputSpec | None]:
     """The chunk sizes that a checkpoint's run measured, and the pictures that it was trained on."""
     chosen, inputs = checkpoint.get("tasks_per_chunk"), checkpoint.get("inputs")
-    known = isinstance(inputs, dict) and set(inputs) == set(InputSpec._fields)
+    optional = set(InputSpec._field_defaults)  # which checkpoints of earlier releases lack
+    known = isinstance(inputs, dict) and set(inputs) | optional == set(InputSpec._fields)
     return dict(chosen) if isinstance(chosen, dict) else {}, InputSpec(**inputs) if known else None  # type: ignore[arg-type]
