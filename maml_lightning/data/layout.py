@@ -1,15 +1,15 @@
-"""``python -m maml_lightning.data.layout SOURCE ROOT``: mini-ImageNet and tieredImageNet as people download them, laid out.
+"""``python -m maml_lightning.data.layout SOURCE ROOT``: lay out downloaded mini-ImageNet or tieredImageNet.
 
 What it reads in SOURCE, of each split ``train``, ``val`` and ``test``:
 
-- ``mini-imagenet-cache-SPLIT.pkl``: a dict of ``image_data``, uint8 ``[n, H, W, 3]``, and ``class_dict``, the rows of each
-  class (mini-ImageNet of Ravi and Larochelle 2017);
+- ``mini-imagenet-cache-SPLIT.pkl``: a dict of ``image_data``, uint8 ``[n, H, W, 3]``, and ``class_dict``, the rows of
+  each class (mini-ImageNet of Ravi and Larochelle 2017);
 - ``SPLIT_images_png.pkl``, a list of ``n`` pictures as PNG bytes, and ``SPLIT_labels.pkl``, a dict with the numbers
   ``label_specific`` of their classes (tieredImageNet of Ren et al. 2018).
 
-It writes ``ROOT/SPLIT/CLASS/NUMBER.png``, which ``--data ImagesDataModule --data.root ROOT`` takes. ``SPLIT.csv`` beside
-``images/`` is taken as it is and needs no layout. Pickles can run code; these are read by an unpickler that makes plain
-values and NumPy arrays alone.
+It writes ``ROOT/SPLIT/CLASS/NUMBER.png``, which ``--data ImagesDataModule --data.root ROOT`` takes. ``SPLIT.csv``
+beside ``images/`` is taken as it is and needs no layout. Pickles can run code; these are read by an unpickler that
+makes plain values and NumPy arrays alone.
 """
 
 import io

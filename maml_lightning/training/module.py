@@ -225,7 +225,7 @@ class MAML(LightningModule):
 
     def _log(self, result: MetaGradient, episode: Episode, batch_idx: int) -> None:
         """Log loss and score, means over all processes, and keep which episodes are finite."""
-        numbers = non_finite.episode_numbers(self.trainer, "train", batch_idx, episode.tasks)
+        numbers = non_finite.episode_numbers(self, "train", batch_idx, episode)
         self._rows.append(scores.episode_rows(numbers, result.predictions.isfinite().flatten(1).all(1)))
         means = self.scoring.training_means(result.loss, result.predictions, episode.query_targets)
         # One collective answers all questions of a meta-step. Nothing is left for `sync_dist`: a metric that is
@@ -280,7 +280,7 @@ class MAML(LightningModule):
 
     def _evaluate(self, batch: Episode, batch_idx: int, split: str) -> None:
         episode = self._check(batch)
-        numbers = non_finite.episode_numbers(self.trainer, split, batch_idx, episode.tasks)
+        numbers = non_finite.episode_numbers(self, split, batch_idx, episode)
         with checks.naming_misfits(self, episode):
             self._rows.append(self.scoring.rows(self.trajectory(episode), episode.query_targets, numbers))
 
