@@ -1,5 +1,6 @@
 """Episodes: the tensors of a batch of tasks, and what images a network was trained on."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor
 from maml_lightning.deprecation import old_names
 from maml_lightning.errors import SettingError
 from maml_lightning.structures import describe, leaves, plain
+
+ROUNDING = 1e-3  # of images in [0, 1]
 
 
 class Episode(NamedTuple):
@@ -96,20 +99,48 @@ class InputSpec(NamedTuple):
         channels: 1 or 3.
         side: edge length in pixels.
         background: for drawings, the value of their plain background in [0, 1]; None for photos.
+        mean: subtracted from each channel of images in [0, 1], one value or one for each; None for none.
+        std: by which each channel is divided then.
     """
 
     ways: int
     channels: Literal[1, 3]
     side: int
     background: float | None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """Images ``[..., C, H, W]`` in [0, 1] as the network takes them."""
+        if self.mean is not None:
+            images = images - images.new_tensor(self.mean).view(-1, 1, 1)
+        return images if self.std is None else images / images.new_tensor(self.std).view(-1, 1, 1)
 
     @classmethod
-    def of_episode(cls, episode: Episode, ways: int | None = None) -> "InputSpec | None":
-        """The specification of an episode's pictures, of one class each; None of anything else."""
+    def of_episode(
+        cls,
+        episode: Episode,
+        ways: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> "InputSpec | None":
+        """The specification of an episode's pictures, of one class each; None of anything else.
+
+        Args:
+            episode: whose pictures are normalized with ``mean`` and ``std``.
+            ways: classes that the network classifies among; None counts those of the episode.
+            mean, std: see `InputSpec`.
+        """
         targets = episode.query_targets
         if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or targets.dim() != 2:
             return None
-        return cls.of(episode.query_inputs, int(targets.max()) + 1 if ways is None else ways)
+        images = episode.query_inputs
+        if isinstance(images, Tensor) and std is not None:
+            images = images * images.new_tensor(std).view(-1, 1, 1)
+        if isinstance(images, Tensor) and mean is not None:
+            images = images + images.new_tensor(mean).view(-1, 1, 1)
+        found = cls.of(images, int(targets.max()) + 1 if ways is None else ways)
+        return None if found is None else found._replace(mean=mean, std=std)
 
     @classmethod
     def of(cls, images: Any, ways: int) -> "InputSpec | None":
@@ -122,9 +153,9 @@ class InputSpec(NamedTuple):
         background = border.median().item()
         plain = ((border - background).abs() < 0.1).float().mean().item() > 0.8
         channels = cast(Literal[1, 3], images.shape[-3])
-        if images.min() < 0 or images.max() > 1:  # normalized, as pictures to predict would not be
+        if images.min() < -ROUNDING or images.max() > 1 + ROUNDING:  # normalized, and nothing says how
             return None
-        return cls(ways, channels, images.shape[-1], background if plain else None)
+        return cls(ways, channels, images.shape[-1], min(max(background, 0.0), 1.0) if plain else None)
 
 
 __getattr__ = old_names(__name__, {"Inputs": f"{__name__}.InputSpec"})

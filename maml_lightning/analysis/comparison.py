@@ -30,7 +30,7 @@ def table(runs: Sequence[Run], reach: Sequence[float] = ()) -> str:
         reach: validation scores (accuracy as a fraction), each a column of the minutes until a run reached it.
     """
     metric = runs[0].metric
-    score = {"accuracy": "accuracy, %", "mse": "mse"}[metric]
+    score = {"accuracy": "accuracy, %"}.get(metric, metric)
     columns = ["run", "meta-steps", f"test {score}", f"best validation {score}", "seconds per step", "peak memory, MB"]
     columns += ["minutes", *(f"minutes to {_score(metric, score)}" for score in reach)]
     rows = [
@@ -54,8 +54,8 @@ def table(runs: Sequence[Run], reach: Sequence[float] = ()) -> str:
 
 
 def metric_of(results: dict[str, Any]) -> str:
-    """What ``test_results.json`` is about: ``accuracy`` or ``mse``."""
-    return "mse" if "mse" in results else "accuracy"
+    """What ``test_results.json`` is about: ``accuracy``, ``mse``, or else what stands first in it."""
+    return next((metric for metric in ("mse", "accuracy") if metric in results), next(iter(results)))
 
 
 def tested(results: dict[str, Any]) -> str:
@@ -80,6 +80,8 @@ def draw(runs: Sequence[Run]) -> Figure:
         axes.plot(steps, scores, style, color=color, label=_label(run.name), linewidth=2, marker="o", markersize=4)
     if runs[0].metric == "mse":
         axes.set(ylabel="validation mean squared error", yscale="log")
+    elif runs[0].metric != "accuracy":
+        axes.set(ylabel=f"validation {runs[0].metric}")
     else:
         axes.set(ylabel="validation accuracy", ylim=(0, 1.02))
         axes.yaxis.set_major_formatter(PercentFormatter(1))

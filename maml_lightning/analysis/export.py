@@ -79,8 +79,8 @@ def preprocessing(spec: InputSpec) -> dict[str, Any]:
         "scale": 1 / 255,
         "background": spec.background,
         **(_OF_DRAWINGS if spec.background is not None else dict.fromkeys(_OF_DRAWINGS)),
-        "mean": None,
-        "std": None,
+        "mean": None if spec.mean is None else list(spec.mean),
+        "std": None if spec.std is None else list(spec.std),
     }
 
 

@@ -35,7 +35,7 @@ class Run(NamedTuple):
 
     Args:
         name: its label.
-        metric: ``accuracy`` (a fraction) or ``mse``.
+        metric: ``accuracy`` (a fraction), ``mse``, or what else was logged of the validation, such as ``loss``.
         curve: meta-steps done, and the validation score then.
         ways: classes in an episode.
         test: what ``test_results.json`` holds.
@@ -56,11 +56,16 @@ class Run(NamedTuple):
     @property
     def best(self) -> float:
         """The best validation score."""
-        return (min if self.metric == "mse" else max)(score for _, score in self.curve)
+        return (min if self.lower_is_better else max)(score for _, score in self.curve)
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether a lower score is a better one."""
+        return any(word in ("mse", "loss", "error", "mae", "rmse") for word in self.metric.split("_"))
 
     def minutes_to(self, score: float) -> float | None:
         """How long it took until a validation reached the score; None where none did, or that is not known."""
-        sign = -1 if self.metric == "mse" else 1
+        sign = -1 if self.lower_is_better else 1
         steps = next((steps for steps, value in self.curve if sign * value >= sign * score), None)
         return None if steps is None else self.minutes_at(steps)
 
@@ -81,7 +86,9 @@ def read_run(folder: Path, name: str) -> Run:
     """
     config = read_config(folder)
     history = [read_scalars(part) for part in lineage(folder)]
-    metric = next((metric for metric in ("accuracy", "mse") if f"val/{metric}" in history[-1]), None)
+    logged = sorted(tag.removeprefix("val/") for tag in history[-1] if tag.startswith("val/") and "_step_" not in tag)
+    of_its_own = [metric for metric in logged if metric not in ("accuracy", "mse", "loss")]
+    metric = next((metric for metric in ("accuracy", "mse", *of_its_own, "loss") if metric in logged), None)
     if metric is None or not any(tag.startswith("train/") for tag in history[-1]):
         raise SettingError(
             f"run {folder} holds no event files of a training with validation; give a run folder that fit wrote, such "

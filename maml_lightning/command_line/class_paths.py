@@ -21,7 +21,8 @@ BASES: dict[str, tuple[type, str]] = {
     "lr_scheduler": (optim.lr_scheduler.LRScheduler, "a torch.optim.lr_scheduler.LRScheduler"),
 }
 _FUNCTIONS = {
-    "loss": "a function of (outputs, targets) with type annotations, such as torch.nn.functional.mse_loss,",
+    "loss": "a function of (outputs, targets) such as torch.nn.functional.mse_loss, or a class such as "
+    "torch.nn.CrossEntropyLoss,",
     "metric": "a class of torchmetrics, or a function of (outputs, targets),",
 }
 _OWN = {"data": "my_module.MyData", "model.net": "my_module.MyNet"}
@@ -77,11 +78,18 @@ def explanation(message: str) -> str | None:
         None where the message is about something else.
     """
     if function := re.search(
-        r'Parser key "(?:\w+\.)?model\.(loss|metric)".* callable class: ([^\n]+)', message, re.DOTALL
+        r'Parser key "(?:\w+\.)?model\.(loss|metric)":(?:.* callable class:)?\s+([^\n]+)', message, re.DOTALL
     ):
         name, reason = function[1], function[2].partition(". Got value")[0].rstrip(".")
-        given = re.search(r"(?:Given|Got) value: (?:\{'class_path': ')?([\w.]+)", message)
-        return f"model.{name} {given[1] if given else ''}: {reason}; give {_FUNCTIONS[name]} by its import path."
+        given = re.search(r"(?:Given|Got) value: (?:\{'class_path': '|Namespace\(class_path=')?([\w.]+)", message)
+        value = given[1] if given and not given[1].startswith("Namespace") else ""
+        return f"model.{name}{f' {value}' if value else ''}: {reason}; give {_FUNCTIONS[name]} by its import path."
+    one_of = re.search(
+        r'Parser key "([\w.]+)":\s+Does not .*Subtypes: \[(.*?)\]\n.*Given value: ([^\n]+)', message, re.S
+    )
+    if one_of and not one_of[1].endswith(tuple(BASES)):
+        kinds = re.sub(r"<class '(?:torch\.)?(\w+)'>|typing\.", r"\1", one_of[2]).replace("NoneType", "null")
+        return f"{one_of[1]} is {one_of[3]}; it takes {', '.join(re.split(', (?![^[]*])', kinds))}."
     setting = re.search(rf'Parser key "(?:\w+\.)?({"|".join(map(re.escape, BASES))})"', message)
     if setting and re.search(
         "add_function_arguments|no signature found", message

@@ -1,6 +1,8 @@
 """What ``--help`` shows: a first screen of the settings that matter, and the ways to all the others."""
 
 import argparse
+import contextlib
+import io
 import re
 import sys
 import textwrap
@@ -190,7 +192,12 @@ class _Names(argparse._HelpAction):
         if reason:
             parser.error(f"{option_string} {values}: {reason}")
         found = known(self.setting).get(values) or known(self.setting).get(f"maml_lightning.{values}")
-        self.one(parser, namespace, f"{found.__module__}.{found.__name__}" if found else values, option_string)
+        printed = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(printed):
+                self.one(parser, namespace, f"{found.__module__}.{found.__name__}" if found else values, option_string)
+        finally:  # without every class that there is of a setting's type
+            print(re.sub(r",\s+known\s+subclasses:[^)]*", "", printed.getvalue()), end="")
 
 
 def add_pages(parser: Any, epochs: int) -> None:

@@ -21,7 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from maml_lightning import __version__
-from maml_lightning.command_line import class_paths, help, resuming, shipped
+from maml_lightning.command_line import class_paths, help, links, resuming, shipped
 from maml_lightning.command_line.ensembles import ensemble_of
 from maml_lightning.errors import SettingError
 from maml_lightning.trained import packaged
@@ -107,9 +107,7 @@ class MAMLCommandLine(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Link ``ways`` and ``channels`` and give the callbacks that every run has their flags."""
-        parser.link_arguments("data.init_args.ways", "model.net.init_args.out_features")
-        parser.link_arguments("data.init_args.channels", "model.net.init_args.in_channels")
+        """Give the callbacks that every run has their flags, and LightningCLI's settings the defaults of MAML."""
         parser.add_argument(
             "--initial_checkpoint",
             type=str | None,
@@ -155,12 +153,15 @@ class MAMLCommandLine(LightningCLI):
 
         A run that is resumed takes its optimizer, scheduler and seed from the checkpoint likewise.
         """
+        given = links.quietly(partial(_given_by_hand, parser), args)
+        for name, each in self._subcommand_parsers.items():
+            links.link(each, given and given.get(name))
         super().parse_arguments(parser, args)
         subcommand = self.config.get("subcommand")
         if not subcommand:
             return
-        config = self.config[subcommand]
-        self.given = _given_by_hand(parser, args)[subcommand]
+        config, command = self.config[subcommand], self._subcommand_parsers[subcommand]
+        self.given = (given or _given_by_hand(parser, args))[subcommand]
         path, initial = config.get("ckpt_path"), config.initial_checkpoint
         if path in ("best", "hpc", "registry"):
             return
@@ -181,7 +182,8 @@ class MAMLCommandLine(LightningCLI):
             )
             if resumes:
                 resume.check_readable(self.checkpoint, source)
-            self._subcommand_parsers[subcommand].set_defaults(defaults)
+            command.set_defaults(defaults)
+            links.unlink(command, links.set_by_hand_in(self.checkpoint, defaults))
             super().parse_arguments(parser, args)
         self.config[subcommand].ckpt_path = path and str(path)
 
@@ -313,7 +315,8 @@ class MAMLCommandLine(LightningCLI):
             self.trainer.precision_plugin.convert_module(self.model)
             return
         self.model.hparams.update(config["model"])
-        self.model.run_settings = resume.run_settings(config)
+        followed = links.linked(self._parser(self.subcommand))
+        self.model.run_settings = {**resume.run_settings(config), "linked": followed}
         # Weights are loaded in the type that they are trained in: Lightning would load them first and convert then.
         self.trainer.precision_plugin.convert_module(self.model)
         if self.checkpoint and not config["ckpt_path"]:

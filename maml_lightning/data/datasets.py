@@ -11,11 +11,12 @@ from torch.utils.data import Dataset
 
 from maml_lightning.data.examples import Examples, Reader, Tree, leaves, take, tree_map
 from maml_lightning.data.pictures import AS_THEY_ARE, Preparation
-from maml_lightning.data.random_numbers import Bits, Integers, below, choose, random_bits
+from maml_lightning.data.random_numbers import Bits, Integers, below, choose, random_bits, spread
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
 
 Split = Literal["train", "val", "test"]
+Layout = Literal["balanced", "random"]  # of the queries of an episode over its classes
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
@@ -66,6 +67,8 @@ class EpisodeDataset(TaskDataset):
         groups: a group number for each class, if all classes of an episode must be of one group. Each group with
             enough classes is equally likely; rotated classes form groups of their own.
         pictures: augmentation and normalization of the inputs.
+        query_layout: ``balanced`` gives each class ``Q`` queries. ``random`` draws the class of each of the ``N*Q``
+            queries anew, each class that has an example left equally likely; pretraining data stay balanced.
 
     Raises:
         SettingError: the split (or each of its groups) has too few classes, or too few examples per class; or the
@@ -87,6 +90,7 @@ class EpisodeDataset(TaskDataset):
         counts: Sequence[int] | None = None,
         groups: Sequence[int] | None = None,
         pictures: Preparation = AS_THEY_ARE,
+        query_layout: Layout = "balanced",
     ):
         super().__init__(split, episodes, shots=shots, query_shots=query_shots, seed=seed)
         if not isinstance(examples, Examples):
@@ -106,7 +110,7 @@ class EpisodeDataset(TaskDataset):
         self.counts = np.array(self.examples.counts, np.int64)
         self.starts = torch.from_numpy(self.counts.cumsum() - self.counts)
         self.ways, self.pretraining, self.classes = ways, pretraining, len(self.counts)
-        self.pictures = pictures
+        self.pictures, self.query_layout = pictures, query_layout
         if ways > self.classes:
             raise SettingError(
                 f"data.ways is {ways}, but the {split} split has {self.classes} classes; lower data.ways."
@@ -125,7 +129,7 @@ class EpisodeDataset(TaskDataset):
         return self.examples.inputs
 
     def draw(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Which classes and examples make up the episodes: ``[T, N]`` and ``[T, N, K + Q]``, support first.
+        """Which classes and examples make up balanced episodes: ``[T, N]`` and ``[T, N, K + Q]``, support first.
 
         With rotations, class ``c + r * classes`` is class ``c`` rotated ``r`` times by 90 degrees, counter-clockwise.
         """
@@ -138,22 +142,59 @@ class EpisodeDataset(TaskDataset):
         examples = choose(bits, self.counts[classes])
         return torch.from_numpy(classes), torch.from_numpy(examples)
 
+    def _draw_queries(self, indices: Sequence[int], classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which examples make up episodes whose queries are of classes at random.
+
+        Args:
+            indices: of the episodes, ``[T]``.
+            classes: of each, ``[T, N]``.
+
+        Returns:
+            the support examples ``[T, N, K]``, the labels of the queries in ascending order ``[T, N*Q]``, and their
+            examples ``[T, N*Q]``.
+        """
+        queries, counts = self.ways * self.query_shots, self.counts[classes.numpy()]
+        largest = np.minimum(counts, self.shots + queries)  # how many examples of a class there can be
+        bits = random_bits(self.seed, f"{self.split} queries", indices, queries)
+        labels = torch.from_numpy(spread(bits, largest - self.shots))
+        slots = 2 * (self.shots + queries)
+        bits = random_bits(self.seed, f"{self.split} layout", indices, self.ways * slots).reshape(*counts.shape, slots)
+        examples = np.zeros((*counts.shape, slots // 2), np.int64)
+        for size in np.unique(largest):
+            alike = largest == size
+            examples[alike, :size] = choose(bits[alike, : 2 * size], counts[alike])
+        drawn = torch.from_numpy(examples)
+        same = (labels[..., None] == labels[..., None, :]).tril(-1).sum(-1)  # queries of the class before this one
+        chosen = drawn.flatten(1).gather(1, labels * drawn.shape[-1] + self.shots + same)
+        return drawn[..., : self.shots], labels, chosen
+
     def __getitems__(self, indices: Sequence[int]) -> Episode:
         """The episodes with these indices as one batch; classes as targets are int64."""
         classes, examples = self.draw(indices)
-        rows = self.starts[classes][..., None] + examples
-        if self.examples.rows is not None:
-            rows = self.examples.rows[rows]
+        rows = self._rows(classes[..., None], examples)
         seeds = random_bits(self.seed, f"{self.split} transforms", indices, 2)
         if self.pretraining:
             inputs = self._inputs(rows.flatten(1), seeds[:, 0])
             inputs = tree_map(lambda leaf: leaf.flatten(0, 1)[None], inputs)
             targets = classes.flatten().repeat_interleave(examples.shape[-1])[None]
             return Episode(tree_map(lambda leaf: leaf[:, :0], inputs), targets[:, :0], inputs, targets)
+        labels = torch.arange(self.ways).expand_as(classes)
+        sets = [(labels.repeat_interleave(self.shots, 1), rows[..., : self.shots].flatten(1))]
+        if self.query_layout == "balanced":
+            sets += [(labels.repeat_interleave(self.query_shots, 1), rows[..., self.shots :].flatten(1))]
+        else:
+            support, queries, chosen = self._draw_queries(indices, classes)
+            sets = [(sets[0][0], self._rows(classes[..., None], support).flatten(1))]
+            sets += [(queries, self._rows(classes.gather(1, queries), chosen))]
         parts: list[Tree] = []
-        for part, drawn in enumerate((rows[..., : self.shots], rows[..., self.shots :])):
-            parts += [self._inputs(drawn.flatten(1), seeds[:, part]), self._targets(drawn, seeds[:, part])]
+        for part, (targets, drawn) in enumerate(sets):
+            parts += [self._inputs(drawn, seeds[:, part]), self._targets(targets, drawn, seeds[:, part])]
         return Episode(*parts)
+
+    def _rows(self, classes: Tensor, examples: Tensor) -> Tensor:
+        """The rows of examples of classes."""
+        rows = self.starts[classes] + examples
+        return rows if self.examples.rows is None else self.examples.rows[rows]
 
     def with_example(self, examples: Examples, row: int) -> Episode:
         """The first episode with an example of another split in it: the first of its support set and of its query set.
@@ -173,11 +214,11 @@ class EpisodeDataset(TaskDataset):
         inputs = take(self.examples.inputs, rows, seeds.tolist())
         return _by_task(self.pictures.prepare(inputs, len(rows), seeds.tolist()), rows)
 
-    def _targets(self, rows: Tensor, seeds: Bits) -> Tree:
-        """The targets of these rows ``[T, N, n]``, each tensor ``[T, N*n, ...]``."""
+    def _targets(self, labels: Tensor, rows: Tensor, seeds: Bits) -> Tree:
+        """The targets of these rows ``[T, n]``, each tensor ``[T, n, ...]``: their labels, or those of their own."""
         if self.examples.targets is not None:
-            return _by_task(take(self.examples.targets, rows.flatten(1), seeds.tolist()), rows.flatten(1))
-        return torch.arange(self.ways).repeat_interleave(rows.shape[-1]).repeat(len(rows), 1)
+            return _by_task(take(self.examples.targets, rows, seeds.tolist()), rows)
+        return labels
 
 
 def images(pixels: Tensor, counts: Sequence[int] | None = None) -> Examples:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from maml_lightning.data.checks import at_least, whole_meta_batches, whole_shares
-from maml_lightning.data.datasets import SPLITS, EpisodeDataset, Split, TaskDataset, images
+from maml_lightning.data.datasets import SPLITS, EpisodeDataset, Layout, Split, TaskDataset, images
 from maml_lightning.data.examples import Examples, extremes
 from maml_lightning.data.inherited_settings import full_docstring, full_signature
 from maml_lightning.data.loading import EpisodeLoader, EpisodeSampler, TaskLoader
@@ -156,6 +156,8 @@ class EpisodicDataModule(TaskDataModule):
         ways: classes per episode ``N``, at least 2.
         mean: subtracted from each channel of pictures ``[C, H, W]`` in [0, 1]: one value or one for each channel.
         std: by which each channel is divided then.
+        query_layout: balanced gives each class query_shots queries; random draws the class of each of the N*Q queries
+            of an episode, each class equally likely while it has examples left.
         augmentation: transforms of each training picture, such as torchvision.transforms.v2.RandomHorizontalFlip, by
             class path; they receive uint8 pictures. Their random numbers depend on the episode alone.
 
@@ -174,11 +176,15 @@ class EpisodicDataModule(TaskDataModule):
         mean: float | list[float] | None = None,
         std: float | list[float] | None = None,
         augmentation: list[Callable] | None = None,
+        query_layout: Layout = "balanced",
         **settings: int,
     ):
         super().__init__(**settings)
         at_least("ways", ways, self.least_ways)
+        if query_layout not in get_args(Layout):
+            raise SettingError(f"data.query_layout must be balanced or random (got {query_layout}).")
         self.ways: int | None = ways
+        self.query_layout = query_layout
         self._drawn, self.rotations, self.pretraining = ways, rotations, pretraining
         if not isinstance(augmentation, list | tuple | None):
             name = type(augmentation).__name__
@@ -218,12 +224,13 @@ class EpisodicDataModule(TaskDataModule):
             pretraining=self.pretraining and training,
             groups=self.groups_of(split),
             pictures=self.pictures if training else self.pictures._replace(augmentation=()),
+            query_layout=self.query_layout,
         )
 
     @property
-    def normalizes(self) -> bool:
-        """Whether inputs are normalized by ``mean`` or ``std``."""
-        return self.pictures.mean is not None or self.pictures.std is not None
+    def normalization(self) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+        """The mean and the standard deviation that pictures are normalized with; None for none."""
+        return self.pictures.mean, self.pictures.std
 
     def loaded(self) -> dict[str, Examples]:
         """The examples of the splits that were loaded, by what errors call them."""

@@ -69,3 +69,23 @@ def choose(bits: Bits, n: int | Integers) -> Integers:
         taken = (chosen[..., :j] == candidate[..., None]).any(-1)
         chosen[..., j] = np.where(taken, last, candidate)
     return np.take_along_axis(chosen, bits[..., k:].argsort(-1), -1)
+
+
+def spread(bits: Bits, room: Integers) -> Integers:
+    """Draw one of ``n`` places after another, each that has room left equally likely.
+
+    Args:
+        bits: ``[m, k]`` random 64-bit integers.
+        room: how often each place can be drawn, ``[m, n]``, together at least ``k``.
+
+    Returns:
+        ``[m, k]`` places in ascending order.
+    """
+    left, rows = room.copy(), np.arange(len(room))
+    drawn = np.empty(bits.shape, np.int64)
+    for slot in range(bits.shape[1]):
+        there = left > 0
+        which = below(bits[:, slot], there.sum(1))
+        drawn[:, slot] = (there.cumsum(1) > which[:, None]).argmax(1)
+        left[rows, drawn[:, slot]] -= 1
+    return np.sort(drawn, 1)

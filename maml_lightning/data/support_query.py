@@ -178,7 +178,8 @@ class SupportQueryDataModule(LightningDataModule):
         if self.images is None:
             self._read()
         assert self.images is not None
-        support, query = self.images
+        spec = self._spec()
+        support, query = self.images if spec is None else map(spec.normalized, self.images)
         if self._beside():
             query = torch.cat([support, query])
         targets = torch.zeros(len(query), dtype=torch.int64)  # unused: the classes of queries are unknown

@@ -113,7 +113,7 @@ def support_set(support: Support, spec: InputSpec) -> tuple[Tensor, Tensor, list
         spec: what the network was trained on, ``maml.inputs``.
 
     Returns:
-        inputs ``[n, C, H, W]``, targets ``[n]`` and the names of the classes.
+        inputs ``[n, C, H, W]``, normalized as the network takes them, targets ``[n]`` and the names of the classes.
 
     Raises:
         SettingError: there are fewer than 2 classes, a class has no images, or something cannot be read.
@@ -122,7 +122,7 @@ def support_set(support: Support, spec: InputSpec) -> tuple[Tensor, Tensor, list
     if len(classes) < 2 or not all(len(pictures) for pictures in classes.values()):
         raise SettingError(f"A support set needs pictures of at least 2 classes (got {_counts(classes)}); give some.")
     inputs = read_images([picture for pictures in classes.values() for picture in pictures], spec).inputs
-    return inputs, targets_of(classes), list(classes)
+    return spec.normalized(inputs), targets_of(classes), list(classes)
 
 
 def _counts(classes: Mapping[str, Sequence[Picture]]) -> str:
@@ -163,6 +163,6 @@ def check_ways(setting: str, classes: int, spec: InputSpec, head: str) -> None:
 
 
 NO_SPEC = (
-    "does not record what images its network was trained on: they were not square, or not in [0, 1] (data.mean, "
-    "data.std), or it is of an earlier version"
+    "does not record what images its network was trained on: they were not square, or normalized in another way than by "
+    "data.mean and data.std, or it is of an earlier version"
 )

@@ -88,7 +88,8 @@ class Classifier:
         """
         if not isinstance(pictures, list | tuple):
             return self.__call__([pictures])[0]  # type: ignore[list-item]
-        probabilities = self.probabilities(read_images(pictures, self.inputs).inputs) if pictures else torch.zeros(0)
+        images = read_images(pictures, self.inputs).inputs if pictures else torch.zeros(0)
+        probabilities = self.probabilities(self.inputs.normalized(images)) if pictures else images
         return [self._prediction(row) for row in probabilities.tolist()]
 
     def probabilities(self, inputs: Tensor) -> Tensor:

@@ -165,9 +165,9 @@ def _stage(module: Any) -> str:
 
 
 def input_spec(episode: Episode, trainer: Trainer | None) -> InputSpec | None:
-    """The specification of the pictures that a network is trained on; None of normalized ones and of anything else."""
+    """The specification of the pictures that a network is trained on; None of anything else."""
     data = getattr(trainer, "datamodule", None)
-    return None if getattr(data, "normalizes", False) else InputSpec.of_episode(episode, getattr(data, "ways", None))
+    return InputSpec.of_episode(episode, getattr(data, "ways", None), *getattr(data, "normalization", ()))
 
 
 def kind_of(episode: Episode) -> list[tuple[torch.dtype, int]]:

@@ -35,12 +35,12 @@ def load_module(
         check_settings(
             saved, source, remedy="give net=..., loss=..., metric=... by hand, or trust=True if you trust the file"
         )
-    for kind in ("net", "metric"):
+    for kind in ("net", "loss", "metric"):
         if isinstance(saved.get(kind), dict):
             saved[kind] = build(kind, saved[kind], source)
     if isinstance(saved.get("metric"), str):
         saved["metric"] = locate(saved["metric"])
-    if "loss" in saved:
+    if isinstance(saved.get("loss"), str | None) and "loss" in saved:
         path, saved["loss"] = saved["loss"], locate(saved["loss"]) if saved["loss"] else F.cross_entropy
         if not callable(saved["loss"]) or isinstance(saved["loss"], type):
             raise SettingError(
@@ -65,5 +65,6 @@ def loss_path(loss: Any) -> str:
 def measured(checkpoint: dict[str, Any]) -> tuple[dict[Any, int], InputSpec | None]:
     """The chunk sizes that a checkpoint's run measured, and the pictures that it was trained on."""
     chosen, inputs = checkpoint.get("tasks_per_chunk"), checkpoint.get("inputs")
-    known = isinstance(inputs, dict) and set(inputs) == set(InputSpec._fields)
+    optional = set(InputSpec._field_defaults)  # which checkpoints of earlier releases lack
+    known = isinstance(inputs, dict) and set(inputs) | optional == set(InputSpec._fields)
     return dict(chosen) if isinstance(chosen, dict) else {}, InputSpec(**inputs) if known else None  # type: ignore[arg-type]

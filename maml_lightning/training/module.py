@@ -52,8 +52,8 @@ class MAML(LightningModule):
         compile: run the meta-gradient through torch.compile; takes minutes at the start, worth it for long runs.
         execution: how tasks are run: traced, as a recorded graph, vectorized over tasks; vectorized, without a graph;
             loop, one after the other by autograd, which runs any network. auto takes the first that works.
-        loss: of (outputs, targets), mean over examples, the same in inner and outer loop. A function given by its
-            import path needs type annotations.
+        loss: of (outputs, targets), mean over examples, the same in inner and outer loop: a function, or a class such
+            as torch.nn.CrossEntropyLoss with its arguments.
         metric: evaluated beside accuracy or mean squared error, for each episode afresh: a class of torchmetrics, or a
             function of (outputs, targets) that returns a number; null evaluates none.
         algorithm: maml; imaml takes the implicit gradient of a proximal inner loop (Rajeswaran et al. 2019); reptile
@@ -101,7 +101,7 @@ class MAML(LightningModule):
         flat_memory: bool | Literal["auto"] = "auto",
         compile: bool = False,
         execution: Execution = "auto",
-        loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        loss: Callable[[Tensor, Tensor], Any] = F.cross_entropy,
         metric: Metric | Callable[[Tensor, Tensor], Any] | None = None,
         algorithm: str = "maml",
         adapted_parameters: str | list[str] = "all",
@@ -225,7 +225,7 @@ class MAML(LightningModule):
 
     def _log(self, result: MetaGradient, episode: Episode, batch_idx: int) -> None:
         """Log loss and score, means over all processes, and keep which episodes are finite."""
-        numbers = non_finite.episode_numbers(self.trainer, "train", batch_idx, episode.tasks)
+        numbers = non_finite.episode_numbers(self, "train", batch_idx, episode)
         self._rows.append(scores.episode_rows(numbers, result.predictions.isfinite().flatten(1).all(1)))
         means = self.scoring.training_means(result.loss, result.predictions, episode.query_targets)
         # One collective answers all questions of a meta-step. Nothing is left for `sync_dist`: a metric that is
@@ -280,7 +280,7 @@ class MAML(LightningModule):
 
     def _evaluate(self, batch: Episode, batch_idx: int, split: str) -> None:
         episode = self._check(batch)
-        numbers = non_finite.episode_numbers(self.trainer, split, batch_idx, episode.tasks)
+        numbers = non_finite.episode_numbers(self, split, batch_idx, episode)
         with checks.naming_misfits(self, episode):
             self._rows.append(self.scoring.rows(self.trajectory(episode), episode.query_targets, numbers))
 

@@ -2,7 +2,11 @@
 
 import inspect
 import re
+from functools import partial
+from pydoc import locate
 from typing import Any
+
+from torch import nn
 
 from maml_lightning.errors import SettingError
 
@@ -37,13 +41,19 @@ def score_of_loss(loss: Any) -> str:
 def check_loss(loss: Any) -> None:
     """Check that a loss can be called with outputs and targets.
 
+    Args:
+        loss: the function; or a class by its import path with its arguments, as the command line keeps it.
+
     Raises:
         SettingError: it cannot.
     """
+    path = getattr(loss, "class_path", None)
+    found: Any = locate(path) if path else loss
+    name = path or getattr(loss, "__qualname__", loss)
+    call: Any = partial(found.forward if issubclass(found, nn.Module) else found.__call__, None) if path else loss
     try:
-        inspect.signature(loss).bind("outputs", "targets")
+        inspect.signature(call).bind("outputs", "targets")
     except TypeError as error:
-        name = getattr(loss, "__qualname__", loss)
         raise SettingError(
             f"model.loss {name} does not take (outputs, targets) alone ({error}); give a loss such as "
             "torch.nn.functional.cross_entropy."

@@ -8,8 +8,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from maml_lightning.errors import NonFiniteError
+from maml_lightning.episodes import Episode
+from maml_lightning.errors import NonFiniteError, SettingError
 from maml_lightning.processes import reduce_logged, rows_of_every_process
+from maml_lightning.structures import leaves
 from maml_lightning.training.scores import FINITE, NUMBER
 
 SKIPPED = "their networks' outputs are not finite, or none of their query targets counts"
@@ -21,10 +23,22 @@ def sampler_indices(trainer: Trainer, split: str) -> Callable[[int], Sequence[in
     return getattr(getattr(loaders[split], "sampler", None), "indices", None)
 
 
-def episode_numbers(trainer: Trainer, split: str, batch_idx: int, count: int) -> list[int]:
-    """The numbers of a batch's episodes in their split, or of each its batch's where the data has none."""
-    indices = sampler_indices(trainer, split)
-    return [batch_idx] * count if indices is None else list(indices(batch_idx))
+def episode_numbers(module: Any, split: str, batch_idx: int, episode: Episode) -> list[int]:
+    """The numbers of a batch's episodes in their split, or of each its batch's where the data has none.
+
+    Raises:
+        SettingError: such data, which nothing has checked, have a value that is NaN or infinite.
+    """
+    indices = sampler_indices(module.trainer, split)
+    if indices is not None:
+        return list(indices(batch_idx))
+    for name, part in episode._asdict().items() if module.non_finite == "stop" else ():
+        if not all(leaf.isfinite().all() for leaf in leaves(part)):
+            raise SettingError(
+                f"Batch {batch_idx} of the {split} data has {name} with a value that is NaN or infinite; replace the "
+                "value, or skip such meta-steps with --model.non_finite skip."
+            )
+    return [batch_idx] * episode.tasks
 
 
 def is_skipped(rows: Tensor, setting: str, module: LightningModule) -> bool:

@@ -27,6 +27,7 @@ _METRICS = tuple(f"torchmetrics.{kind}" for kind in ("classification", "regressi
 # What a setting of a checkpoint stands for, and where such classes may be defined.
 _TYPES: dict[str, tuple[type | tuple[type, ...], tuple[str, ...]]] = {
     "net": (nn.Module, ("maml_lightning", "torch.nn.modules")),
+    "loss": (nn.Module, ("torch.nn.modules.loss",)),
     "metric": (Metric, _METRICS),
     "optimizer": (Optimizer, ("torch.optim",)),
     "lr_scheduler": ((LRScheduler, ReduceLROnPlateau), ("torch.optim", "lightning.pytorch.cli")),
@@ -51,11 +52,11 @@ def check_settings(settings: dict[str, Any], source: str, named: Collection[str]
         if setting == "metric" and isinstance(value, str):
             if not (value in named or _is_function(value, ("torchmetrics.functional",))):
                 raise _not_trusted("metric", value, "a metric of torchmetrics", source, remedy)
+        elif setting == "loss" and isinstance(value, str):
+            if not (value in named or _is_loss(value)):
+                raise _not_trusted("loss", value, "a loss of torch.nn.functional", source, remedy)
         elif setting in _TYPES:
             _check_class(setting, value, source, named, remedy)
-        elif setting == "loss":
-            if not isinstance(value, str) or not (value in named or _is_loss(value)):
-                raise _not_trusted("loss", value, "a loss of torch.nn.functional", source, remedy)
         elif not _is_plain(value):
             raise SettingError(f"{source} holds no usable {setting} ({value!r:.80}); give a checkpoint that fit wrote.")
 
@@ -100,10 +101,10 @@ def without(saved: dict[str, Any], given: Any) -> dict[str, Any]:
 
 
 def build(setting: str, value: dict[str, Any], source: str) -> Any:
-    """The network or metric of a checkpoint, built as the command line builds it.
+    """The network, loss or metric of a checkpoint, built as the command line builds it.
 
     Args:
-        setting: ``net`` or ``metric``.
+        setting: ``net``, ``loss`` or ``metric``.
         value: its class path and arguments, that `check_settings` passed or the user trusts.
         source: the checkpoint, for errors.
 

@@ -273,3 +273,15 @@ def test_names_are_shown_as_they_are(tmp_path):
 def test_plain_maml_is_what_maml_is_by_default():
     defaults = inspect.signature(MAML).parameters
     assert {name: defaults[name].default for name in PLAIN_MAML} == PLAIN_MAML
+
+
+@pytest.mark.parametrize(("metric", "best"), [("loss", "0.25"), ("multilabel_auroc", "0.75")])
+def test_runs_of_another_metric_are_compared_by_it(metric, best, logs, tmp_path):
+    """Such as several labels for each example, which have neither accuracy nor mean squared error."""
+    scores = {f"val/{metric}": {9: 0.75, 19: 0.25}, f"val/{metric}_step_0": {9: 9.0, 19: 9.0}}
+    run = write_run(logs / "version_0", {**scores, "val/loss": scores[f"val/{metric}"], "train/loss": {9: 1.0}})
+    (run / "test_results.json").write_text(json.dumps({metric: 0.5, "ci95": 0.125, "checkpoint": None}))
+    lines = compare([f"several={run}"], tmp_path / "several.png").splitlines()
+    assert f"test {metric} | best validation {metric}" in lines[0]
+    assert f"| 0.5 ± 0.125 | {best} |" in lines[2]
+    assert (tmp_path / "several.png").read_bytes().startswith(b"\x89PNG")

@@ -158,3 +158,15 @@ def test_other_messages_are_left_alone():
     )
     assert problem("maml_lightning.ConvNet", "model.net") is None
     assert problem("MLP", "model.net") is None
+
+
+@pytest.mark.parametrize("name", ["DatasetDataModule", "FunctionDataModule", "ImagesDataModule"])
+def test_help_of_a_data_module_lists_its_settings_and_not_every_class_there_is(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--data.help", name])
+    printed = capsys.readouterr().out
+    assert end.value.code == 0
+    assert "--data.query_layout" in printed or name == "FunctionDataModule"
+    assert "--data.num_workers" in printed
+    assert "subclasses" not in printed
+    assert len(printed.splitlines()) < 150

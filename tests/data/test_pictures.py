@@ -3,17 +3,20 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from cli import main
 from maml_lightning import MAML, ArraysDataModule, GlyphsDataModule, InputSpec, SettingError
-from maml_lightning.data import EpisodeDataset
+from maml_lightning.data import EpisodeDataset, support_set
 from maml_lightning.data.pictures import Preparation
+from maml_lightning.training.loading import measured
 from tests.data.numbers import Numbers, equal
 from tests.runs import TINY, words
 
@@ -45,7 +48,7 @@ def test_normalization_is_of_all_splits_and_augmentation_of_training():
         assert dataset[0].support_inputs.min() < 0
 
 
-def test_normalized_pictures_are_not_taken_for_pictures_to_predict():
+def test_pictures_normalized_in_an_unknown_way_are_not_specified():
     """Pictures to classify are read in [0, 1]: a network of normalized ones would see others than it was trained on."""
     assert InputSpec.of(colors()[0].query_inputs, 3) is not None
     assert InputSpec.of(colors(pictures=Preparation([0.5], [0.25]))[0].query_inputs, 3) is None
@@ -168,14 +171,44 @@ def test_pictures_with_targets_of_pixels_are_not_augmented():
     ArraysDataModule({"inputs": COLORS, "targets": COLORS[:, :, 0, 0]}, **settings).make_dataset("train")
 
 
-def test_a_network_of_normalized_pictures_does_not_record_plain_ones(tmp_path: Path):
-    """Whatever the values are after it: a deviation above 1 leaves them in [0, 1]."""
-    for settings, recorded in (({}, True), ({"std": 4.0}, False)):
-        data = ArraysDataModule(COLORS, ways=3, meta_batch_size=2, train_episodes=2, **settings)
-        maml = MAML(nn.Sequential(nn.Flatten(), nn.Linear(48, 3)))
-        trainer = Trainer(
-            accelerator="cpu", max_epochs=1, logger=False, limit_val_batches=0, enable_checkpointing=False,
-            default_root_dir=tmp_path, enable_progress_bar=False,
-        )  # fmt: skip
-        trainer.fit(maml, data)
-        assert (maml.inputs is not None) == recorded
+@pytest.mark.parametrize("settings", [{}, {"std": 4.0}, {"mean": [0.5, 0.25, 0.125], "std": 0.25}])
+def test_a_network_records_how_its_pictures_are_normalized(settings: dict[str, Any], tmp_path: Path):
+    """Not guessed from values: a deviation above 1 leaves them in [0, 1]."""
+    data = ArraysDataModule(COLORS, ways=3, meta_batch_size=2, train_episodes=2, **settings)
+    maml = MAML(nn.Sequential(nn.Flatten(), nn.Linear(48, 3)))
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, limit_val_batches=0, enable_checkpointing=False,
+        default_root_dir=tmp_path, enable_progress_bar=False,
+    )  # fmt: skip
+    trainer.fit(maml, data)
+    assert maml.inputs is not None
+    assert (maml.inputs.mean, maml.inputs.std) == (data.pictures.mean, data.pictures.std)
+    plain = COLORS[0].float() / 255
+    assert torch.equal(maml.inputs.normalized(plain), data.pictures.prepare(COLORS[0], 1, [0]))
+
+
+def test_a_specification_without_normalization_is_read():
+    earlier = {"ways": 5, "channels": 1, "side": 28, "background": None}
+    assert measured({"inputs": earlier})[1] == InputSpec(5, 1, 28, None)
+    assert measured({"inputs": {**earlier, "mean": [0.5], "std": None}})[1] == InputSpec(5, 1, 28, None, [0.5])
+    assert measured({"inputs": {**earlier, "other": 1}})[1] is None
+    assert measured({"inputs": {"ways": 5}})[1] is None
+
+
+@pytest.mark.usefixtures("folder")
+def test_own_pictures_are_normalized_as_those_of_training_were(folder: Path):
+    fit = main(words("fit", **TINY, **{"data.mean": 0.1, "data.std": 0.5}))
+    pixels = np.zeros((6, 28, 28), np.uint8)
+    for index, picture in enumerate(pixels):
+        picture[8 : 12 + 2 * index, 6 : 20 - index] = 255
+        place = folder / ("support" if index < 3 else "query") / f"class{index % 3}"
+        place.mkdir(parents=True)
+        Image.fromarray(picture).save(place / "one.png")
+    best = Path(fit.trainer.log_dir) / "checkpoints" / "best.ckpt"
+    flags = {"data": "SupportQueryDataModule", "data.support": "support", "data.query": "query"}
+    predict = main(words("predict", **flags, ckpt_path=best))
+    assert predict.model.inputs.mean == [0.1]
+    (episode,) = predict.datamodule.predict_dataloader()
+    assert torch.allclose(episode.support_inputs[0, :, 0], (torch.from_numpy(pixels[:3]) / 255 - 0.1) / 0.5)
+    inputs, *_ = support_set(folder / "support", predict.model.inputs)
+    assert torch.equal(inputs, episode.support_inputs[0])

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchmetrics
+import yaml
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -211,7 +212,7 @@ def test_a_metric_on_the_command_line_its_checkpoint_and_its_resumption(folder: 
     [
         ("metric", "torchmetrics.F1Scor", "no attribute 'F1Scor'; give a class of torchmetrics, or a function of"),
         ("metric", "nowhere.f1", "No module named 'nowhere'; give a class of torchmetrics, or a function of"),
-        ("loss", "torch.nn.functional.los", "has no attribute 'los'; give a function of .outputs, targets. with type"),
+        ("loss", "torch.nn.functional.los", "has no attribute 'los'; give a function of .outputs, targets. such"),
     ],
 )
 def test_a_path_that_names_nothing_is_one_line(setting, value, message, capsys):
@@ -240,3 +241,79 @@ def test_a_checkpoint_names_no_metric_of_others(metric, trained, tmp_path):
         MAML.load_from_checkpoint(tmp_path / "a.ckpt")
     by_hand = MAML.load_from_checkpoint(tmp_path / "a.ckpt", metric=None)
     assert by_hand.metric is None
+
+
+LABEL_SMOOTHING = {"model.loss": "torch.nn.CrossEntropyLoss", "model.loss.label_smoothing": 0.25}
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("by", ["flags", "config"])
+def test_a_loss_with_arguments_on_the_command_line_its_checkpoint_and_its_config(folder: Path, by: str):
+    flags = LABEL_SMOOTHING
+    if by == "config":
+        loss = {"class_path": "torch.nn.CrossEntropyLoss", "init_args": {"label_smoothing": 0.25}}
+        (folder / "own.yaml").write_text(yaml.dump({"model": {"loss": loss}}))
+        flags = {"config": "own.yaml"}
+    cli = main(words("fit", **TINY, **flags))
+    assert cli.model.loss.label_smoothing == 0.25
+    assert cli.trainer.checkpoint_callback.monitor == "val/accuracy"
+    run = Path(cli.trainer.log_dir)
+    last = run / "checkpoints" / "last.ckpt"
+    assert MAML.load_from_checkpoint(last).loss.label_smoothing == 0.25
+    assert main(words("test", **DATA, ckpt_path=last)).model.loss.label_smoothing == 0.25  # the checkpoint's
+    again = main(["fit", "--config", str(run / "config.yaml"), "--ckpt_path", "last", "--trainer.max_epochs=2"])
+    assert (again.model.loss.label_smoothing, again.trainer.current_epoch) == (0.25, 2)
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"model.loss": "torch.nn.CrossEntropyLoss", "model.loss.smoothing": 1}, "'smoothing' is not accepted"),
+        (
+            {"model.loss": "torch.nn.CrossEntropyLoss", "model.loss.weight": [1, 2, 3]},
+            "weight is .1, 2, 3.; it takes",
+        ),
+        (
+            {"model.loss.label_smoothing": 0.1},
+            "model.loss: Dict must include a class_path .*such as torch.nn.Cross",
+        ),
+        ({"model.loss": "CrossEntropyLoss"}, "model.loss: Expected a dot import path string: CrossEntropyLoss; give a"),
+        ({"model.loss": "pathlib.Path"}, "model.loss pathlib.Path: Expected .* that instantiates into callable"),
+    ],
+)
+def test_a_loss_class_that_cannot_be_used_is_one_line(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        main(words("fit", **TINY, **flags))
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.match(f"error: .*{message}", line)
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ("torch.nn.TripletMarginLoss", "missing a required argument: 'negative'"),
+        ("torch.nn.Identity", "too many positional arguments"),
+    ],
+)
+def test_a_loss_class_that_does_not_take_outputs_and_targets_is_named(loss, message, folder: Path):
+    with pytest.raises(SettingError, match=f"model.loss {loss} does not take .outputs, targets. alone .{message}"):
+        main(words("fit", **TINY, **{"model.loss": loss}))
+    assert not (folder / "lightning_logs").exists()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"class_path": "torch.nn.Linear", "init_args": {"in_features": 1, "out_features": 1}},
+        {"class_path": "os.system", "init_args": {}},
+        {"class_path": "torch.nn.CrossEntropyLoss", "init_args": {"weight": "os.system"}},
+    ],
+)
+def test_a_checkpoint_names_no_loss_of_others(loss, trained, tmp_path):
+    content = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    content["hyper_parameters"]["loss"] = loss
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(SettingError, match=r"names loss.*, so nothing runs"):
+        MAML.load_from_checkpoint(tmp_path / "other.ckpt")
