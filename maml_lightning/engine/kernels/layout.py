@@ -21,7 +21,8 @@ def leaves_cache(tensor: Tensor, elements: int) -> bool:
 
 def tasks_first(tensor: Tensor, in_dim: int | None, tasks: int, order: tuple[int, ...] = ()) -> Tensor:
     """With a leading task dimension, and the others permuted to ``order``."""
-    tensor = tensor.expand(tasks, *tensor.shape) if in_dim is None else tensor.movedim(in_dim, 0)
+    if in_dim != 0:
+        tensor = tensor.expand(tasks, *tensor.shape) if in_dim is None else tensor.movedim(in_dim, 0)
     return permute_each(tensor, order) if order else tensor
 
 
