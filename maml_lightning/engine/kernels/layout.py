@@ -49,3 +49,9 @@ def kernel_layout(weight: Tensor) -> Tensor:
     Values and shape stay; all that is computed from it elementwise keeps the layout. Others pass unchanged.
     """
     return weight.permute(HWIO).contiguous().permute(OIHW) if weight.dim() == 4 else weight
+
+
+def repeated(value: Tensor, tasks: int) -> Tensor:
+    """``[tasks, ...]``, a copy for each task, with the memory layout of ``value``."""
+    shape = (tasks, *value.shape)
+    return value.new_empty_strided(shape, (max(value.numel(), 1), *value.stride())).copy_(value.expand(shape))
