@@ -250,9 +250,7 @@ def bytes_per_task(setup: Setup, episode: Episode) -> int:
     """
     model, first, start = setup.model, setup.task_dim(0), setup.start(episode.tasks)
     shared = (setup.constants, episode.support_inputs)
-    kept = setup.executor.saved_bytes(
-        model.bind(outputs), (first, None, None, 0), start[0], setup.shared[-1], *shared
-    )
+    kept = setup.executor.saved_bytes(model.bind(outputs), (first, None, None, 0), start[0], setup.shared[-1], *shared)
     examples, queries = examples_of(episode.support_inputs), examples_of(episode.query_inputs)
     kept = kept * (queries + examples * model.objects.of_support) // max(examples, 1)
     for arguments in setup.arguments()[:1]:

@@ -60,6 +60,9 @@ class _Recorder(TorchDispatchMode):
             raise NotImplementedError(f"{func} cannot be recorded")
         if func is torch.ops.prim.device.default:
             return func(*args, **kwargs)
+        if func is _aten._efficientzerotensor.default:  # zeros without memory, which fake tensors take for meta ones
+            with self:
+                return torch.zeros(*args, **kwargs)
         if func in self.replacements:
             with self:
                 return self.replacements[func](*args, **kwargs)
