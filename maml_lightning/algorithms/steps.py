@@ -25,7 +25,7 @@ from maml_lightning.algorithms.optimizers import InnerOptimizer, Parameters, rat
 from maml_lightning.engine.chunks import detached
 from maml_lightning.engine.differentiation import grad, grad_and_value, is_by_autograd
 from maml_lightning.engine.execution import Executor
-from maml_lightning.engine.kernels.layout import kernel_layout
+from maml_lightning.engine.kernels.layout import kernel_layout, repeated
 from maml_lightning.engine.kernels.mode import loop_operators, task_operators
 from maml_lightning.engine.kernels.normalization import OfSupport
 from maml_lightning.engine.memory import FlatMemory, keep_freed_memory
@@ -170,8 +170,8 @@ class Setup(NamedTuple):
         return len(self.rates)
 
     def task_dim(self, step: int) -> int | None:
-        """The dimension over tasks of ``theta_k``: none at ``k = 0`` where all tasks share it."""
-        return None if step == 0 and self.state is None else 0
+        """The dimension over tasks of ``theta_k``: none where all tasks share it."""
+        return None if step == 0 and self.state is None and self.steps < 2 else 0
 
     def beside_queries(self, chunk: Episode) -> Any:
         """The inputs that queries are evaluated with: those of the support set, or none."""
@@ -187,6 +187,16 @@ class Setup(NamedTuple):
         """``theta_0`` and the optimizer's state before the first step."""
         state = self.model.objects.optimizer.init(self.initial) if self.state is None else self.state
         return self.initial, state
+
+    def start(self, tasks: int) -> tuple[Parameters, Any]:
+        """The same for a chunk of tasks, with the dimension over tasks that :meth:`task_dim` says.
+
+        Each task has a copy where more than one step follows: then all steps are one function, traced once.
+        """
+        start = self.initial_state()
+        if self.state is not None or self.task_dim(0) is None:
+            return start
+        return pytree.tree_map(lambda value: repeated(value, tasks), start)
 
 
 def prepare(
@@ -241,15 +251,13 @@ def bytes_per_task(setup: Setup, episode: Episode) -> int:
         setup: parameters and rates.
         episode: ``T`` tasks, of which the first is run.
     """
-    model, first = setup.model, setup.task_dim(0)
+    model, first, start = setup.model, setup.task_dim(0), setup.start(episode.tasks)
     shared = (setup.constants, episode.support_inputs)
-    kept = setup.executor.saved_bytes(
-        model.bind(outputs), (first, None, None, 0), setup.initial, setup.shared[-1], *shared
-    )
+    kept = setup.executor.saved_bytes(model.bind(outputs), (first, None, None, 0), start[0], setup.shared[-1], *shared)
     examples, queries = examples_of(episode.support_inputs), examples_of(episode.query_inputs)
     kept = kept * (queries + examples * model.objects.of_support) // max(examples, 1)
     for arguments in setup.arguments()[:1]:
-        support: tuple = ((setup.initial_state(), {}), arguments, *shared, episode.support_targets)
+        support: tuple = ((start, {}), arguments, *shared, episode.support_targets)
         count = 1 if setup.flat_memory.active else setup.steps
         kept += count * setup.executor.saved_bytes(model.bind(step), ((first, None), None, None, 0, 0), *support)
     return kept
@@ -263,8 +271,8 @@ def descend(setup: Setup, inputs: Any, targets: Any) -> Iterator[Parameters]:
         inputs: ``[T, N*K, ...]``.
         targets: ``[T, N*K]``.
     """
-    state, traced_step = setup.initial_state(), setup.model.bind(step)
-    yield setup.initial
+    state, traced_step = setup.start(len(pytree.tree_leaves(inputs)[0])), setup.model.bind(step)
+    yield state[0]
     for k, arguments in enumerate(setup.arguments()):
         in_dims = ((setup.task_dim(k), None), None, None, 0, 0)
         state = setup.executor(traced_step, in_dims, (state, {}), arguments, setup.constants, inputs, targets)

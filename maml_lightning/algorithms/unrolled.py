@@ -66,7 +66,7 @@ def _forward(
         "learned": any(setup.learned),
         "initial": bool(setup.model.objects.proximal),
     }
-    state = setup.initial_state()
+    state = setup.start(chunk.tasks)
     trajectory, pullbacks = [state[0]], []
     for k, arguments in enumerate(setup.arguments()):
         differentiable = {name: value for name, value in arguments.items() if with_gradient[name]}

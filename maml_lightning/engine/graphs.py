@@ -24,14 +24,13 @@ structure: Callable[[pytree.TreeSpec], Hashable] = (
 )
 
 
-def simplify(graph: fx.GraphModule) -> None:
+def simplify(graph: fx.Graph) -> None:
     """Drop copies, compute equal subexpressions once and merge sums, unless the graph writes in place."""
-    if not any(is_mutable(node) for node in graph.graph.nodes):
-        _drop_copies(graph.graph)
-        _share(graph.graph)
-        _merge_sums(graph.graph)
-        _copy_where_a_view_fails(graph.graph)
-    graph.recompile()
+    if not any(is_mutable(node) for node in graph.nodes):
+        _drop_copies(graph)
+        _share(graph)
+        _merge_sums(graph)
+        _copy_where_a_view_fails(graph)
 
 
 def _share(graph: fx.Graph) -> None:
@@ -54,10 +53,13 @@ _STRIDED = {_aten.as_strided.default, _aten.as_strided_scatter.default, _aten.vi
 
 def _drop_copies(graph: fx.Graph) -> None:
     """Copies that are for the network's own code, which has run: between kernels data stays channels-last."""
-    if any(node.target in _STRIDED for node in graph.nodes):
-        return
+    names = {_aten.detach.default, _aten.alias.default}  # other names for the same values
+    copies = set() if any(node.target in _STRIDED for node in graph.nodes) else {_aten.clone.default}
     for node in list(graph.nodes):
-        if node.target is _aten.clone.default and not any(user.op == "output" for user in node.users):
+        inside = not any(user.op == "output" for user in node.users)
+        if (node.target in copies and inside) or (
+            node.target in names and (inside or node.args[0].op == "call_function")
+        ):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 from torch.func import functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from maml_lightning.engine.graphs import cut, is_mutable, simplify
 from maml_lightning.engine.hoisting import Hoisted
 from maml_lightning.engine.kernels.mode import COMPILED
+from maml_lightning.engine.recording import record
 
 
 def signature(leaves: Iterable[Tensor]) -> tuple:
@@ -41,21 +41,14 @@ def trace(function: Callable[..., list], leaves: list[Tensor], compiled: bool) -
         leaves: example arguments.
         compiled: whether the graph is handed to a compiler.
     """
-
-    # detach() makes every input an object of its own: make_fx would take two uses of one tensor for one input.
-    def traced(function: Callable[..., list]) -> fx.GraphModule:
-        with torch.no_grad():
-            graph = make_fx(function, COMPILED if compiled else None, tracing_mode="fake", _allow_non_fake_inputs=True)(
-                *(leaf.detach() for leaf in leaves)
-            )
-        graph.graph.eliminate_dead_code()
-        return graph
-
-    graph = traced(function)
-    if any(is_mutable(node) for node in graph.graph.nodes):  # such as the second derivative of mse_loss
-        graph = traced(functionalize(function, remove="mutations"))
+    replacements = COMPILED if compiled else {}
+    graph, constants = record(function, leaves, replacements)
+    graph.eliminate_dead_code()
+    if any(is_mutable(node) for node in graph.nodes):  # such as the second derivative of mse_loss
+        graph, constants = record(functionalize(function, remove="mutations"), leaves, replacements)
+        graph.eliminate_dead_code()
     simplify(graph)
-    return graph
+    return fx.GraphModule(constants, graph)
 
 
 def _ready(graph: fx.GraphModule, compiled: bool) -> Callable[..., Any]:

@@ -1,5 +1,7 @@
+import pytest
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from maml_lightning.engine.tracing import trace
 
@@ -46,13 +48,36 @@ def test_zeros_are_not_added():
     assert aten.add.Tensor in traced(lambda x: torch.zeros_like(x) + x.sum(), x)
 
 
-def test_make_fx_is_what_is_assumed():
-    graph = make_fx(lambda x: x.relu(), tracing_mode="fake")(torch.rand(3))
-    assert "val" in next(node for node in graph.graph.nodes if node.op == "call_function").meta
-
-
 def test_copies_for_the_networks_own_code_are_dropped():
     x = torch.rand(2, 3, 4, 5).permute(0, 2, 3, 1)
     assert traced(lambda x: x.contiguous().view(2, -1).sin(), x) == [aten.reshape.default, aten.sin.default]
     strided = traced(lambda x: x.contiguous().as_strided((2, 2), (60, 2)).sin(), x)
     assert strided == [aten.clone.default, aten.as_strided.default, aten.sin.default]
+
+
+def test_zeros_without_memory_are_recorded():
+    w, x = torch.rand(2, 4), torch.rand(2, 3, 4)
+
+    def second_derivative(w, x):
+        step = torch.func.grad(lambda w: nn.L1Loss()(x @ w, torch.ones(3)))
+        outputs, pullback = torch.func.vjp(step, w)
+        return pullback(outputs)[0]
+
+    graph = trace(lambda w, x: [torch.func.vmap(second_derivative)(w, x)], [w, x], False)
+    assert torch.equal(graph(w, x)[0], torch.zeros(2, 4))
+
+
+def test_what_depends_on_values_is_not_recorded():
+    for function in (lambda x: x * x.sum().item(), lambda x: x[x > 0], lambda x: x * float(x.max() > 1)):
+        with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+            trace(lambda x, function=function: [function(x)], [torch.rand(3)], False)
+
+
+def test_numbers_that_are_known_without_values_are_recorded():
+    assert traced(lambda x: x * torch.tensor(2.0).item(), torch.rand(3))[-1] == aten.mul.Tensor
+
+
+def test_tensors_that_are_no_arguments_are_constants():
+    scale = torch.rand(3)
+    graph = trace(lambda x: [x * scale], [torch.rand(3)], False)
+    assert torch.equal(graph(torch.ones(3))[0], scale)

@@ -25,7 +25,8 @@ class Recurrent(nn.Module):
     def __init__(self, kind: type[nn.RNNBase], packed: bool = False, hidden: int = 5, **options: float) -> None:
         super().__init__()
         self.rnn, self.packed = kind(4, hidden, batch_first=True, **options), packed
-        self.head = nn.Linear(10 if options.get("bidirectional") else 5, CLASSES)
+        size = int(options.get("proj_size", hidden))
+        self.head = nn.Linear(2 * size if options.get("bidirectional") else size, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.packed:

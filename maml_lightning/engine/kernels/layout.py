@@ -21,7 +21,8 @@ def leaves_cache(tensor: Tensor, elements: int) -> bool:
 
 def tasks_first(tensor: Tensor, in_dim: int | None, tasks: int, order: tuple[int, ...] = ()) -> Tensor:
     """With a leading task dimension, and the others permuted to ``order``."""
-    tensor = tensor.expand(tasks, *tensor.shape) if in_dim is None else tensor.movedim(in_dim, 0)
+    if in_dim != 0:
+        tensor = tensor.expand(tasks, *tensor.shape) if in_dim is None else tensor.movedim(in_dim, 0)
     return permute_each(tensor, order) if order else tensor
 
 
@@ -48,3 +49,9 @@ def kernel_layout(weight: Tensor) -> Tensor:
     Values and shape stay; all that is computed from it elementwise keeps the layout. Others pass unchanged.
     """
     return weight.permute(HWIO).contiguous().permute(OIHW) if weight.dim() == 4 else weight
+
+
+def repeated(value: Tensor, tasks: int) -> Tensor:
+    """``[tasks, ...]``, a copy for each task, with the memory layout of ``value``."""
+    shape = (tasks, *value.shape)
+    return value.new_empty_strided(shape, (max(value.numel(), 1), *value.stride())).copy_(value.expand(shape))
