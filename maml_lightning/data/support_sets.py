@@ -163,6 +163,6 @@ def check_ways(setting: str, classes: int, spec: InputSpec, head: str) -> None:
 
 
 NO_SPEC = (
-    "does not record what images its network was trained on: they were not square, or normalized in another way than by "
-    "data.mean and data.std, or it is of an earlier version"
+    "does not record what images its network was trained on: they were not square, or normalized in another way than "
+    "by data.mean and data.std, or it is of an earlier version"
 )

@@ -89,7 +89,7 @@ class Ensemble(LightningModule):
         episode = Episode.of(batch).check()
         if self.scoring.score is None:  # of data that has no first episode beforehand
             self._check(episode)
-        numbers = non_finite.episode_numbers(self.trainer, "test", batch_idx, episode.tasks)
+        numbers = non_finite.episode_numbers(self, "test", batch_idx, episode)
         self._rows.append(self.scoring.rows(self.trajectory(episode), episode.query_targets, numbers))
 
     def on_test_epoch_end(self) -> None:

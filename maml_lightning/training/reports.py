@@ -144,8 +144,8 @@ class TestReport(Callback):
         left += "".join(f"; {metric} {results[metric]}" for metric, _ in others)
         said = f"{words}; " if (words := protocol_text(results)) else ""
         rank_zero_info(
-            f"Test {name}{of} after {steps} inner step{'s' * (steps != 1)}: {scale * results[name]:.2f}{interval}{unit} "
-            f"over {results['episodes']} episodes{left} ({said}{file})"
+            f"Test {name}{of} after {steps} inner step{'s' * (steps != 1)}: "
+            f"{scale * results[name]:.2f}{interval}{unit} over {results['episodes']} episodes{left} ({said}{file})"
         )
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(results, indent=2) + "\n")
