@@ -9,11 +9,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from maml_lightning.algorithms.calling import watched
 from maml_lightning.algorithms.curvature import identities, matrices_of
 from maml_lightning.algorithms.optimizers import Parameters, rate_of
-from maml_lightning.engine.trials import copies_to_try, same_random_numbers
 from maml_lightning.errors import SettingError
-from maml_lightning.structures import call
 from maml_lightning.task_statistics import TaskNorm
 
 _NORMALIZATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, TaskNorm)
@@ -84,8 +83,8 @@ def last_layer(net: nn.Module, inputs: Any) -> str | None:
         >>> last_layer(HeadFirst(), torch.rand(5, 4))
         'head'
     """
-    layers, calls = _layers(net), _calls(net, inputs)
-    if not layers or calls is None:
+    layers, calls = _layers(net), list[str]()
+    if not layers or not watched(net, inputs, lambda name, _: calls.append(name)):
         return None
     last = {name: place for place, name in enumerate(calls)}  # when each was last called
 
@@ -96,29 +95,6 @@ def last_layer(net: nn.Module, inputs: Any) -> str | None:
         return last[name] if name else (math.inf if index == len(layers) - 1 else -1)
 
     return layers[max(range(len(layers)), key=lambda index: (when(index), index))]
-
-
-def _calls(net: nn.Module, inputs: Any) -> list[str] | None:
-    """The names of the layers that a network calls, in their order; None where it does not take the inputs."""
-    calls: list[str] = []
-    (net,) = copies_to_try(net)
-    hooks = [
-        layer.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
-        for name, layer in net.named_modules()
-        if name
-    ]
-    modes = {layer: layer.training for layer in net.modules()}  # it is the network itself where it has no copy
-    try:
-        with torch.no_grad(), same_random_numbers():
-            call(net.eval(), inputs)
-    except Exception:  # whatever a user's network raises; it will again where it matters
-        return None
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for layer, mode in modes.items():
-            layer.training = mode
-    return calls
 
 
 def _layers(net: nn.Module) -> list[str]:

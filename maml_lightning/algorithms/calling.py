@@ -1,13 +1,15 @@
 """A network called with other tensors in place of its own, which then has its own again."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from maml_lightning.engine.trials import copies_to_try, same_random_numbers
 from maml_lightning.structures import call_arguments, logits_of
 
 
@@ -22,6 +24,41 @@ def call_with(net: nn.Module, tensors: Mapping[str, Tensor], inputs: Any) -> Ten
     own = {path: tensors[name] for path, name in tensor_paths(net).items() if name in tensors}
     with _uncompiled(net):
         return logits_of(functional_call(net, own, *call_arguments(inputs), tie_weights=False))
+
+
+def watched(
+    net: nn.Module, inputs: Any, note: Callable[[str, tuple], Any], tensors: Mapping[str, Tensor] | None = None
+) -> bool:
+    """Run a copy of a network once, in evaluation mode, to see which layers it calls with what.
+
+    Args:
+        net: the network.
+        inputs: of the network.
+        note: called with the name and the arguments of each layer before it runs.
+        tensors: in place of its parameters, by name, for a graph of autograd; without them none is recorded.
+
+    Returns:
+        whether it takes the inputs.
+    """
+    (net,) = copies_to_try(net)
+
+    def hook(name: str, layer: nn.Module, args: tuple) -> None:
+        note(name, args)
+
+    layers = [(name, layer) for name, layer in net.named_modules() if name]
+    hooks = [layer.register_forward_pre_hook(partial(hook, name)) for name, layer in layers]
+    modes = {layer: layer.training for layer in net.modules()}  # it is the network itself where it has no copy
+    try:
+        with torch.set_grad_enabled(tensors is not None), same_random_numbers():
+            call_with(net.eval(), tensors or {}, inputs)
+    except Exception:  # whatever a user's network raises; it will again where it matters
+        return False
+    finally:
+        for handle in hooks:
+            handle.remove()
+        for layer, mode in modes.items():
+            layer.training = mode
+    return True
 
 
 def tensor_paths(net: nn.Module) -> dict[str, str]:

@@ -39,7 +39,8 @@ class InnerLoop:
         execution: see :mod:`~maml_lightning.engine.execution`.
 
     ``running`` names the normalization layers that use their running statistics; None goes by what the network is
-    when it is called, see :mod:`~maml_lightning.algorithms.statistics`. With ``query_statistics`` support, batch
+    when it is called, see :mod:`~maml_lightning.algorithms.statistics`. ``collected`` names those that do so in
+    evaluation alone. With ``query_statistics`` support, batch
     normalization of the queries takes the statistics of the task's support set under the same fast weights. With
     ``head`` prototypes, see :mod:`~maml_lightning.algorithms.prototypes`.
 
@@ -75,6 +76,7 @@ class InnerLoop:
             raise SettingError(f"model.tasks_per_chunk must be at least 1, null or auto (got {tasks_per_chunk}).")
         self.net, self.loss = net, loss
         self.running: Collection[str] | None = None
+        self.collected: Collection[str] = ()
         self.query_statistics: Literal["batch", "support"] = "batch"
         self.head: Literal["learned", "prototypes"] = "learned"
         self.tasks_per_chunk = tasks_per_chunk
@@ -120,8 +122,8 @@ class InnerLoop:
     ) -> nn.Module:
         """A copy of the network with the parameters of :meth:`adapt`, a plain module that is run by itself."""
         parameters = self.adapt(params, inputs, targets, rates, steps)
-        running = uses_running_statistics(self.net) if self.running is None else self.running
-        return adapted_copy(self.net, parameters, running, inputs if self.query_statistics == "support" else None)
+        support = inputs if self.query_statistics == "support" else None
+        return adapted_copy(self.net, parameters, self._running_in_evaluation(), support)
 
     def _gradient(
         self,
@@ -232,8 +234,13 @@ class InnerLoop:
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         # grad under inference mode silently returns zeros (pytorch #177318); clones are no inference tensors.
-        with torch.inference_mode(False), torch.no_grad(), deciding(self.net, self.running), self._releasing():
+        decided = deciding(self.net, self._running_in_evaluation())
+        with torch.inference_mode(False), torch.no_grad(), decided, self._releasing():
             yield
+
+    def _running_in_evaluation(self) -> frozenset[str]:
+        running = uses_running_statistics(self.net) if self.running is None else self.running
+        return frozenset(running) | frozenset(self.collected)
 
     @contextmanager
     def _releasing(self) -> Iterator[None]:

@@ -4,6 +4,9 @@ Tasks are vectorized, so that no layer can update running statistics as it runs.
 one, does not update them anyway: it keeps and uses them, as a pretrained backbone does. All others use the batch's own
 statistics and leave their running ones alone. This is decided whenever the network is called, and the network is put
 back afterwards.
+
+With ``query_statistics`` running, layers whose input depends on no adapted parameter see the same features whatever the
+task. Their running statistics are collected as in any training, and used in evaluation.
 """
 
 import copy
@@ -19,8 +22,9 @@ from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 
-from maml_lightning.algorithms.calling import call_with
-from maml_lightning.engine.trials import copies_of_stored
+from maml_lightning.algorithms.calling import call_with, watched
+from maml_lightning.engine.chunks import detached
+from maml_lightning.engine.trials import copies_of_stored, same_random_numbers
 from maml_lightning.errors import SettingError
 from maml_lightning.structures import call
 from maml_lightning.task_statistics import TaskNorm
@@ -75,6 +79,57 @@ def uses_running_statistics(net: nn.Module) -> frozenset[str]:
     return in_evaluation(net) | (frozen(net) or frozenset())
 
 
+def track(net: nn.Module) -> None:
+    """Give batch normalization layers without running statistics initial ones, as torch's own have."""
+    for layer in net.modules():
+        if isinstance(layer, _BatchNorm) and layer.running_mean is None:
+            made = nn.BatchNorm1d(layer.num_features).to(layer.weight)
+            setattr(layer, _TRACK, True)
+            for name, value in made.named_buffers():
+                setattr(layer, name, value)
+
+
+def unreached(net: nn.Module, adapted: Collection[str], inputs: Any) -> frozenset[str]:
+    """The names of the batch normalization layers whose input depends on no adapted parameter.
+
+    Args:
+        net: the network; it runs once, in evaluation mode.
+        adapted: names of the adapted parameters.
+        inputs: of one task.
+    """
+    reached: set[str] = set()
+    called: set[str] = set()
+
+    def note(name: str, args: tuple) -> None:
+        called.add(name)
+        if any(isinstance(value, Tensor) and value.requires_grad for value in args):
+            reached.add(name)
+
+    with torch.inference_mode(False):
+        values = {name: value.detach().requires_grad_(name in adapted) for name, value in net.named_parameters()}
+        if not watched(net, detached(inputs), note, values):
+            return frozenset()
+    layers = tracking_layers(net).items()
+    kept = {name for name, layer in layers if type(layer).forward is _BatchNorm.forward}
+    return frozenset(kept & called - reached)
+
+
+def collect(
+    net: nn.Module, values: Mapping[str, Tensor], inputs: Any, running: Collection[str], collected: Collection[str]
+) -> None:
+    """Update the running statistics of layers by those of a batch, as training without tasks does.
+
+    Args:
+        net: the network.
+        values: in place of its parameters, by name.
+        inputs: of the network.
+        running: the names of the layers that use running statistics.
+        collected: the names of the layers whose running statistics are updated.
+    """
+    with torch.no_grad(), torch.random.fork_rng(), same_random_numbers(), deciding(net, running, collected):
+        call_with(net, values, inputs)
+
+
 def _changes(layer: nn.Module, running: bool) -> dict[str, Any]:
     """The attributes with which a layer uses its running statistics, or the batch's without an update."""
     if running:
@@ -87,17 +142,19 @@ def _changes(layer: nn.Module, running: bool) -> dict[str, Any]:
 
 
 @contextmanager
-def deciding(net: nn.Module, running: Collection[str] | None = None) -> Iterator[None]:
+def deciding(net: nn.Module, running: Collection[str] | None = None, collected: Collection[str] = ()) -> Iterator[None]:
     """While active, each normalization layer uses the statistics that are decided for it; then ``net`` is as before.
 
     Args:
         net: the network.
         running: the names of the layers that use running statistics; None goes by what the network is now.
+        collected: the names of those that use the batch's, and update their running ones.
     """
     running, before = uses_running_statistics(net) if running is None else running, []
     try:
         for name, layer in tracking_layers(net).items():
-            for key, value in _changes(layer, name in running).items():
+            changes = {"training": True} if name in collected else _changes(layer, name in running)
+            for key, value in changes.items():
                 before.append((layer, key, getattr(layer, key)))
                 setattr(layer, key, value)
         yield

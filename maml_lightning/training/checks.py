@@ -254,7 +254,7 @@ def check_same_network(module: nn.Module, checkpoint: dict[str, Any], start: boo
     Raises:
         SettingError: it has not; names a tensor that differs.
     """
-    earlier_releases.add_running_statistics(module, checkpoint)
+    earlier_releases.match_running_statistics(module, checkpoint)
     if getattr(module, "head", None) == "prototypes":
         _keep_last_layer(module, checkpoint["state_dict"])
     matrices = {n: v for n, v in module.state_dict().items() if n.startswith("adaptation.curvature.")}

@@ -5,20 +5,29 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from maml_lightning.algorithms.statistics import tracking_layers
 
 
-def add_running_statistics(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Let layers whose running statistics a checkpoint lacks keep their own, as they do in training."""
-    ours = module.state_dict()
-    for layer in tracking_layers(module):
-        names = {f"{layer}.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")} & ours.keys()
-        for state in ("state_dict", "current_model_state"):  # the latter beside averaged weights
-            if state in checkpoint and not names & checkpoint[state].keys():
-                checkpoint[state].update({name: ours[name] for name in names})
+def match_running_statistics(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Let layers whose running statistics a checkpoint lacks keep their own, and drop those that layers do not keep."""
+    ours, tracking = module.state_dict(), tracking_layers(module)
+    kept = {
+        name: [f"{name}.{own}".lstrip(".") for own in ("running_mean", "running_var", "num_batches_tracked")]
+        for name, layer in module.named_modules()
+        if isinstance(layer, _BatchNorm) or name in tracking
+    }
+    # The second state is beside averaged weights.
+    for state in (checkpoint[name] for name in ("state_dict", "current_model_state") if name in checkpoint):
+        for names in kept.values():
+            if not state.keys() & names:
+                state.update({name: ours[name] for name in names if name in ours})
+            elif not ours.keys() & names:
+                for name in names:
+                    state.pop(name, None)
 
 
 def param_groups(optimizer: Optimizer) -> list[dict[str, Any]]:

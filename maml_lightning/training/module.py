@@ -34,14 +34,13 @@ class MAML(LightningModule):
 
     Each member is a setting: FOMAML is first_order; ANIL adapted_parameters=head, BOIL body; Meta-SGD
     learn_inner_lr=weight; MAML++ learn_inner_lr=step, multi_step_epochs, first_order_epochs and
-    per_step_normalization together; iMAML and Reptile are algorithms. With inner_steps=0 the network is trained
-    without an inner loop.
+    per_step_normalization together; iMAML and Reptile are algorithms.
 
     Args:
         net: the network. Normalization layers use the statistics of the current batch, in evaluation too; those that
             are frozen, or in evaluation mode while this module is not, use their running statistics.
         inner_lr: inner learning rate alpha, above 0. It multiplies the gradient of the mean loss.
-        inner_steps: adaptation steps in training, 0 or more.
+        inner_steps: adaptation steps in training; 0 trains the network without an inner loop.
         eval_inner_steps: adaptation steps in validation, test and predict; null takes inner_steps.
         first_order: drop the second derivatives from the meta-gradient (FOMAML).
         outer_lr: learning rate of Adam on the initialization, unless an optimizer is configured.
@@ -52,16 +51,15 @@ class MAML(LightningModule):
         compile: run the meta-gradient through torch.compile; takes minutes at the start, worth it for long runs.
         execution: how tasks are run: traced, as a recorded graph, vectorized over tasks; vectorized, without a graph;
             loop, one after the other by autograd, which runs any network. auto takes the first that works.
-        loss: of (outputs, targets), mean over examples, the same in inner and outer loop: a function, or a class such
-            as torch.nn.CrossEntropyLoss with its arguments.
+        loss: of (outputs, targets), mean over examples, the same in inner and outer loop: a function or a class.
         metric: evaluated beside accuracy or mean squared error, for each episode afresh: a class of torchmetrics, or a
             function of (outputs, targets) that returns a number; null evaluates none.
         algorithm: maml; imaml takes the implicit gradient of a proximal inner loop (Rajeswaran et al. 2019); reptile
             moves towards the adapted weights (Nichol et al. 2018), on support and query examples together.
         adapted_parameters: all; head, the last layer that runs (ANIL, Raghu et al. 2020); body, all but it (BOIL, Oh et
             al. 2021); or name patterns such as "body.3.*". The outer loop alone learns the others.
-        learn_inner_lr: learn the inner learning rate, starting from inner_lr: one for the network, for each tensor, for
-            each tensor and step (LSLR) or for each weight (Meta-SGD, Li et al. 2017); null keeps inner_lr.
+        learn_inner_lr: learn the inner learning rate, from inner_lr on: one for the network, for each tensor, for each
+            tensor and step (LSLR) or for each weight (Meta-SGD, Li et al. 2017); null keeps inner_lr.
         multi_step_epochs: evaluate the query loss after each inner step, with weights that anneal to the last step in
             this many epochs (Antoniou et al. 2019); 0 evaluates it after the last step alone.
         first_order_epochs: drop the second derivatives in this many epochs at the start (Antoniou et al. 2019).
@@ -71,8 +69,8 @@ class MAML(LightningModule):
         inner_clip_norm: clip each task's inner gradient to this norm, above 0; null does not clip.
         proximal: strength of imaml's pull to the initialization, above 0.
         implicit_iterations: imaml's conjugate gradient iterations, 1 or more.
-        query_statistics: batch normalizes queries with the statistics of their batch, so that predictions depend on the
-            other queries (transductive); support with those of the support set (MetaBN, Bronskill et al. 2020).
+        query_statistics: batch normalizes queries by their batch's statistics (transductive); support by the support
+            set's (MetaBN, Bronskill et al. 2020); running too, but layers that do not adapt evaluate by running ones.
         head: learned; or prototypes: the last linear layer starts from the mean features of the support classes, of any
             number, and then adapts like all else (ProtoMAML, Triantafillou et al. 2020).
         meta_curvature: learn matrices that multiply a weight's inner gradient along its dimensions (Park, Oliva 2019).
@@ -114,7 +112,7 @@ class MAML(LightningModule):
         inner_clip_norm: float | None = None,
         proximal: float = 2.0,
         implicit_iterations: int = 5,
-        query_statistics: Literal["batch", "support"] = "batch",
+        query_statistics: Literal["batch", "support", "running"] = "batch",
         head: Literal["learned", "prototypes"] = "learned",
         meta_curvature: bool = False,
         non_finite: Literal["stop", "skip"] = "stop",
@@ -124,7 +122,7 @@ class MAML(LightningModule):
         super().__init__()
         self.save_hyperparameters(ignore=["net", "loss", "metric"])
         self.net, self.loss, self.metric = net, loss, metrics.created(metric)
-        self.query_statistics, self._statistics = query_statistics, RunningStatistics()
+        self.query_statistics, self._statistics = query_statistics, RunningStatistics(net, query_statistics)
         self.inner_lr, self.inner_steps, self.first_order, self.outer_lr = inner_lr, inner_steps, first_order, outer_lr
         self.eval_inner_steps = inner_steps if eval_inner_steps is None else eval_inner_steps
         self.algorithm, self.implicit_iterations, self.non_finite = algorithm, implicit_iterations, non_finite
@@ -148,7 +146,7 @@ class MAML(LightningModule):
 
     def forward(self, inputs: Any) -> Tensor:
         """The outputs of the network before adaptation."""
-        return called(self.net, self.adaptation.first_of_steps(), inputs, self._statistics.layers(self))
+        return called(self.net, self.adaptation.first_of_steps(), inputs, self._statistics.in_use(self))
 
     def adapt(self, support_inputs: Any, support_targets: Any, steps: int | None = None) -> nn.Module:
         """A copy of the network, adapted to one task.
@@ -176,9 +174,8 @@ class MAML(LightningModule):
             ``steps + 1`` tensors ``[T, N*Q, ...]``.
         """
         start, rates = self._start(first_task(episode.support_inputs))
-        steps = self.eval_inner_steps if steps is None else steps
         with checks.naming_misfits(self, episode) as loop:
-            return loop.trajectory(start, episode, rates, steps)
+            return loop.trajectory(start, episode, rates, self.eval_inner_steps if steps is None else steps)
 
     def inner_update_norms(self, episode: Episode) -> Tensor:
         """How far ``eval_inner_steps`` steps of adaptation move the parameters, in the Euclidean norm: ``[T]``."""
@@ -199,7 +196,9 @@ class MAML(LightningModule):
     def _start(self, inputs: Any) -> tuple[Parameters, Parameters]:
         """The parameters that adaptation to a task with these inputs starts from, and the inner learning rates."""
         self.adaptation.find_head(self.net, inputs)
-        return self.adaptation.params(self.net), self.adaptation.rates(self.net, self.inner_lr)
+        rates = self.adaptation.rates(self.net, self.inner_lr)
+        self._statistics.find_collected(self, rates, inputs)
+        return self.adaptation.params(self.net), rates
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam, as in the paper."""
@@ -212,6 +211,7 @@ class MAML(LightningModule):
         episode = self._check(batch)
         parameters, rates = self._start(first_task(episode.support_inputs))
         result = self._gradient(parameters, rates, episode)
+        self._statistics.collect(self, episode)
         if self._trainer is not None:
             self._log(result, episode, batch_idx)
         return surrogate_loss(result.loss, (parameters, result.gradient), (rates, result.rates))
@@ -261,8 +261,8 @@ class MAML(LightningModule):
 
     def predict_step(self, batch: Episode, batch_idx: int) -> Tensor:
         """The adapted networks' class probabilities ``[T, N*Q, N]``; their outputs where an example has no class."""
-        episode = self._check(batch)
-        return self.scoring.predictions(self.trajectory(episode)[-1], episode.support_targets)
+        outputs = self.trajectory(episode := self._check(batch))[-1]
+        return self.scoring.predictions(outputs, episode.support_targets)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the episodes of an evaluation before this one."""

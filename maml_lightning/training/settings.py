@@ -16,7 +16,7 @@ _LEAST = {
     "implicit_iterations": 1,
 }
 _POSITIVE = ("inner_lr", "outer_lr", "inner_clip_norm", "proximal")
-_CHOICES = {"query_statistics": ("batch", "support"), "head": ("learned", "prototypes")}
+_CHOICES = {"query_statistics": ("batch", "support", "running"), "head": ("learned", "prototypes")}
 _OFF = (None, False, 0, "all", "learned")  # the defaults of settings that add something to plain MAML
 
 
@@ -50,6 +50,8 @@ def check_values(settings: Mapping[str, Any]) -> None:
             "model.learn_inner_lr weight is not supported here: with model.head prototypes the number of weights "
             "follows the episode's classes; take tensor or step."
         )
+    if settings["query_statistics"] == "running":
+        _raise_for(settings, ["per_step_normalization"], "model.query_statistics running has none for each step")
     if settings["first_order"]:
         _raise_for(settings, ["first_order_epochs"], "model.first_order is true in every epoch")
 
