@@ -1,7 +1,7 @@
 """``python -m benchmarks {speed,memory,batch,family,fit,scale}``; without a name, all of them run in turn.
 
-``python -m benchmarks {accuracy,ensemble,again,results}`` trains and records an accuracy or that of an ensemble, repeats
-a record, prints all records as the table of docs/results.md;
+``python -m benchmarks {accuracy,ensemble,again,results}`` trains and records an accuracy or that of an ensemble,
+repeats a record, prints all records as the table of docs/results.md;
 ``python -m benchmarks networks`` compares the zoo of networks with a plain loop and writes docs/networks.md.
 
 Peers from the package index: ``pip install higher torchopt jax``; learn2learn if it builds.
