@@ -1,6 +1,7 @@
 """``python -m benchmarks {speed,memory,batch,family,fit,scale}``; without a name, all of them run in turn.
 
-``python -m benchmarks {accuracy,again,results}`` trains and records an accuracy, repeats a record, prints all records;
+``python -m benchmarks {accuracy,ensemble,again,results}`` trains and records an accuracy or that of an ensemble,
+repeats a record, prints all records as the table of docs/results.md;
 ``python -m benchmarks networks`` compares the zoo of networks with a plain loop and writes docs/networks.md;
 ``python -m benchmarks rejection`` prints how often data.reject is right.
 
@@ -13,7 +14,7 @@ import sys
 import torch
 from jsonargparse import auto_cli
 
-from benchmarks.accuracy import accuracy, again, results
+from benchmarks.accuracy import accuracy, again, ensemble, results
 from benchmarks.measure import batch, family, fit, memory, scale, speed
 from benchmarks.networks import networks
 from benchmarks.rejection import rejection
@@ -22,7 +23,7 @@ PARTS = [speed, memory, batch, family, fit, scale]
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        auto_cli([*PARTS, accuracy, again, results, networks, rejection])
+        auto_cli([*PARTS, accuracy, ensemble, again, results, networks, rejection])
     else:
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
         for part in PARTS:

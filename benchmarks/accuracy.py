@@ -42,6 +42,32 @@ def accuracy(
     print(file.name, *described(record), sep="\n")
 
 
+def ensemble(
+    experiment: Path,
+    root: str | None = None,
+    seeds: list[int] | None = None,
+    flags: list[str] | None = None,
+    tests: list[str] | None = None,
+) -> None:
+    """Train with a config once for each seed, test the checkpoints as one, and record it in docs/results.
+
+    Runs that `accuracy` has finished are not trained again.
+
+    Args:
+        experiment: a config, such as configs/omniglot_20way_1shot_best.yaml.
+        root: the folder of the data, for data on disk.
+        seeds: of the networks and of their training episodes; 0, 1 and 2 by default. Test episodes are the first's.
+        flags: flags that override the config.
+        tests: flags of each additional test.
+    """
+    seeds = seeds or [0, 1, 2]
+    record = run_ensemble(experiment, root, seeds, flags or [], tests or [], Path("lightning_logs"))
+    file = RECORDS / f"{named(experiment, seeds, flags or [])}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record, indent=1) + "\n")
+    print(file.name, *described(record), sep="\n")
+
+
 def again(record: Path, root: str | None = None) -> None:
     """Repeat the run of a record in docs/results and compare; the exit status is 1 if intervals do not overlap.
 
@@ -53,7 +79,8 @@ def again(record: Path, root: str | None = None) -> None:
     """
     old = json.loads(record.read_text())
     flags = [test["flags"] for test in old["tests"] if test["flags"]]
-    new = run(Path(old["config"]), root, old["seed"], old["flags"], flags, Path("lightning_logs") / "again")
+    repeat = run_ensemble if isinstance(old["seed"], list) else run
+    new = repeat(Path(old["config"]), root, old["seed"], old["flags"], flags, Path("lightning_logs") / "again")
     print("recorded:", *described(old), "now:", *described(new), sep="\n")
     apart = [
         one["flags"] or "the test"
@@ -67,7 +94,7 @@ def again(record: Path, root: str | None = None) -> None:
 def results() -> None:
     """Print the records in docs/results as the Markdown table of docs/results.md."""
     records = [json.loads(file.read_text()) for file in RECORDS.glob("*.json")]
-    order = sorted(records, key=lambda record: (Path(record["config"]).stem, record["seed"], record["flags"]))
+    order = sorted(records, key=lambda record: (Path(record["config"]).stem, seeds_of(record), record["flags"]))
     print(*table(order), sep="\n")
 
 
@@ -89,7 +116,7 @@ def table(records: list[dict[str, Any]], reach: tuple[float, ...] = (0.9, 0.95, 
         for test in record["tests"]:
             results = test["results"]
             flags = " ".join(filter(None, [*record["flags"], test["flags"]]))
-            row = [f"`{Path(record['config']).stem}`", str(record["seed"]), flags and f"`{flags}`", tested(results)]
+            row = [f"`{Path(record['config']).stem}`", seeds_of(record), flags and f"`{flags}`", tested(results)]
             row += [f"{results['episodes']:,}", f"{steps:,}", f"{total:.0f}", *times, record["commit"]]
             cells.append(row)
     return [f"| {' | '.join(row)} |" for row in cells]
@@ -101,25 +128,59 @@ def score_of(test: dict[str, Any]) -> float:
     return score
 
 
-def named(config: Path, seed: int, flags: list[str]) -> str:
-    """Return the name of a record and of its run's folder: config, seed and, if there are flags, a short id of them."""
+def seeds_of(record: dict[str, Any]) -> str:
+    """Return the seed of a record; of an ensemble ``0+1+2, ensemble``."""
+    seed = record["seed"]
+    return f"{'+'.join(map(str, seed))}, ensemble" if isinstance(seed, list) else str(seed)
+
+
+def named(config: Path, seed: int | list[int], flags: list[str]) -> str:
+    """Return the name of a record and of its run's folder: config, seed and, if there are flags, a short id of them.
+
+    Of an ensemble, ``ensemble`` and its seeds take the place of the seed.
+    """
     ids = [hashlib.sha256(" ".join(flags).encode()).hexdigest()[:6]] if flags else []
-    return "_".join([config.stem, str(seed), *ids])
+    seeds = ["ensemble", *map(str, seed)] if isinstance(seed, list) else [str(seed)]
+    return "_".join([config.stem, *seeds, *ids])
+
+
+def run_ensemble(
+    config: Path, root: str | None, seeds: list[int], flags: list[str], tests: list[str], logs: Path
+) -> dict[str, Any]:
+    """Train, or resume training, with each seed, and test the checkpoints as one; return what `ensemble` records.
+
+    Its validation curve is the first network's, with the minutes of all.
+    """
+    records = [run(config, root, seed, flags, [], logs) for seed in seeds]
+    checkpoints = [record["tests"][0]["results"]["checkpoint"] for record in records]
+    settings = _settings(config, root, seeds[0], flags, logs / named(config, seeds, flags))
+    last = (record["validation"][-1][1] for record in records[1:])
+    first, others = records[0], sum(last)
+    return {
+        **first,
+        "seed": seeds,
+        "validation": [[steps, round(minutes + others, 2), score] for steps, minutes, score in first["validation"]],
+        "tests": [_tested([*settings, *test.split(), "--ensemble", *checkpoints], test) for test in ["", *tests]],
+    }
+
+
+def _settings(config: Path, root: str | None, seed: int, flags: list[str], folder: Path) -> list[str]:
+    settings = [f"--config={config}", f"--seed_everything={seed}", f"--data.seed={seed}", *flags]
+    return [*settings, f"--trainer.default_root_dir={folder}", *([] if root is None else [f"--data.root={root}"])]
+
+
+def _tested(words: list[str], flags: str) -> dict[str, Any]:
+    tested = main(["test", *words])
+    return {"flags": flags, "results": json.loads((Path(tested.trainer.log_dir) / "test_results.json").read_text())}
 
 
 def run(config: Path, root: str | None, seed: int, flags: list[str], tests: list[str], logs: Path) -> dict[str, Any]:
     """Train, or resume training, and test; return what `accuracy` records."""
-    folder = logs / named(config, seed, flags)
-    settings = [f"--config={config}", f"--seed_everything={seed}", f"--data.seed={seed}", *flags]
-    settings += [f"--trainer.default_root_dir={folder}"] + ([] if root is None else [f"--data.root={root}"])
+    settings = _settings(config, root, seed, flags, logs / named(config, seed, flags))
     trained = main(["fit", *settings, "--ckpt_path=last"])
     log = Path(trained.trainer.log_dir)
     best = trained.trainer.checkpoint_callback.best_model_path
-    results = []
-    for test in ["", *tests]:
-        tested = main(["test", *settings, f"--ckpt_path={best}", *test.split()])
-        file = Path(tested.trainer.log_dir) / "test_results.json"
-        results.append({"flags": test, "results": json.loads(file.read_text())})
+    results = [_tested([*settings, f"--ckpt_path={best}", *test.split()], test) for test in ["", *tests]]
     history = read_run(log, config.stem)
     return {
         "config": str(config),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import accuracy as module
-from benchmarks.accuracy import RECORDS, accuracy, again, named, score_of, table
+from benchmarks.accuracy import RECORDS, accuracy, again, ensemble, named, score_of, table
 from tests.runs import ROOT
 
 UNKNOWN = "\N{EN DASH}"
@@ -45,6 +45,24 @@ def test_a_record_is_what_the_runs_wrote_and_comes_again(folder, trained, monkey
     file.write_text(json.dumps(record))
     with pytest.raises(SystemExit, match=r"error: --data\.shots=2 lies outside the recorded interval"):
         again(file)
+
+
+def test_an_ensembles_record_comes_again(folder, trained, monkeypatch, capsys):
+    monkeypatch.setattr(module, "RECORDS", folder / "records")
+    ensemble(trained / "config.yaml", seeds=[1, 2], tests=["--data.shots=2"])
+    file = folder / "records" / "config_ensemble_1_2.json"
+    record = json.loads(file.read_text())
+    assert record["seed"] == [1, 2]
+    assert [test["results"]["shots"] for test in record["tests"]] == [1, 2]
+    for test in record["tests"]:
+        folders = [Path(path).parts[-5] for path in test["results"]["ensemble"]]
+        assert folders == ["config_1", "config_2"]
+    assert [row.split("|")[2] for row in table([record])[2:]] == [" 1+2, ensemble ", " 1+2, ensemble "]
+    capsys.readouterr()
+    again(file)
+    recorded, now = capsys.readouterr().out.split("now:")
+    lines = [[line for line in part.splitlines() if "test episodes" in line] for part in (recorded, now)]
+    assert lines[0] == lines[1] != []
 
 
 def test_a_table_has_a_row_for_each_test():

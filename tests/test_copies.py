@@ -48,6 +48,7 @@ def maml_of(net: nn.Module, **settings) -> MAML:
 FAMILY = {
     "MAML": {},
     "Meta-SGD": {"learn_inner_lr": "weight"},
+    "Meta-Curvature": {"meta_curvature": True},
     "Adam, clipped": {"inner_optimizer": "adam", "inner_clip_norm": 1.0, "inner_weight_decay": 0.1},
     "momentum, per step": {"inner_optimizer": "momentum", "per_step_normalization": True},
     "iMAML": {"algorithm": "imaml"},

@@ -47,7 +47,7 @@ SETTINGS: dict[str, dict[str, str | None]] = {
         "model.algorithm": "maml, imaml or reptile (maml)",
         "model.adapted_parameters": "all, head (ANIL), body (BOIL), or name patterns (all)",
         "model.learn_inner_lr": "network, tensor, step (LSLR) or weight (Meta-SGD) (null)",
-        "model.meta_curvature": "learn matrices that transform the inner gradient (Park and Oliva 2019) (false)",
+        "model.meta_curvature": "learn matrices that transform the inner gradient (false)",
         "model.tasks_per_chunk": None,
         "model.compile": None,
     },
@@ -62,6 +62,7 @@ SETTINGS: dict[str, dict[str, str | None]] = {
     },
     "Checkpoints": {
         "ckpt_path": "a path, last, or a network of the package: resume, evaluate, predict",
+        "ensemble": "checkpoints to test as one, their probabilities averaged",
         "initial_checkpoint": "a path or a network of the package whose weights training starts from",
         "checkpoint.monitor": "the metric that selects best.ckpt; val/accuracy or val/mse by default",
     },
@@ -123,6 +124,8 @@ def first_screen(parser: Any, name: str, epochs: int) -> str:
     for group, chosen in SETTINGS.items():
         lines += ["", f"{group}:"]
         for setting, text in chosen.items():
+            if setting == "ensemble" and name != "test":
+                continue
             if text is None:
                 text = _clause(settings[setting], default=not setting.startswith("data."))
             lines += _line(setting, re.sub(r"\{([\w.]+)\}", lambda match: filled[match[1]], text))

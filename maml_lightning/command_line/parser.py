@@ -312,6 +312,7 @@ class MAMLCommandLine(LightningCLI):
         config = {**self.config_dump, **({"optimizer": None} if self.optimizer_follows else {})}
         if config.get("ensemble"):
             self.model = ensemble_of(config, self.given)
+            self.config[self.subcommand].model = self.given.model.clone()  # what config.yaml says of each network
             self.trainer.precision_plugin.convert_module(self.model)
             return
         self.model.hparams.update(config["model"])

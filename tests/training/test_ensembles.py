@@ -86,7 +86,9 @@ def test_an_ensemble_is_tested_from_the_command_line(caplog):
 def test_an_ensemble_of_one_is_its_network():
     one = fit("one")
     alone = results(main(words("test", **DATA, ckpt_path=one)))
-    ensemble = results(main([*words("test", **DATA), "--ensemble", str(one)]))
+    cli = main([*words("test", **DATA), "--ensemble", str(one)])
+    ensemble = results(cli)
+    assert results(main(["test", "--config", str(Path(cli.trainer.log_dir) / "config.yaml")])) == ensemble
     different = {"checkpoint", "ensemble"}
     assert {k: v for k, v in ensemble.items() if k not in different} == {
         k: v for k, v in alone.items() if k not in different
@@ -96,8 +98,9 @@ def test_an_ensemble_of_one_is_its_network():
 def test_a_runs_config_goes_with_networks_of_its_settings():
     one, two = fit("one"), fit("two", seed_everything=1)
     config = next(Path("one").rglob("config.yaml"))
-    found = results(main(["test", f"--config={config}", "--ensemble", str(one), str(two)]))
-    assert found["episodes"] == 12
+    cli = main(["test", f"--config={config}", "--model.eval_inner_steps=3", "--ensemble", str(one), str(two)])
+    assert results(cli)["episodes"] == 12
+    assert results(main(["test", "--config", str(Path(cli.trainer.log_dir) / "config.yaml")])) == results(cli)
     with pytest.raises(
         SettingError, match=r"model\.inner_lr is 0\.1, but ensemble .* was trained with 0\.3: each netw"
     ):
