@@ -16,7 +16,7 @@ from maml_lightning.episodes import InputSpec
 from maml_lightning.errors import SettingError
 from maml_lightning.files import shown
 
-FAINT = 0.5  # of full ink; below it an image's contrast is raised
+FAINT = 0.8  # of full ink; below it an image's contrast is raised
 
 Picture = str | os.PathLike[str] | Image.Image | npt.NDArray[Any] | Tensor
 Support = str | Path | Mapping[str, Sequence[Picture]]  # a folder, or pictures by class

@@ -40,7 +40,7 @@ class MAML(LightningModule):
         net: the network. Normalization layers use the statistics of the current batch, in evaluation too; those that
             are frozen, or in evaluation mode while this module is not, use their running statistics.
         inner_lr: inner learning rate alpha, above 0. It multiplies the gradient of the mean loss.
-        inner_steps: adaptation steps in training; 0 trains the network without an inner loop.
+        inner_steps: adaptation steps in training, 0 or more.
         eval_inner_steps: adaptation steps in validation, test and predict; null takes inner_steps.
         first_order: drop the second derivatives from the meta-gradient (FOMAML).
         outer_lr: learning rate of Adam on the initialization, unless an optimizer is configured.

@@ -215,7 +215,7 @@ def test_examples_that_are_mixed_before_normalization_are_refused():
 
 
 def test_the_setting_is_checked_and_can_be_changed():
-    with pytest.raises(SettingError, match=r"model\.query_statistics must be one of batch, support \(got all\)"):
+    with pytest.raises(SettingError, match=r"model\.query_statistics must be one of batch, support, running \(got"):
         MAML(net=nn.Linear(2, 2), query_statistics="all")
     net, episode = NETWORKS["ConvNet"](), images(tasks=1)
     maml = maml_of(net)

@@ -34,7 +34,12 @@ def test_the_overview_fits_a_screen(capsys):
     assert len(text.splitlines()) <= 40
     for word in ("fit ", "validate ", "test ", "predict ", "configs "):
         assert f"  {word}" in text
-    for name in ("--help_all", "glyphs_5way_1shot", "variants/anil", "omniglot_20way_1shot, omniglot_5way_1shot\n"):
+    for name in (
+        "--help_all",
+        "glyphs_5way_1shot",
+        "variants/anil",
+        "omniglot, omniglot_20way_1shot, omniglot_5way_1shot\n",
+    ):
         assert name in text
 
 

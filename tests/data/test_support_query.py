@@ -44,7 +44,7 @@ def predict(support: Path, query: Path, output: object = "out.csv", checkpoint: 
 
 
 def symbol(kind: int, size: tuple[int, int], jitter: int = 0) -> Image.Image:
-    """One of five symbols, black on white, drawn anew for each ``jitter``."""
+    """One of twelve symbols, black on white, drawn anew for each ``jitter``."""
     width, height = size
     image = Image.new("L", size, 255)
     draw = ImageDraw.Draw(image)
@@ -63,6 +63,13 @@ def symbol(kind: int, size: tuple[int, int], jitter: int = 0) -> Image.Image:
         [[at(0.2, 0.2), at(0.8, 0.2), at(0.5, 0.2), at(0.5, 0.8)]],  # a T
         [[at(0.2, 0.8), at(0.35, 0.2), at(0.5, 0.8), at(0.65, 0.2), at(0.8, 0.8)]],  # a zigzag
         [[at(0.3, 0.2), at(0.3, 0.8), at(0.75, 0.8)]],  # an L
+        [[at(0.5, 0.2), at(0.8, 0.8), at(0.2, 0.8), at(0.5, 0.2)]],  # a triangle
+        [[at(0.25, 0.2), at(0.25, 0.8)], [at(0.75, 0.2), at(0.75, 0.8)], [at(0.25, 0.5), at(0.75, 0.5)]],  # an H
+        [[at(0.2, 0.2), at(0.5, 0.5), at(0.5, 0.8)], [at(0.8, 0.2), at(0.5, 0.5)]],  # a Y
+        [[at(0.25, 0.2), at(0.75, 0.2), at(0.75, 0.8), at(0.25, 0.8), at(0.25, 0.2)]],  # a square
+        [[at(0.8, 0.25), at(0.3, 0.25), at(0.3, 0.75), at(0.8, 0.75)], [at(0.3, 0.5), at(0.7, 0.5)]],  # an E
+        [[at(0.5, 0.2), at(0.5, 0.8)], [at(0.2, 0.5), at(0.8, 0.5)]],  # a plus
+        [[at(0.3, 0.8), at(0.3, 0.2), at(0.7, 0.35), at(0.3, 0.5)]],  # a flag
     ][kind]
     for stroke in strokes:
         draw.line(stroke, 0, pen, "curve")
@@ -70,6 +77,7 @@ def symbol(kind: int, size: tuple[int, int], jitter: int = 0) -> Image.Image:
 
 
 SYMBOLS = ["cross", "ring", "tee", "zigzag", "ell"]
+MORE_SYMBOLS = ["triangle", "aitch", "wye", "square", "ee", "plus", "flag"]
 
 
 def draw_folder(root: Path, made: object, jitter: int, classes: int = 5, each: int = 1) -> None:
