@@ -205,7 +205,7 @@ class InnerLoop:
             for chunk in self._evaluation_chunks(episode):
                 setup = of_tasks(every, chunk)
                 fast = inner.adapt(setup, chunk.support_inputs, chunk.support_targets)
-                each = setup.task_dim(0) == 0  # whether a task has an initialization of its own
+                each = setup.state is not None  # whether a task has an initialization of its own
                 moves = [(fast[n] - v).expand(chunk.tasks, *v.shape[each:]) for n, v in setup.initial.items()]
                 norms.append(
                     torch.stack([move.reshape(chunk.tasks, -1).square().sum(1) for move in moves]).sum(0).sqrt()
