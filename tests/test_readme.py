@@ -72,7 +72,7 @@ def prepare(command, folder, request):
         succeed(shrunk(command.replace(" test ", " fit ").replace("--ckpt_path CKPT", "")))
         command = command.replace("CKPT", str(max(folder.rglob("best.ckpt"), key=os.path.getmtime)))
     folders = [f"ROOT/{split}/{split}" for split in ("train", "val", "test")] if "ROOT" in command else []
-    folders += ["support/", "query/"] if "--data.support support" in command else []
+    folders += ["support/", "query/"] if "support support" in command else []
     for name in folders:
         for kind in range(3):
             (folder / f"{name}{kind}").mkdir(parents=True)

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from maml_lightning.episodes import Episode
-from maml_lightning.errors import NonFiniteError, SettingError
+from maml_lightning.errors import NonFiniteError
 from maml_lightning.processes import reduce_logged, rows_of_every_process
 from maml_lightning.structures import leaves
 from maml_lightning.training.scores import FINITE, NUMBER
@@ -27,14 +27,14 @@ def episode_numbers(module: Any, split: str, batch_idx: int, episode: Episode) -
     """The numbers of a batch's episodes in their split, or of each its batch's where the data has none.
 
     Raises:
-        SettingError: such data, which nothing has checked, have a value that is NaN or infinite.
+        NonFiniteError: such data, which nothing has checked, have a value that is NaN or infinite.
     """
     indices = sampler_indices(module.trainer, split)
     if indices is not None:
         return list(indices(batch_idx))
     for name, part in episode._asdict().items() if module.non_finite == "stop" else ():
         if not all(leaf.isfinite().all() for leaf in leaves(part)):
-            raise SettingError(
+            raise NonFiniteError(
                 f"Batch {batch_idx} of the {split} data has {name} with a value that is NaN or infinite; replace the "
                 "value, or skip such meta-steps with --model.non_finite skip."
             )

@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,6 +89,17 @@ def is_transductive(maml: MAML, episode: Episode) -> bool | None:
     return not torch.allclose(together, alone, rtol=0, atol=tolerance, equal_nan=True)
 
 
+def _networks(module: LightningModule) -> list[MAML]:
+    networks = module.networks if isinstance(module, Ensemble) else [module]
+    return [network for network in networks if isinstance(network, MAML)]
+
+
+def _common(values: Iterable[str]) -> str | None:
+    """The one value of all, None where they differ."""
+    different = set(values)
+    return different.pop() if len(different) == 1 else None
+
+
 class TestReport(Callback):
     """Prints a test's headline and writes ``test_results.json`` into the run's log folder.
 
@@ -110,8 +121,9 @@ class TestReport(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         """Try on the first episode whether predictions depend on the other queries."""
-        if batch_idx == 0 and trainer.is_global_zero and isinstance(pl_module, MAML):
-            self._transductive = is_transductive(pl_module, Episode.of(batch))
+        if batch_idx == 0 and trainer.is_global_zero:
+            tried = [is_transductive(network, Episode.of(batch)) for network in _networks(pl_module)]
+            self._transductive = None if None in tried else any(tried)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write and print, in the first process."""
@@ -126,8 +138,8 @@ class TestReport(Callback):
         task = {setting: getattr(data, setting, None) for setting in ("ways", "shots", "query_shots")}
         protocol = {
             "query_layout": getattr(data, "query_layout", "balanced"),
-            "query_statistics": getattr(pl_module, "query_statistics", None),
-            "head": getattr(pl_module, "head", None),
+            "query_statistics": _common(network.query_statistics for network in _networks(pl_module)),
+            "head": _common(network.head for network in _networks(pl_module)),
             "transductive": self._transductive,
         }
         checkpoint = None if trainer.ckpt_path is None else str(trainer.ckpt_path)

@@ -6,7 +6,8 @@ from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from maml_lightning import MAML, Episode, SettingError
+from maml_lightning import MAML, Episode
+from maml_lightning.errors import NonFiniteError
 
 
 def batches(part=None, at=0):
@@ -36,7 +37,9 @@ def fit(train, val, tmp_path, **settings):
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_nan_names_split_batch_and_part(part, split, tmp_path):
     data = {"train": batches(), "val": batches(), split: batches(part, at=1)}
-    with pytest.raises(SettingError, match=f"Batch 1 of the {split} data has {part} with a value that is NaN or infi"):
+    with pytest.raises(
+        NonFiniteError, match=f"Batch 1 of the {split} data has {part} with a value that is NaN or infi"
+    ):
         fit(data["train"], data["val"], tmp_path)
 
 

@@ -180,7 +180,7 @@ def test_a_skipped_episode_is_in_no_figure(folder: Path, caplog: pytest.LogCaptu
 
 
 def test_a_broken_episode_still_stops_by_default(folder: Path):
-    with pytest.raises(NonFiniteError, match="not finite"):
+    with pytest.raises(NonFiniteError, match="Batch 1 of the test data has support_inputs with a value that is NaN"):
         figures_of({2: "not finite"}, folder)
     assert list(folder.iterdir()) == []
 
