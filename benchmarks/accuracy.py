@@ -35,11 +35,7 @@ def accuracy(
         flags: flags that override the config, such as ``["--trainer.max_epochs=4"]``.
         tests: flags of each additional test, such as ``["--data.query_shots=1 --data.within_alphabet=true"]``.
     """
-    record = run(experiment, root, seed, flags or [], tests or [], Path("lightning_logs"))
-    file = RECORDS / f"{named(experiment, seed, flags or [])}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record, indent=1) + "\n")
-    print(file.name, *described(record), sep="\n")
+    _keep(run(experiment, root, seed, flags or [], tests or [], Path("lightning_logs")))
 
 
 def ensemble(
@@ -60,9 +56,12 @@ def ensemble(
         flags: flags that override the config.
         tests: flags of each additional test.
     """
-    seeds = seeds or [0, 1, 2]
-    record = run_ensemble(experiment, root, seeds, flags or [], tests or [], Path("lightning_logs"))
-    file = RECORDS / f"{named(experiment, seeds, flags or [])}.json"
+    _keep(run_ensemble(experiment, root, seeds or [0, 1, 2], flags or [], tests or [], Path("lightning_logs")))
+
+
+def _keep(record: dict[str, Any]) -> None:
+    """Write a record into docs/results, and print its figures."""
+    file = RECORDS / f"{named(Path(record['config']), record['seed'], record['flags'])}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(record, indent=1) + "\n")
     print(file.name, *described(record), sep="\n")

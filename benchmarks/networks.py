@@ -40,7 +40,7 @@ USUAL = [
     Case("LSTM, 64 features, 50 times", lambda: test_zoo.sequences.Recurrent(nn.LSTM, hidden=64), (50, 4)),
     Case("ConvNet1d, 200 times", lambda: ConvNet1d(3, CLASSES), (200, 3)),
     Case("TextNet, 2 blocks, 32 tokens", lambda: TextNet(1000, CLASSES, blocks=2), (32,), 1000),
-    Case("LoRA of TextNet, 2 blocks, 32 tokens", lambda: _with_lora(), (32,), 1000),
+    Case("LoRA of TextNet, 2 blocks, 32 tokens", _with_lora, (32,), 1000),
 ]  # fmt: skip
 
 

@@ -168,6 +168,7 @@ def test_an_exported_network_gives_the_same_probabilities_without_the_package(ch
     assert told["preprocessing"]["size"] == 28
     assert told["preprocessing"]["background"] == 0
     assert "more than 127" in told["preprocessing"]["invert"]
+    assert "below 204" in told["preprocessing"]["contrast"]
     classifier = Classifier(load(checkpoint), support)
     images = read_images(pictures(100), classifier.inputs).inputs
     torch.save(images, folder / "images.pt")

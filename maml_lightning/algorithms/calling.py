@@ -42,11 +42,11 @@ def watched(
     """
     (net,) = copies_to_try(net)
 
-    def hook(name: str, layer: nn.Module, args: tuple) -> None:
-        note(name, args)
+    def hook(name: str, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        note(name, (*args, *kwargs.values()))
 
     layers = [(name, layer) for name, layer in net.named_modules() if name]
-    hooks = [layer.register_forward_pre_hook(partial(hook, name)) for name, layer in layers]
+    hooks = [layer.register_forward_pre_hook(partial(hook, name), with_kwargs=True) for name, layer in layers]
     modes = {layer: layer.training for layer in net.modules()}  # it is the network itself where it has no copy
     try:
         with torch.set_grad_enabled(tensors is not None), same_random_numbers():

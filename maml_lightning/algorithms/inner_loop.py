@@ -38,11 +38,10 @@ class InnerLoop:
             (iMAML, equation 3); 0 is none.
         execution: see :mod:`~maml_lightning.engine.execution`.
 
-    ``running`` names the normalization layers that use their running statistics; None goes by what the network is
-    when it is called, see :mod:`~maml_lightning.algorithms.statistics`. ``collected`` names those that do so in
-    evaluation alone. With ``query_statistics`` support, batch
-    normalization of the queries takes the statistics of the task's support set under the same fast weights. With
-    ``head`` prototypes, see :mod:`~maml_lightning.algorithms.prototypes`.
+    ``running`` names the normalization layers that use their running statistics; None goes by what the network is when
+    it is called, see :mod:`~maml_lightning.algorithms.statistics`. ``collected`` names those that do so in evaluation
+    alone. With ``query_statistics`` support, batch normalization of the queries takes the statistics of the task's
+    support set under the same fast weights. With ``head`` prototypes, see :mod:`~maml_lightning.algorithms.prototypes`.
 
     Parameters are given by name, shaped like the network's or with a leading dimension ``[S+1, ...]``, one value for
     each ``theta_k``: those are not adapted. Inner learning rates are a number, or a dictionary ``[1 or S, ...]`` by

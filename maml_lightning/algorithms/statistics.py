@@ -24,9 +24,10 @@ from torch.overrides import TorchFunctionMode
 
 from maml_lightning.algorithms.calling import call_with, watched
 from maml_lightning.engine.chunks import detached
+from maml_lightning.engine.state import RandomState
 from maml_lightning.engine.trials import copies_of_stored, same_random_numbers
 from maml_lightning.errors import SettingError
-from maml_lightning.structures import call
+from maml_lightning.structures import call, leaves
 from maml_lightning.task_statistics import TaskNorm
 
 _TRACK = "track_running_stats"
@@ -126,7 +127,8 @@ def collect(
         running: the names of the layers that use running statistics.
         collected: the names of the layers whose running statistics are updated.
     """
-    with torch.no_grad(), torch.random.fork_rng(), same_random_numbers(), deciding(net, running, collected):
+    before = RandomState(leaves(inputs)[0].device)
+    with torch.no_grad(), before.restored(), same_random_numbers(), deciding(net, running, collected):
         call_with(net, values, inputs)
 
 

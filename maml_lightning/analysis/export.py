@@ -18,11 +18,6 @@ from maml_lightning.files import shown
 
 FORMATS = (".pt2", ".onnx")
 _OF_ONNX = ("onnx", "onnxscript")
-_OF_DRAWINGS = {
-    "invert": "where the median of the border is more than 127 of 255 from the background",
-    "shift": "the median of the border to the background, where it is then more than 5 of 255 away",
-    "contrast": "the largest difference from the background to 255, where it was shifted or that is below 127.5",
-}
 
 
 class Probabilities(nn.Module):
@@ -68,38 +63,20 @@ def check_output(output: Path) -> Path:
     return sidecar
 
 
-def preprocessing(spec: InputSpec) -> dict[str, Any]:
-    """How a picture becomes an input, as `read_images` does it; see the keys in `export`."""
-    return {
-        "channels": spec.channels,
-        "size": spec.side,
-        "square": "pad with the median color of the border",
-        "resize": "lanczos",
-        "transparency": "white",
-        "scale": 1 / 255,
-        "background": spec.background,
-        **(_OF_DRAWINGS if spec.background is not None else dict.fromkeys(_OF_DRAWINGS)),
-        "mean": None if spec.mean is None else list(spec.mean),
-        "std": None if spec.std is None else list(spec.std),
-    }
-
-
 def export(
     network: nn.Module, output: Path, classes: Sequence[str], spec: InputSpec, source: Mapping[str, Any]
 ) -> list[Path]:
     """Write an adapted network, and a JSON of what its users must know.
 
     The network takes float32 ``inputs`` ``[batch, C, H, W]`` of any batch and gives ``probabilities`` ``[batch, N]``.
-    The JSON has ``classes``, ``input``, ``output``, ``preprocessing`` (``channels``, ``size``, ``square``, ``resize``,
-    ``transparency``, ``scale``, ``background``, ``invert``, ``shift``, ``contrast``, ``mean``, ``std``; null where
-    nothing is done) and the ``source``.
+    The JSON has ``format``, ``classes``, ``input``, ``output``, the ``source`` and torch's version.
 
     Args:
         network: gives probabilities, each image's by itself; see `Probabilities`.
         output: ends in .pt2 or .onnx.
         classes: their names.
         spec: what the network was trained on.
-        source: what else the JSON says, such as the checkpoint.
+        source: what else the JSON says, such as the checkpoint and how pictures are prepared.
 
     Returns:
         the files that were written.
@@ -128,7 +105,6 @@ def export(
         "classes": list(classes),
         "input": {"name": "inputs", "shape": ["batch", *example.shape[1:]], "dtype": "float32"},
         "output": {"name": "probabilities", "shape": ["batch", len(classes)], "dtype": "float32"},
-        "preprocessing": preprocessing(spec),
         **source,
         "torch": torch.__version__,
     }

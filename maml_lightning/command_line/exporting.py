@@ -9,6 +9,7 @@ from maml_lightning.analysis.export import check_output, export
 from maml_lightning.command_line import help
 from maml_lightning.command_line.help import COMMANDS
 from maml_lightning.command_line.parser import Parser
+from maml_lightning.data.support_sets import preprocessing
 from maml_lightning.errors import SettingError
 from maml_lightning.files import shown
 from maml_lightning.trained import Classifier, load
@@ -57,6 +58,8 @@ def export_network(
             "pictures of a batch, so that no exported network gives them; take one trained with support or running."
         )
     classifier = Classifier(maml, support)
-    source = {"checkpoint": ckpt_path, "support": support, "query_statistics": maml.query_statistics, "head": maml.head}
+    settings = {"query_statistics": maml.query_statistics, "head": maml.head}
+    prepared = {"preprocessing": preprocessing(classifier.inputs)}
+    source = {**prepared, "checkpoint": ckpt_path, "support": support, **settings}
     written = export(classifier.network.cpu(), file, classifier.names, classifier.inputs, source)
     rank_zero_info(f"{len(classifier.names)} classes. Written: {', '.join(map(shown, written))}")

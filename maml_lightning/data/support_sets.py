@@ -17,6 +17,13 @@ from maml_lightning.errors import SettingError
 from maml_lightning.files import shown
 
 FAINT = 0.8  # of full ink; below it an image's contrast is raised
+OPPOSITE, APART = 127, 5  # of 255: how far the border is from the background, at most, in an image that is not changed
+_OF_DRAWINGS = {
+    "invert": f"where the median of the border is more than {OPPOSITE} of 255 from the background",
+    "shift": f"the median of the border to the background, where it is then more than {APART} of 255 away",
+    "contrast": "the largest difference from the background to 255, where it was shifted or that is below "
+    f"{255 * FAINT:g}",
+}
 
 Picture = str | os.PathLike[str] | Image.Image | npt.NDArray[Any] | Tensor
 Support = str | Path | Mapping[str, Sequence[Picture]]  # a folder, or pictures by class
@@ -53,17 +60,33 @@ def read_images(pictures: Sequence[Picture], spec: InputSpec) -> Prepared:
         changes["padded to a square"] += not square
         if spec.background is not None:
             target = round(255 * spec.background)
-            if abs(_border(pixels) - target) > 127:
+            if abs(_border(pixels) - target) > OPPOSITE:
                 pixels, changes["inverted"] = 255 - pixels, changes["inverted"] + 1
             ink = pixels.astype(np.float64) - target
-            if abs(base := _border(pixels) - target) > 5:
+            if abs(base := _border(pixels) - target) > APART:
                 ink, changes["shifted to the background"] = ink - base, changes["shifted to the background"] + 1
             peak = np.abs(ink).max()
-            if abs(base) > 5 or 0 < peak < 255 * FAINT:
+            if abs(base) > APART or 0 < peak < 255 * FAINT:
                 changes["raised in contrast"] += 0 < peak < 255 * FAINT
                 pixels = (target + ink * 255 / max(peak, 1)).clip(0, 255).round().astype(np.uint8)
         images.append(pixels)
     return Prepared(torch.from_numpy(np.stack(images)).float() / 255, changes)
+
+
+def preprocessing(spec: InputSpec) -> dict[str, Any]:
+    """How a picture becomes an input, as `read_images` and the specification do it; null where nothing is done."""
+    return {
+        "channels": spec.channels,
+        "size": spec.side,
+        "square": "pad with the median color of the border",
+        "resize": "lanczos",
+        "transparency": "white",
+        "scale": 1 / 255,
+        "background": spec.background,
+        **(_OF_DRAWINGS if spec.background is not None else dict.fromkeys(_OF_DRAWINGS)),
+        "mean": None if spec.mean is None else list(spec.mean),
+        "std": None if spec.std is None else list(spec.std),
+    }
 
 
 def _read(picture: Picture, number: int, spec: InputSpec) -> tuple[Pixels, bool]:

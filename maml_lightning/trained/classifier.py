@@ -88,9 +88,10 @@ class Classifier:
         """
         if not isinstance(pictures, list | tuple):
             return self.__call__([pictures])[0]  # type: ignore[list-item]
-        images = read_images(pictures, self.inputs).inputs if pictures else torch.zeros(0)
-        probabilities = self.probabilities(self.inputs.normalized(images)) if pictures else images
-        return [self._prediction(row) for row in probabilities.tolist()]
+        if not pictures:
+            return []
+        images = self.inputs.normalized(read_images(pictures, self.inputs).inputs)
+        return [self._prediction(row) for row in self.probabilities(images).tolist()]
 
     def probabilities(self, inputs: Tensor) -> Tensor:
         """Probabilities ``[n, N]`` of inputs ``[n, C, H, W]``, as the network takes them."""

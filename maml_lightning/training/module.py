@@ -70,7 +70,7 @@ class MAML(LightningModule):
         proximal: strength of imaml's pull to the initialization, above 0.
         implicit_iterations: imaml's conjugate gradient iterations, 1 or more.
         query_statistics: batch normalizes queries by their batch's statistics (transductive); support by the support
-            set's (MetaBN, Bronskill et al. 2020); running too, but layers that do not adapt evaluate by running ones.
+            set's (MetaBN, Bronskill et al. 2020); running evaluates layers before all that adapts by running ones.
         head: learned; or prototypes: the last linear layer starts from the mean features of the support classes, of any
             number, and then adapts like all else (ProtoMAML, Triantafillou et al. 2020).
         meta_curvature: learn matrices that multiply a weight's inner gradient along its dimensions (Park, Oliva 2019).

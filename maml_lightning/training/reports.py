@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from maml_lightning.analysis.tables import csv_bytes, write_file
+from maml_lightning.engine.state import RandomState
 from maml_lightning.engine.trials import same_random_numbers
 from maml_lightning.episodes import Episode
 from maml_lightning.structures import call, first_task, mapped, plain
@@ -77,9 +78,8 @@ def is_transductive(maml: MAML, episode: Episode) -> bool | None:
         None where it cannot be tried, as of inputs that are of the task as a whole.
     """
     support, targets, queries, _ = (first_task(part) for part in Episode(*map(plain, episode)))
-    devices = [maml.device] if maml.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices), same_random_numbers(), torch.no_grad():
+        with RandomState(maml.device).restored(), same_random_numbers(), torch.no_grad():
             adapted = maml.adapt(support, targets, steps=0).eval()
             together = call(adapted, queries)[0].float()
             alone = call(adapted, mapped(lambda tensor: tensor[:1], queries))[0].float()

@@ -11,7 +11,8 @@ from torch import nn
 
 from maml_lightning import MAML, MLP, ConvNet, Episode, SettingError
 from maml_lightning.algorithms.curvature import identities, transformed
-from tests.algorithms.test_family import Scaled, convolutional, own, recurrent
+from tests.algorithms.test_family import NORMALIZED, Scaled, convolutional, own, recurrent
+from tests.algorithms.test_family import VARIANTS as FAMILY
 from tests.algorithms.test_prototypes import HeadFirst
 from tests.reference import curved, family, images, perturbed, relative_error
 
@@ -78,24 +79,12 @@ VARIANTS = {
     "rates per tensor": ({"learn_inner_lr": "tensor"}, {}),
     "rates per step": ({"learn_inner_lr": "step"}, {}),
     "rates per weight": ({"learn_inner_lr": "weight"}, {}),
-    "momentum": ({"inner_optimizer": "momentum"}, {"optimizer": "momentum"}),
-    "Adam": ({"inner_optimizer": "adam", "inner_lr": 0.01}, {"optimizer": "adam"}),
     "clipping": ({"inner_clip_norm": 0.1}, {"clip": 0.1}),
-    "weight decay": ({"inner_weight_decay": 0.1}, {"decay": 0.1}),
-    "per-step normalization": ({"per_step_normalization": True}, {}),
-    "multi-step loss": ({"multi_step_epochs": 5}, {"weights": [0, 1 / 2, 1 / 2]}),
+    "per-step normalization": NORMALIZED["per-step normalization"],
+    **{name: FAMILY[name] for name in ("momentum", "Adam", "weight decay", "multi-step loss")},
     "all at once": (
-        {
-            "adapted_parameters": "body",
-            "learn_inner_lr": "step",
-            "multi_step_epochs": 5,
-            "inner_optimizer": "momentum",
-            "inner_weight_decay": 0.1,
-            "inner_clip_norm": 0.1,
-            "flat_memory": True,
-            "tasks_per_chunk": 2,
-        },
-        {"weights": [0, 1 / 2, 1 / 2], "optimizer": "momentum", "decay": 0.1, "clip": 0.1},
+        {**FAMILY["all at once"][0], "inner_clip_norm": 0.1, "flat_memory": True, "tasks_per_chunk": 2},
+        {**FAMILY["all at once"][1], "clip": 0.1},
     ),
 }
 

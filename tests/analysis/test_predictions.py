@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.rejection import UNKNOWN as ABSENT
+from benchmarks.rejection import rates
 from maml_lightning.analysis.prediction_sheet import (
     RIGHT,
     SIDE,
@@ -20,8 +22,6 @@ from maml_lightning.analysis.prediction_sheet import (
     rows_of,
 )
 from maml_lightning.analysis.predictions import NONE, csv_table, json_table, queries_of, screen, summary
-from maml_lightning.analysis.rejection import UNKNOWN as ABSENT
-from maml_lightning.analysis.rejection import rates
 
 CLASSES = ["cross", "ring", "tee"]
 PROBABILITIES = torch.tensor(

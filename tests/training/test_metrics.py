@@ -222,6 +222,14 @@ def test_a_path_that_names_nothing_is_one_line(setting, value, message, capsys):
     assert re.match(rf"error: model.{setting} {value}: .*{message}", line)
 
 
+def with_setting(trained, folder, name, value):
+    """The checkpoint of a run, which names something else."""
+    content = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    content["hyper_parameters"][name] = value
+    torch.save(content, folder / "changed.ckpt")
+    return folder / "changed.ckpt"
+
+
 @pytest.mark.parametrize(
     "metric",
     [
@@ -234,12 +242,10 @@ def test_a_path_that_names_nothing_is_one_line(setting, value, message, capsys):
     ],
 )
 def test_a_checkpoint_names_no_metric_of_others(metric, trained, tmp_path):
-    content = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
-    content["hyper_parameters"]["metric"] = metric
-    torch.save(content, tmp_path / "a.ckpt")
+    changed = with_setting(trained, tmp_path, "metric", metric)
     with pytest.raises(SettingError, match=r"names metric|names \w+(\.\w+)* 'os.system'"):
-        MAML.load_from_checkpoint(tmp_path / "a.ckpt")
-    by_hand = MAML.load_from_checkpoint(tmp_path / "a.ckpt", metric=None)
+        MAML.load_from_checkpoint(changed)
+    by_hand = MAML.load_from_checkpoint(changed, metric=None)
     assert by_hand.metric is None
 
 
@@ -312,8 +318,6 @@ def test_a_loss_class_that_does_not_take_outputs_and_targets_is_named(loss, mess
     ],
 )
 def test_a_checkpoint_names_no_loss_of_others(loss, trained, tmp_path):
-    content = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
-    content["hyper_parameters"]["loss"] = loss
-    torch.save(content, tmp_path / "other.ckpt")
+    changed = with_setting(trained, tmp_path, "loss", loss)
     with pytest.raises(SettingError, match=r"names loss.*, so nothing runs"):
-        MAML.load_from_checkpoint(tmp_path / "other.ckpt")
+        MAML.load_from_checkpoint(changed)
