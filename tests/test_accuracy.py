@@ -130,9 +130,12 @@ def test_figures_are_compared_with_records_at_their_precision():
     assert [is_recorded(figure, [record]) for figure in figures(text)] == [True, True, False, False, True]
 
 
-def test_every_figure_of_the_readme_is_a_record():
-    found = figures((ROOT / "README.md").read_text())
-    assert len(found) > 20
+MEASURED = ["README.md", *(f"docs/{name}.md" for name in ("algorithms", "faq", "usage", "your-images"))]
+
+
+def test_every_figure_of_the_readme_and_of_its_pages_is_a_record():
+    found = [figure for name in MEASURED for figure in figures((ROOT / name).read_text())]
+    assert len(found) > 40
     assert [figure[0] for figure in found if not is_recorded(figure, records())] == []
 
 

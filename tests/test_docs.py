@@ -1,13 +1,32 @@
-"""The Python code of the documents runs as it stands there."""
+"""The Python code of the documents runs as it stands there, links lead somewhere, and flags exist."""
 
+import inspect
 import re
+from pathlib import Path
 
 import pytest
+import yaml
 
+import maml_lightning
+from maml_lightning import MAML
+from tests.data.test_support_query import symbol
 from tests.runs import ROOT
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODULES = [value for name, value in vars(maml_lightning).items() if name.endswith("DataModule")]
+NOT_A_SETTING = {"help"}  # --data.help NAME
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL))
+
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def prose(text):
+    """A page without its blocks of code."""
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("code", blocks(ROOT / "docs" / "data.md"))
 def test_code_of_the_data_page_gives_episodes(code, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     names = {}
@@ -16,3 +35,119 @@ def test_code_of_the_data_page_gives_episodes(code, monkeypatch, tmp_path):
     episode = next(iter(names["data"].train_dataloader()))
     assert episode.tasks == len(episode.query_targets)
     assert list(tmp_path.iterdir()) == []
+
+
+def executed(name, folder):
+    """The names after all code of a page ran, in a folder with drawings, each training one batch long."""
+    for kind in range(3):
+        (folder / "support" / f"{kind}").mkdir(parents=True)
+        symbol(kind, (40, 40), kind).save(folder / "support" / f"{kind}" / "picture.png")
+    symbol(1, (40, 40), 7).save(folder / "drawing.png")
+    names = {}
+    for code in blocks(ROOT / name):
+        exec(code.replace("Trainer(", "Trainer(fast_dev_run=True, enable_progress_bar=False, "), names)
+    return names
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+def test_code_of_the_readme_runs(folder, capsys):
+    names = executed("README.md", folder)
+    assert "\n1\n" in f"\n{capsys.readouterr().out}"  # what drawing.png shows
+    task = names["task"]
+    assert names["classifier"](task.query_inputs[0]).shape == (len(task.query_targets[0]), 5)
+    assert names["data"].ways == 4
+
+
+@pytest.mark.parametrize("name", ["docs/usage.md", "docs/your-images.md", "docs/faq.md"])
+def test_code_of_a_page_runs(name, folder):
+    names = executed(name, folder)
+    if name.endswith("usage.md"):
+        assert all(value.grad is not None for value in names["maml"].net.parameters())
+    elif name.endswith("faq.md"):
+        adapted, again = names["classifier"].state_dict(), names["again"].state_dict()
+        assert all(value.equal(again[key]) for key, value in adapted.items())
+    else:
+        assert names["classifier"]("drawing.png").name == "1"
+
+
+def anchor(heading):
+    """What GitHub and MkDocs call a heading in a link."""
+    return re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", heading.strip().lower()))
+
+
+def anchors(page):
+    return {anchor(heading) for heading in re.findall(r"^#+ (.*)$", prose(page.read_text()), re.MULTILINE)}
+
+
+def lost_links(page):
+    """The relative links of a page that lead to no file, or to no heading of it."""
+    lost = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page.read_text())):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, heading = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists() or (heading and heading not in anchors(target)):
+            lost.append(link)
+    return lost
+
+
+def test_lost_links_are_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A b, c?\n[1](page.md) [2](#a-b-c) [3](page.md#b) [4](other.md) [5](x:y)\n```\n[6](code)\n```\n")
+    assert lost_links(page) == ["page.md#b", "other.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    assert lost_links(page) == []
+
+
+def parameters(*classes):
+    """What the constructors of classes and of those that they inherit from take."""
+    every = (base for each in classes for base in each.__mro__ if "__init__" in vars(base))
+    return {name for base in every for name in inspect.signature(base).parameters}
+
+
+def unknown_flags(text):
+    known = {"model": parameters(MAML), "data": parameters(*MODULES)}
+    named = set(re.findall(r"--(model|data)\.(\w+)", text))
+    return sorted(f"{of}.{name}" for of, name in named if name not in known[of] | NOT_A_SETTING)
+
+
+def test_unknown_flags_are_found():
+    assert unknown_flags("`--model.inner_lr 1 --model.inner_rate 1` --data.root a --data.rot b --data.help X") == [
+        "data.rot",
+        "model.inner_rate",
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_flag_exists(page):
+    assert unknown_flags(page.read_text()) == []
+
+
+def test_the_readme_names_flags():
+    assert len(re.findall(r"--(?:model|data)\.\w+", (ROOT / "README.md").read_text())) > 10
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 900
+
+
+def files_of(nav):
+    """The pages that a navigation of MkDocs lists."""
+    if isinstance(nav, str):
+        return {nav}
+    return {file for part in (nav.values() if isinstance(nav, dict) else nav) for file in files_of(part)}
+
+
+def test_the_site_lists_every_page_and_every_public_name():
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    assert files_of(settings["nav"]) == {page.name for page in PAGES[1:]}
+    listed = re.findall(r"^::: maml_lightning\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(set(maml_lightning.__all__) - {"__version__"})
+
+
+def test_no_page_is_without_a_title():
+    assert [page.name for page in PAGES if not Path(page).read_text().startswith("# ")] == []

@@ -1,4 +1,4 @@
-"""Every command of the README runs as it stands there: in a shell, in a terminal, shrunk by further flags alone."""
+"""Every command of README and pages runs as it stands there: in a shell, in a terminal, shrunk by flags alone."""
 
 import os
 import re
@@ -13,7 +13,8 @@ from tests.runs import ROOT, in_terminal
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("folder")]
 
-BLOCKS = re.findall(r"```bash\n(.*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)\n```", page.read_text(), re.DOTALL)]
 PROGRAMS = ("python cli.py", "maml-lightning", "python -m maml_lightning")
 # What is not run here, and where it is.
 ELSEWHERE = {
@@ -91,5 +92,5 @@ def test_the_commands_of_a_block_run_one_after_another(block, folder, request):
         succeed(shrunk(prepare(command, folder, request)))
 
 
-def test_the_readme_has_commands():
+def test_the_documents_have_commands():
     assert sum(len(commands(block)) for block in BLOCKS) > 10
