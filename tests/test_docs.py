@@ -1,8 +1,8 @@
 """The Python code of the documents runs as it stands there, links lead somewhere, and flags exist."""
 
 import inspect
+import json
 import re
-from pathlib import Path
 
 import pytest
 import yaml
@@ -13,6 +13,7 @@ from tests.data.test_support_query import symbol
 from tests.runs import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))  # `mkdocs build` runs them
 MODULES = [value for name, value in vars(maml_lightning).items() if name.endswith("DataModule")]
 NOT_A_SETTING = {"help"}  # --data.help NAME
 
@@ -21,9 +22,20 @@ def blocks(page):
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
-def prose(text):
+def cells(notebook, kind):
+    return [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == kind]
+
+
+def text_of(page):
+    """What a reader reads: of a notebook, its cells of text."""
+    if page.suffix == ".md":
+        return page.read_text()
+    return "\n\n".join("".join(cell["source"]) for cell in cells(page, "markdown"))
+
+
+def prose(page):
     """A page without its blocks of code."""
-    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    return re.sub(r"```.*?```", "", text_of(page), flags=re.DOTALL)
 
 
 @pytest.mark.parametrize("code", blocks(ROOT / "docs" / "data.md"))
@@ -76,13 +88,13 @@ def anchor(heading):
 
 
 def anchors(page):
-    return {anchor(heading) for heading in re.findall(r"^#+ (.*)$", prose(page.read_text()), re.MULTILINE)}
+    return {anchor(heading) for heading in re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)}
 
 
 def lost_links(page):
     """The relative links of a page that lead to no file, or to no heading of it."""
     lost = []
-    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page.read_text())):
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if re.match(r"[a-z]+:", link):
             continue
         name, _, heading = link.partition("#")
@@ -98,7 +110,7 @@ def test_lost_links_are_found(tmp_path):
     assert lost_links(page) == ["page.md#b", "other.md"]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES + NOTEBOOKS, ids=lambda page: page.name)
 def test_every_link_leads_somewhere(page):
     assert lost_links(page) == []
 
@@ -122,9 +134,20 @@ def test_unknown_flags_are_found():
     ]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES + NOTEBOOKS, ids=lambda page: page.name)
 def test_every_flag_exists(page):
-    assert unknown_flags(page.read_text()) == []
+    assert unknown_flags(text_of(page)) == []
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.name)
+def test_a_notebook_is_stored_as_it_ran(notebook):
+    code = cells(notebook, "code")
+    assert [cell["execution_count"] for cell in code] == [*range(1, len(code) + 1)]
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert {output["output_type"] for output in outputs} <= {"display_data", "execute_result", "stream"}
+    assert any("image/png" in output.get("data", {}) for output in outputs) or "scratch" in notebook.name
+    printed = "".join("".join(output.get("text", ())) for output in outputs)
+    assert not re.search(r"(^|\s)/\w+/|Warning", printed), printed  # paths of a machine
 
 
 def test_the_readme_names_flags():
@@ -144,10 +167,10 @@ def files_of(nav):
 
 def test_the_site_lists_every_page_and_every_public_name():
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
-    assert files_of(settings["nav"]) == {page.name for page in PAGES[1:]}
+    assert files_of(settings["nav"]) == {str(page.relative_to(ROOT / "docs")) for page in PAGES[1:] + NOTEBOOKS}
     listed = re.findall(r"^::: maml_lightning\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(set(maml_lightning.__all__) - {"__version__"})
 
 
 def test_no_page_is_without_a_title():
-    assert [page.name for page in PAGES if not Path(page).read_text().startswith("# ")] == []
+    assert [page.name for page in PAGES + NOTEBOOKS if not text_of(page).startswith("# ")] == []

@@ -9,7 +9,7 @@ import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-EDGE, GAP, CAPTION, TITLE = 84, 6, 20, 24  # pixels
+EDGE, GAP, CAPTION, TITLE = 84, 6, 24, 28  # pixels; TensorBoard shows five tiles at three quarters of their size
 
 
 class Tile(NamedTuple):
@@ -34,12 +34,12 @@ def contact_sheet(parts: Sequence[tuple[str, Sequence[Tile]]], columns: int = 10
     sheet = Image.new("RGB", size, "white")
     draw, top = ImageDraw.Draw(sheet), 0
     for (title, tiles), height in zip(parts, rows, strict=True):
-        draw.text((GAP, top + 4), drawable(title), "black", font(12))
+        draw.text((GAP, top + 4), drawable(title), "black", font(16))
         top += TITLE
         for index, (image, caption, color) in enumerate(tiles):
             x, y = GAP + index % columns * (EDGE + GAP), top + index // columns * step
             sheet.paste(picture(image, EDGE), (x, y))
-            draw.text((x, y + EDGE + 1), drawable(caption), color, font(11))
+            draw.text((x, y + EDGE + 1), drawable(caption), color, font(15))
         top += height * step
     return sheet
 

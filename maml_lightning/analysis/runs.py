@@ -194,7 +194,7 @@ def labelled(words: Sequence[str]) -> list[tuple[str, Path]]:
     split = [("", "", word) if Path(word).is_dir() else word.rpartition("=") for word in words]
     folders = [Path(folder) for *_, folder in split]
     names = [
-        name or _algorithm(read_config(folder)) or str(folder)
+        name or algorithm_text(read_config(folder)) or str(folder)
         for (name, *_), folder in zip(split, folders, strict=True)
     ]
     return [
@@ -210,8 +210,12 @@ def _task(config: dict[str, Any]) -> dict[str, Any]:
     return {"data": data.get("class_path"), **{key: settings.get(key) for key in ("ways", "shots")}}
 
 
-def _algorithm(config: dict[str, Any]) -> str:
-    """Such as ``MAML, 5 inner steps, adapted_parameters head``; empty where the settings are unknown."""
+def algorithm_text(config: dict[str, Any]) -> str:
+    """The algorithm in words, such as ``MAML, 5 inner steps, adapted_parameters head``.
+
+    Args:
+        config: a run's settings. Without any of the model, the text is empty.
+    """
     model = config.get("model") or {}
     if "inner_steps" not in model:
         return ""

@@ -23,6 +23,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from maml_lightning import __version__
 from maml_lightning.command_line import class_paths, help, links, resuming, shipped
 from maml_lightning.command_line.ensembles import ensemble_of
+from maml_lightning.command_line.screen import header
 from maml_lightning.errors import SettingError
 from maml_lightning.trained import packaged
 from maml_lightning.training import resume
@@ -243,9 +244,8 @@ class MAMLCommandLine(LightningCLI):
             raise setting or (chain[-1] if "does not validate" in str(error).lower() else error) from None
 
     def before_fit(self) -> None:
-        """Print the size of the network."""
-        sizes = [value.numel() for value in self.model.net.parameters()]
-        rank_zero_info(f"{type(self.model.net).__name__}: {sum(sizes):,} parameters in {len(sizes)} tensors.")
+        """Print what will run."""
+        rank_zero_info(f"{header(self.config_dump, self.model.net, self.datamodule, self.trainer)}.")
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Without the callbacks that the trainer's settings rule out."""

@@ -14,7 +14,7 @@ from maml_lightning.analysis.drawing import Tile, contact_sheet
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
 from maml_lightning.structures import mapped
-from maml_lightning.training import scores
+from maml_lightning.training import scores, tensorboard
 from maml_lightning.training.module import MAML
 
 SHOWN = 40  # pictures of a set that are shown
@@ -28,8 +28,9 @@ class AdaptationMonitor(Callback):
     ones in red; of regression from one number to one, the curves before and after; of other tasks nothing.
     ``inspect/adaptation``: score and loss after each inner step, to twice as many as the evaluation takes (at least
     two more). ``val/inner_update_norm``: how far adaptation moves the parameters, mean over the shown episodes.
-    ``inner_lr/NAME``: histograms of learned inner learning rates. What cannot be shown is said in one line, and
-    training continues.
+    ``variables/inner_lr/NAME``: learned inner learning rates, a line for each tensor and step; of one rate for each
+    weight their mean, and a histogram. The tab "Custom Scalars" has scores first, and "HParams" a row for the run, with
+    the settings that are not the default. What cannot be shown is said in one line, and training continues.
 
     Args:
         episodes: how many episodes to show; 0 shows none.
@@ -44,6 +45,24 @@ class AdaptationMonitor(Callback):
         self.episodes = episodes
         self._first: Episode | None = None
         self._said = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keep Lightning from logging a score of -1 beside the settings."""
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger._default_hp_metric = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the layout, and the run's row in the table of hyperparameters."""
+        if not trainer.is_global_zero or not isinstance(pl_module, MAML):
+            return
+        names = list(pl_module.scoring.names)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                rates = [name.replace("/", ".") for name in pl_module.adaptation.learnt]
+                logger.experiment.add_custom_scalars(tensorboard.layout(names, rates))
+                scores_of = [f"{split}/{name}" for split in ("val", "test") for name in names or ["loss"]]
+                tensorboard.add_row(logger.experiment, tensorboard.settings_of(trainer, pl_module), scores_of)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
@@ -74,14 +93,19 @@ class AdaptationMonitor(Callback):
         if _is_curve(first, outputs[0]):
             curves["inspect/episodes"] = _regression_figure(first, outputs, self.episodes, steps)
         norms = pl_module.inner_update_norms(first)[: self.episodes]
+        learned = pl_module.adaptation.learnt
+        rates = {name.replace("/", "."): rate.detach().float() for name, rate in learned.items()}
         for writer in writers:
             if sheet is not None:
                 writer.add_image("inspect/episodes", np.asarray(sheet), step, dataformats="HWC")
             for tag, figure in curves.items():
                 writer.add_figure(tag, figure, step, close=False)
             writer.add_scalar("val/inner_update_norm", norms.mean().item(), step)
-            for name, rate in pl_module.adaptation.learnt.items():
-                writer.add_histogram(f"inner_lr/{name}", rate.detach().float(), step)
+            for tag, rate in tensorboard.learned_rates(rates).items():
+                writer.add_scalar(tag, rate, step)
+            for name, of_weights in rates.items():
+                if of_weights.dim() > 1:
+                    writer.add_histogram(f"{tensorboard.RATES}/{name}", of_weights, step)
 
 
 def _are_pictures(first: Episode, outputs: Tensor) -> bool:
@@ -129,8 +153,8 @@ def _adaptation_figure(first: Episode, outputs: list[Tensor], maml: MAML) -> Fig
     losses = [scores.episode_losses(maml.loss, output, first.query_targets).nanmean().item() for output in outputs]
     curves = maml.scoring.columns(outputs, first.query_targets).nanmean(0).view(-1, len(outputs)).tolist()
     shown = {**dict(zip(maml.scoring.names, curves, strict=True)), "loss": losses}
-    figure = Figure(figsize=(3 * len(shown), 3))
-    figure.subplots_adjust(0.1, 0.17, 0.98, 0.95, wspace=0.25)  # "constrained" takes twice as long as the drawing
+    figure = Figure(figsize=(2.4 * len(shown), 2.4))
+    figure.subplots_adjust(0.13, 0.2, 0.98, 0.95, wspace=0.4)  # "constrained" takes twice as long as the drawing
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
     for axes, (name, values) in zip(panels, shown.items(), strict=True):
         axes.plot(steps, values, marker=".")

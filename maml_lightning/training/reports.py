@@ -12,12 +12,14 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 from maml_lightning.analysis.tables import csv_bytes, write_file
 from maml_lightning.engine.state import RandomState
 from maml_lightning.engine.trials import same_random_numbers
 from maml_lightning.episodes import Episode
 from maml_lightning.structures import call, first_task, mapped, plain
+from maml_lightning.training import tensorboard
 from maml_lightning.training.ensembles import Ensemble
 from maml_lightning.training.module import MAML
 from maml_lightning.training.scores import Score
@@ -161,16 +163,23 @@ class TestReport(Callback):
         )
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(results, indent=2) + "\n")
-        plain = {key: value for key, value in pl_module.hparams.items() if isinstance(value, str | int | float)}
-        settings = {key: value for key, value in plain.items() if not key.startswith("_")}  # Lightning's own
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                # A folder of its own: TensorBoard takes the first settings of a run, and Lightning has written some.
-                logger.experiment.add_hparams(
-                    {key: value for key, value in {**settings, **task}.items() if value is not None},
-                    {f"test/{each}": results[each] for each in pl_module.test_scores if results[each] is not None},
-                    run_name="hparams",
-                )
+        tested = {f"test/{each}": results[each] for each in pl_module.test_scores if results[each] is not None}
+        self._show(trainer, pl_module, tested)
+
+    def _show(self, trainer: Trainer, module: LightningModule, tested: dict[str, float]) -> None:
+        """Write the scores into TensorBoard's table of hyperparameters: the row of the run that trained the network."""
+        logs = [logger.log_dir for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if not logs or not isinstance(module, MAML):
+            return
+        trained = tensorboard.folder_of_training(trainer.ckpt_path)
+        for folder in dict.fromkeys(map(str, [trained] if trained else logs)):
+            try:
+                with SummaryWriter(folder, filename_suffix=".test") as writer:
+                    tensorboard.add_row(writer, tensorboard.settings_of(trainer, module), list(tested))
+                    for tag, value in tested.items():
+                        writer.add_scalar(tag, value, trainer.global_step)
+            except OSError as error:
+                rank_zero_info(f"TensorBoard does not get the test's figures: {folder} cannot be written ({error}).")
 
 
 def protocol_text(results: dict) -> str:

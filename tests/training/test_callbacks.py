@@ -1,5 +1,7 @@
 import io
 import logging
+import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +14,8 @@ from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.data import DataLoader
 
 import maml_lightning
@@ -157,13 +161,20 @@ def test_inspection_shows_what_adaptation_does(tmp_path):
     tags = events.Tags()
     assert set(tags["images"]) == {"inspect/episodes", "inspect/adaptation"}
     assert {"val/inner_update_norm", "train/gradient_norm", "train/loss", "val/accuracy"} <= set(tags["scalars"])
-    assert set(tags["histograms"]) == {f"inner_lr/{name}" for name in cli.model.adaptation.learnt}
-    assert tags["histograms"]
+    rates = {name.replace("/", "."): rate for name, rate in cli.model.adaptation.learnt.items()}
+    assert {tag for tag in tags["scalars"] if tag.startswith("variables/inner_lr/")} == {
+        f"variables/inner_lr/{name}/step_{step}" for name in rates for step in (0, 1)
+    }
+    for name, rate in rates.items():
+        shown = [events.Scalars(f"variables/inner_lr/{name}/step_{step}")[-1].value for step in (0, 1)]
+        assert shown == rate.tolist()
+    assert "hp_metric" not in tags["scalars"]
+    assert tags["histograms"] == []
     for tag in tags["images"]:
         assert [image.step for image in events.Images(tag)] == [2, 4]
     with Image.open(io.BytesIO(events.Images("inspect/episodes")[0].encoded_image_string)) as sheet:
         # two episodes of 3 ways, 1 query per class: 3 tiles wide, 3 parts each
-        assert sheet.size == (3 * 90 + 6, 2 * 3 * (24 + 104))
+        assert sheet.size == (3 * 90 + 6, 2 * 3 * (28 + 108))
         red, green, blue = np.asarray(sheet.convert("RGB")).astype(int).transpose(2, 0, 1)
     assert ((red > green + 100) & (red > blue + 100)).any()  # captions of wrong predictions
     assert len(events.Scalars("train/gradient_norm")) == 4
@@ -222,12 +233,58 @@ def test_regression_is_shown_as_curves(tmp_path, monkeypatch):
         assert len(support) == first.support_inputs.shape[1]
 
 
-def test_a_test_fills_the_table_of_hyperparameters(tmp_path, checkpoint):
-    cli = main(words("test", **DATA, ckpt_path=checkpoint, **{"trainer.default_root_dir": tmp_path}))
-    events = EventAccumulator(str(Path(cli.trainer.log_dir) / "hparams"))
+def table_row(folder):
+    """Settings and scores of a run in TensorBoard's table of hyperparameters."""
+    events = EventAccumulator(str(folder))
     events.Reload()
+    row, columns = (
+        HParamsPluginData.FromString(events.summary_metadata[f"_hparams_/{part}"].plugin_data.content)
+        for part in ("session_start_info", "experiment")
+    )
+    values = {key: getattr(value, value.WhichOneof("kind")) for key, value in row.session_start_info.hparams.items()}
+    return events, values, [info.name.tag for info in columns.experiment.metric_infos]
+
+
+def test_a_test_fills_the_row_of_the_run_that_trained_the_network(tmp_path):
+    trained = main(words("fit", **{**TINY, "trainer.default_root_dir": tmp_path, "model.first_order": "true"}))
+    folder = Path(trained.trainer.log_dir)
+    path = folder / "checkpoints" / "best.ckpt"
+    cli = main(words("test", **DATA, ckpt_path=path, **{"trainer.default_root_dir": tmp_path}))
+    assert Path(cli.trainer.log_dir) != folder
+    events, settings, scores = table_row(folder)
+    assert {"val/accuracy", "test/accuracy"} == set(scores)
+    assert (settings["network"], settings["ways"], settings["first_order"]) == ("ConvNet", 3, True)
+    assert settings["inner_lr"] == pytest.approx(cli.model.inner_lr)
+    assert not {"compile", "algorithm", "_instantiator"} & set(settings)  # as by default; Lightning's own
     (shown,) = events.Scalars("test/accuracy")
     assert shown.value == pytest.approx(cli.trainer.logged_metrics["test/accuracy"].item(), abs=1e-6)
-    stored = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
-    assert b"inner_lr" in stored
-    assert b"ways" in stored
+    assert not list(Path(cli.trainer.log_dir).rglob("*.test"))
+
+
+def test_without_the_run_that_trained_it_a_test_has_a_row_of_its_own(tmp_path, checkpoint):
+    alone = shutil.copy(checkpoint, tmp_path / "alone.ckpt")
+    cli = main(words("test", **DATA, ckpt_path=alone, **{"trainer.default_root_dir": tmp_path}))
+    events, settings, scores = table_row(cli.trainer.log_dir)
+    assert scores == ["test/accuracy"]
+    assert settings["ways"] == 3
+    assert events.Scalars("test/accuracy")[-1].value == pytest.approx(
+        cli.trainer.logged_metrics["test/accuracy"].item(), abs=1e-6
+    )
+
+
+def test_one_rate_for_each_weight_is_shown_as_their_mean_and_a_histogram(tmp_path):
+    cli, events = inspected(tmp_path, **{"model.learn_inner_lr": "weight"})
+    for name, rate in cli.model.adaptation.learnt.items():
+        tag = f"variables/inner_lr/{name.replace('/', '.')}"
+        assert events.Scalars(tag)[-1].value == pytest.approx(rate.mean().item(), rel=1e-6)
+        assert events.Histograms(tag)[-1].histogram_value.num == rate.numel()
+
+
+def test_the_layout_has_scores_first_and_a_chart_for_each_rate(tmp_path):
+    cli, events = inspected(tmp_path, **{"model.learn_inner_lr": "step", "model.inner_steps": 2})
+    layout = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == ["accuracy", "loss", "inner learning rates"]
+    charts = [chart for category in layout.category for chart in category.chart]
+    assert len(charts) == 2 + 1 + len(cli.model.adaptation.learnt)
+    for chart in charts:  # what TensorBoard would draw in it
+        assert any(re.search(pattern, tag) for pattern in chart.multiline.tag for tag in events.Tags()["scalars"])
