@@ -66,7 +66,9 @@ def tested(results: dict[str, Any]) -> str:
 
 
 def draw(runs: Sequence[Run]) -> Figure:
-    """Validation score against meta-steps, a line for each run.
+    """Validation score against meta-steps, a line for each run, with its 95 % interval as a band where it is known.
+
+    The axis shows what differs: the chance of guessing a class is drawn where the scores come near it.
 
     Args:
         runs: at least one, all with the same metric.
@@ -78,15 +80,25 @@ def draw(runs: Sequence[Run]) -> Figure:
         style = STYLES[index // len(COLORS) % len(STYLES)]
         color = COLORS[index % len(COLORS)]
         axes.plot(steps, scores, style, color=color, label=_label(run.name), linewidth=2, marker="o", markersize=4)
+        if half := dict(run.intervals or []):
+            widths = [half.get(step, 0.0) for step in steps]
+            below, above = (
+                [score + sign * width for score, width in zip(scores, widths, strict=True)] for sign in (-1, 1)
+            )
+            axes.fill_between(steps, below, above, color=color, alpha=0.15, linewidth=0)
     if runs[0].metric == "mse":
         axes.set(ylabel="validation mean squared error", yscale="log")
     elif runs[0].metric != "accuracy":
         axes.set(ylabel=f"validation {runs[0].metric}")
     else:
-        axes.set(ylabel="validation accuracy", ylim=(0, 1.02))
+        axes.set(ylabel="validation accuracy")
         axes.yaxis.set_major_formatter(PercentFormatter(1))
+    low, high = axes.get_ylim()
     for ways in sorted({run.ways for run in runs if run.ways}):
-        axes.axhline(1 / ways, color="grey", linestyle=(0, (1, 2)), label=f"chance, {ways} classes")
+        if low - (high - low) / 4 < 1 / ways:
+            axes.axhline(1 / ways, color="grey", linestyle=(0, (1, 2)), label=f"chance, {ways} classes")
+    if len(tasks := {run.task for run in runs}) == 1:
+        axes.set_title(_label(tasks.pop()), parse_math=False)
     axes.set_xlabel("meta-steps")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlim(left=0)

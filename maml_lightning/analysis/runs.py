@@ -1,6 +1,7 @@
 """What the log folders of runs hold: settings, validation scores, costs and tests."""
 
 import json
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -42,6 +43,8 @@ class Run(NamedTuple):
         seconds_per_step: of one meta-step, the median of the epochs.
         peak_memory_mb: the largest of the epochs.
         minutes: meta-steps done, and the minutes that they took, validations included.
+        intervals: meta-steps done, and half the width of the 95 % interval of the validation score.
+        task: its data, ways and shots in words; empty where they are unknown.
     """
 
     name: str
@@ -52,6 +55,8 @@ class Run(NamedTuple):
     seconds_per_step: float | None = None
     peak_memory_mb: float | None = None
     minutes: Curve | None = None
+    intervals: Curve | None = None
+    task: str = ""
 
     @property
     def best(self) -> float:
@@ -86,7 +91,8 @@ def read_run(folder: Path, name: str) -> Run:
     """
     config = read_config(folder)
     history = [read_scalars(part) for part in lineage(folder)]
-    logged = sorted(tag.removeprefix("val/") for tag in history[-1] if tag.startswith("val/") and "_step_" not in tag)
+    scores = (tag.removeprefix("val/") for tag in history[-1] if tag.startswith("val/"))
+    logged = sorted(score for score in scores if not re.search(r"_step_|_ci95$", score))
     of_its_own = [metric for metric in logged if metric not in ("accuracy", "mse", "loss")]
     metric = next((metric for metric in ("accuracy", "mse", *of_its_own, "loss") if metric in logged), None)
     if metric is None or not any(tag.startswith("train/") for tag in history[-1]):
@@ -109,6 +115,8 @@ def read_run(folder: Path, name: str) -> Run:
         statistics.median(seconds) if seconds else None,
         max(memory, default=None),
         minutes,
+        [(step + 1, half) for step, half in curve(f"val/{metric}_ci95")],
+        task_text(config),
     )
 
 
@@ -208,6 +216,14 @@ def _task(config: dict[str, Any]) -> dict[str, Any]:
     data = config.get("data") or {}
     settings = data.get("init_args") or {}
     return {"data": data.get("class_path"), **{key: settings.get(key) for key in ("ways", "shots")}}
+
+
+def task_text(config: dict[str, Any]) -> str:
+    """The tasks in words, such as ``5-way 1-shot of GlyphsDataModule``; empty without any settings of the data."""
+    task = _task(config)
+    words = [f"{task[number]}-{number[:-1]}" for number in ("ways", "shots") if task[number]]
+    kind = str(task["data"] or "").rpartition(".")[2]
+    return " ".join([*words, *(["of"] if words and kind else []), kind]).strip()
 
 
 def algorithm_text(config: dict[str, Any]) -> str:

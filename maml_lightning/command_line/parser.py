@@ -245,7 +245,7 @@ class MAMLCommandLine(LightningCLI):
 
     def before_fit(self) -> None:
         """Print what will run."""
-        rank_zero_info(f"{header(self.config_dump, self.model.net, self.datamodule, self.trainer)}.")
+        rank_zero_info(f"{header(self.config_dump, self.model.net, self.trainer)}.")
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Without the callbacks that the trainer's settings rule out."""

@@ -1,33 +1,29 @@
 """What the screen says before training: the algorithm, the tasks, the network, the device and the log folder."""
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Trainer
 from torch import nn
 
-from maml_lightning.analysis.runs import algorithm_text
+from maml_lightning.analysis.runs import algorithm_text, task_text
 
 
-def header(config: Mapping[str, Any], net: nn.Module, data: LightningDataModule | None, trainer: Trainer) -> str:
+def header(config: dict[str, Any], net: nn.Module, trainer: Trainer) -> str:
     """Such as ``MAML, 1 inner step; 5-way 1-shot of GlyphsDataModule; ConvNet, 112,005 parameters in 14 tensors; …``.
 
     Args:
         config: the settings, as a run's ``config.yaml`` has them.
         net: the network.
-        data: the module that makes the tasks.
         trainer: with devices and loggers.
     """
-    ways, shots = (getattr(data, name, None) for name in ("ways", "shots"))
-    task = " ".join([f"{ways}-way"] * bool(ways) + [f"{shots}-shot"] * bool(shots))
     sizes = [value.numel() for value in net.parameters()]
     folders = [str(logger.log_dir) for logger in trainer.loggers if getattr(logger, "log_dir", None)]
     processes = trainer.num_devices * trainer.num_nodes
     return "; ".join(
         [
-            algorithm_text(dict(config)),
-            f"{task or 'tasks'} of {type(data).__name__}",
+            algorithm_text(config),
+            task_text(config),
             f"{type(net).__name__}, {sum(sizes):,} parameters in {len(sizes)} tensors",
             f"on {trainer.strategy.root_device.type}" + (f", {processes} processes" if processes > 1 else ""),
             f"logs in {os.path.relpath(folders[0])}" if folders else "no logs",

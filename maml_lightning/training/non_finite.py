@@ -144,4 +144,8 @@ def report_scores(module: Any, split: str, rows: list[Tensor]) -> dict[str, Tens
     if len(kept):
         for name, mean in module.scoring.means(kept).items():
             module.log(f"{split}/{name}", mean, prog_bar="_step_" not in name)
-    return module.scoring.by_name(kept)
+    by_name = module.scoring.by_name(kept)
+    if split == "val" and len(kept) > 1:
+        for name, values in by_name.items():  # half the width of the 95 % interval, as in test_results.json
+            module.log(f"val/{name}_ci95", 1.96 * values[:, -1].std() / len(kept) ** 0.5)
+    return by_name

@@ -170,6 +170,20 @@ def test_figure_shows_the_numbers(maml, logs):
     assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()) == ("meta-steps", "validation accuracy", "linear")
 
 
+def test_the_figure_shows_intervals_the_task_and_where_scores_differ(logs):
+    high = {"val/accuracy": {99: 0.95, 199: 0.97}, "val/accuracy_ci95": {99: 0.02, 199: 0.01}, "train/loss": {9: 1.0}}
+    runs = [read_run(write_run(logs / f"version_{i}", high, {"inner_steps": 1}), f"{i}") for i in (0, 1)]
+    assert runs[0].metric == "accuracy"
+    (axes,) = draw(runs).axes
+    band = axes.collections[0].get_paths()[0].vertices
+    found = {(round(x), round(y, 6)) for x, y in band}
+    assert found == {(100, 0.93), (100, 0.97), (200, 0.96), (200, 0.98)}
+    assert axes.get_title() == "5-way 1-shot of GlyphsDataModule"
+    assert axes.get_ylim()[0] > 0.9  # without the line of chance, at 0.2
+    assert [line.get_label() for line in axes.get_lines()] == ["0", "1"]
+    assert draw([*runs, runs[0]._replace(task="other")]).axes[0].get_title() == ""
+
+
 def test_figure_of_regressions_is_logarithmic_and_without_chance(logs):
     (axes,) = draw([read_run(write_run(logs / "version_0", MSE, {"inner_steps": 1}), "sine")]).axes
     assert axes.get_yscale() == "log"

@@ -4,21 +4,24 @@ import pytest
 from lightning.pytorch import Trainer
 from torch import nn
 
-from maml_lightning import GlyphsDataModule, SinusoidsDataModule
 from maml_lightning.command_line.screen import header
 from tests.runs import ROOT, TINY, in_terminal, words
 
 
 def test_the_header_names_what_will_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = {"model": {"inner_steps": 3, "first_order": True, "head": "prototypes"}}
+    config = {
+        "model": {"inner_steps": 3, "first_order": True, "head": "prototypes"},
+        "data": {"class_path": "maml_lightning.GlyphsDataModule", "init_args": {"ways": 7, "shots": 2}},
+    }
     trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path)
-    assert header(config, nn.Linear(4, 2), GlyphsDataModule(ways=7, shots=2), trainer) == (
+    assert header(config, nn.Linear(4, 2), trainer) == (
         "FOMAML, 3 inner steps, head prototypes; 7-way 2-shot of GlyphsDataModule; Linear, 10 parameters in 2 tensors; "
         "on cpu; logs in lightning_logs/version_0"
     )
     trainer = Trainer(accelerator="cpu", logger=False, devices=2)
-    assert header({"model": {"inner_steps": 1}}, nn.Linear(1, 1), SinusoidsDataModule(), trainer) == (
+    sinusoids = {"class_path": "maml_lightning.SinusoidsDataModule", "init_args": {"shots": 10}}
+    assert header({"model": {"inner_steps": 1}, "data": sinusoids}, nn.Linear(1, 1), trainer) == (
         "MAML, 1 inner step; 10-shot of SinusoidsDataModule; Linear, 2 parameters in 2 tensors; on cpu, 2 processes; "
         "no logs"
     )

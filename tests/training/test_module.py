@@ -163,3 +163,13 @@ def test_regression_logs_mean_squared_error(tmp_path):
 def test_settings_out_of_range_are_refused(setting, value):
     with pytest.raises(SettingError, match=f"model.{setting} .*{value}"):
         MAML(net=nn.Linear(1, 2), **{setting: value})
+
+
+def test_validation_logs_half_the_width_of_the_interval(trained):
+    maml, data, run, _ = trained
+    runner = trainer(run.default_root_dir, logger=False)
+    data.setup("test")
+    runner.test(maml, data.test_dataloader(), verbose=False)
+    scores = maml.test_scores["accuracy"][:, -1]
+    logged = runner.validate(maml, data.test_dataloader(), verbose=False)[0]
+    assert logged["val/accuracy_ci95"] == pytest.approx(1.96 * scores.std().item() / len(scores) ** 0.5, rel=1e-6)
