@@ -27,14 +27,14 @@ def first_batches(trainer: Trainer) -> dict[str, Callable[[], Any]]:
     datasets = getattr(getattr(trainer, "datamodule", None), "datasets", {})
     if datasets:
         return {split: partial(dataset.__getitem__, 0) for split, dataset in datasets.items()}
-    loops = {
+    loops: dict[Any, dict[str, Any]] = {
         TrainerFn.FITTING: {"train": trainer.fit_loop, "val": trainer.fit_loop.epoch_loop.val_loop},
         TrainerFn.VALIDATING: {"val": trainer.validate_loop},
         TrainerFn.TESTING: {"test": trainer.test_loop},
         TrainerFn.PREDICTING: {"predict": trainer.predict_loop},
     }
-    found = {}
-    for split, loop in loops.get(trainer.state.fn, {}).items():  # type: ignore[arg-type]
+    found: dict[str, Callable[[], Any]] = {}
+    for split, loop in loops.get(trainer.state.fn, {}).items():
         given = loop._data_source.instance  # what was given to fit, of which Lightning has no public name yet
         for loader in given if isinstance(given, list | tuple) else [given]:
             if isinstance(loader, DataLoader):
