@@ -38,11 +38,13 @@ class Preparation(NamedTuple):
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is None or callable(inputs):
                 continue
-            shape = list(inputs.shape[1:]) if isinstance(inputs, Tensor) else "of several tensors"
-            if not isinstance(inputs, Tensor) or inputs.ndim != 4 or len(values) not in (1, inputs.shape[1]):
+            if not isinstance(inputs, Tensor) or inputs.ndim != 4:
+                shape = list(inputs.shape[1:]) if isinstance(inputs, Tensor) else "of several tensors"
+                raise SettingError(f"data.{name} is for pictures [C, H, W], but examples are {shape}; leave it out.")
+            if len(values) not in (1, inputs.shape[1]):
                 raise SettingError(
                     f"data.{name} {list(values)} has {len(values)} values for the channels of pictures [C, H, W], but "
-                    f"examples are {shape}; give one value, or one for each channel, or leave it out."
+                    f"examples are {list(inputs.shape[1:])}; give one value, or one for each channel."
                 )
             if not is_of_pictures(inputs) and not inputs.is_floating_point():
                 kind = str(inputs.dtype).removeprefix("torch.")
