@@ -1,4 +1,4 @@
-"""``python -m benchmarks {speed,memory,batch,family,fit,scale}``; without a name, all of them run in turn.
+"""``python -m benchmarks {speed,memory,batch,family,fit,scale,data}``; without a name, all of them run in turn.
 
 ``python -m benchmarks {accuracy,ensemble,again,results}`` trains and records an accuracy or that of an ensemble,
 repeats a record, prints all records as the table of docs/results.md;
@@ -15,11 +15,12 @@ import torch
 from jsonargparse import auto_cli
 
 from benchmarks.accuracy import accuracy, again, ensemble, results
+from benchmarks.data import data
 from benchmarks.measure import batch, family, fit, memory, scale, speed
 from benchmarks.networks import networks
 from benchmarks.rejection import rejection
 
-PARTS = [speed, memory, batch, family, fit, scale]
+PARTS = [speed, memory, batch, family, fit, scale, data]
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:

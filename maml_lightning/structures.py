@@ -18,9 +18,21 @@ def leaves(part: Any) -> list[Tensor]:
     return pytree.tree_leaves(part)
 
 
-def mapped(function: Callable[[Tensor], Any], part: Part) -> Part:
-    """The structure with ``function`` of each of its tensors in their places."""
-    return pytree.tree_map(function, part)
+def by_place(part: Any, whole: type | tuple[()] = ()) -> dict[str, Any]:
+    """The tensors of a structure by their place in it, such as ``['input_ids']``; ``whole`` as in `mapped`."""
+    found, _ = pytree.tree_flatten_with_path(part, is_leaf=lambda node: isinstance(node, whole))
+    return {pytree.keystr(path): leaf for path, leaf in found}
+
+
+def mapped(function: Callable[..., Any], part: Part, *others: Any, whole: type | tuple[()] = ()) -> Part:
+    """The structure with ``function`` of each of its tensors in their places.
+
+    Args:
+        function: of a tensor, and of those at the same place of the other structures.
+        part, others: alike in structure.
+        whole: a type that is not taken apart, such as list where lists are of numbers.
+    """
+    return pytree.tree_map(function, part, *others, is_leaf=lambda node: isinstance(node, whole))
 
 
 def first_task(part: Part) -> Part:
@@ -30,7 +42,7 @@ def first_task(part: Part) -> Part:
 
 def tasks_of(part: Part) -> list[Part]:
     """Each task's part of a structure of tensors ``[T, ...]``."""
-    return [mapped(lambda tensor, task=task: tensor[task], part) for task in range(len(leaves(part)[0]))]  # type: ignore[misc]
+    return [mapped(lambda tensor, task=task: tensor[task], part) for task in range(len(leaves(part)[0]))]
 
 
 def joined(parts: Sequence[Part], dim: int) -> Part:
@@ -42,7 +54,7 @@ def plain(part: Any) -> Any:
     """The structure with a dict in place of any other mapping, such as the output of a tokenizer."""
     if isinstance(part, Mapping):
         return {name: plain(value) for name, value in part.items()}
-    return [plain(value) for value in part] if type(part) is list else part
+    return type(part)(map(plain, part)) if type(part) in (list, tuple) else part
 
 
 def describe(part: Any) -> str:

@@ -100,7 +100,7 @@ REFUSED = [
     ({"trainer.max_epochs": -5}, r"`max_epochs` must be a non-negative integer or -1\. You passed in -5\."),
     ({"trainer.accelerator": "quantum"}, r"accelerator='quantum'`\. Available names are: .*cpu"),
     ({"data.ways": "null"}, r"model\.net\.out_features must be at least 1 \(got None\); raise data\.ways"),
-    ({"data.shots": "null"}, r"data\.shots must be at least 1 \(got None\)"),
+    ({"data.shots": "null"}, r"data\.shots must be an integer \(got None\); give one of at least 1"),
     ({"ckpt_path": ""}, r"ckpt_path is empty \(a shell variable that is not set\?\)"),
     ({"data.root": ""}, r"data\.root is empty"),
     ({"config": "binary.yaml"}, r"config binary\.yaml is not a text file .*; give one in YAML"),

@@ -1,6 +1,7 @@
 """Errors of the command line in one line."""
 
 import errno
+import re
 import sysconfig
 import traceback
 from itertools import pairwise
@@ -61,8 +62,23 @@ def explain(error: BaseException) -> str:
         return f"{where}{error.strerror}{remedy}."
     if "gloo" in message or "NCCL" in message:
         return f"Another process of the run ended, or cannot be reached ({message})."
-    own = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_LIBRARIES)]
+    name, message, frames = _of_worker(str(error)) or (
+        type(error).__name__,
+        message,
+        [(frame.filename, str(frame.lineno)) for frame in traceback.extract_tb(error.__traceback__)],
+    )
+    own = [frame for frame in frames if not frame[0].startswith(_LIBRARIES)]
     if message and not own:  # what a library raises about the settings
         return message
-    place = f"{type(error).__name__} at {own[-1].filename}, line {own[-1].lineno}; " if own else ""
-    return f"{message or type(error).__name__} ({place}--traceback shows how it came about)"
+    place = f"{name} at {own[-1][0]}, line {own[-1][1]}; " if own else ""
+    return f"{message or name} ({place}--traceback shows how it came about)"
+
+
+def _of_worker(text: str) -> tuple[str, str, list[tuple[str, str]]] | None:
+    """Name, message and frames of an error in a data loader's worker, which torch puts into the text of another."""
+    found = re.match(r"Caught (\w+) in DataLoader worker process \d+\.\nOriginal Traceback", text)
+    if found is None:
+        return None
+    frames = re.findall(r'^  File "(.+)", line (\d+)', text, re.MULTILINE)
+    message = re.split(rf"^[\w.]*{found[1]}\b:?", text, flags=re.MULTILINE)[-1]
+    return found[1], " ".join(message.split()), frames

@@ -21,7 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from maml_lightning import __version__
-from maml_lightning.command_line import class_paths, help, links, resuming, shipped
+from maml_lightning.command_line import abstract_numbers, class_paths, help, links, resuming, shipped
 from maml_lightning.command_line.ensembles import ensemble_of
 from maml_lightning.command_line.screen import header
 from maml_lightning.errors import SettingError
@@ -38,6 +38,8 @@ SECONDS_TO_LEAVE = 20  # for the other processes, after a signal that all have a
 # Of a training that nothing else ends: what the shipped configs with the best results take (18 to 24). Lightning's own
 # default is 1,000, which is weeks on pictures.
 DEFAULT_EPOCHS = 20
+
+abstract_numbers.register()
 
 
 class Parser(LightningArgumentParser):

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maml_lightning.data.examples import Examples, Tree, check_finite, grouped, leaves, tree_map
+from maml_lightning.data.examples import Examples, Tree, check_finite, grouped
 from maml_lightning.errors import SettingError
 from maml_lightning.files import shown
+from maml_lightning.structures import by_place, mapped, plain
 
 FORMS = (
     "an array [classes, examples, ...], a list of one array [examples, ...] for each class, inputs and integer labels "
@@ -89,8 +90,8 @@ def examples_of(given: Any, setting: str) -> tuple[Examples, set[int] | None]:
     """
     if isinstance(given, str | Path):
         given = read_arrays(Path(given), setting)
-    inputs, labels, targets = _parts(given, setting)
-    if not leaves(inputs):
+    inputs, labels, targets = map(plain, _parts(given, setting))
+    if not by_place(inputs, list):
         raise SettingError(f"{setting} has no inputs; give {FORMS}.")
     if labels is None:
         _check_names(inputs, setting)
@@ -98,10 +99,11 @@ def examples_of(given: Any, setting: str) -> tuple[Examples, set[int] | None]:
     else:
         labels = _labels(labels, setting)
         inputs, targets = (
-            None if part is None else tree_map(lambda leaf: _tensor(leaf, setting), part) for part in (inputs, targets)
+            None if part is None else mapped(lambda leaf: _tensor(leaf, setting), part, whole=list)
+            for part in (inputs, targets)
         )
         for kind, part in (("inputs", inputs), ("targets", targets)):
-            for place, leaf in leaves(part).items() if part is not None else ():
+            for place, leaf in by_place(part).items() if part is not None else ():
                 if leaf.ndim == 0 or len(leaf) != len(labels):
                     raise SettingError(
                         f"{setting} has {len(labels)} labels, but {kind}{place} {list(leaf.shape)}; give one label for "
@@ -113,8 +115,8 @@ def examples_of(given: Any, setting: str) -> tuple[Examples, set[int] | None]:
         raise SettingError(f"{setting} is empty; give it examples, or leave it out.")
     check_finite(examples, setting)
     examples = examples._replace(
-        inputs=tree_map(_picture, examples.inputs),
-        targets=None if examples.targets is None else tree_map(_target, examples.targets),
+        inputs=mapped(_picture, examples.inputs),
+        targets=None if examples.targets is None else mapped(_target, examples.targets),
     )
     return examples, None if labels is None else set(examples.names or ())  # type: ignore[arg-type]
 
@@ -136,7 +138,7 @@ def _parts(given: Any, setting: str) -> tuple[Tree, Any, Tree | None]:
 
 def _check_names(inputs: Tree, setting: str) -> None:
     """Check that arrays by their names, without labels, are no inputs and labels of other names."""
-    places = leaves(inputs)
+    places = by_place(inputs, list)
     if isinstance(inputs, Mapping) and any(
         isinstance(leaf, Tensor | np.ndarray) and leaf.ndim == 1 for leaf in places.values()
     ):
@@ -183,14 +185,14 @@ def _by_class(inputs: Tree, targets: Tree | None, setting: str) -> Examples:
     flat: dict[str, Any] = {}
     counts: dict[str, list[int]] = {}
     for part, tree in parts.items():
-        places = iter(leaves(tree))
+        places = iter(by_place(tree, list))
 
         def flatten(leaf: Any, part: str = part, places: Any = places) -> Tensor:
             place = f"{setting}{part}{next(places)}"
             values, counts[place] = _class_by_class(leaf, place)
             return values
 
-        flat[part] = tree_map(flatten, tree)
+        flat[part] = mapped(flatten, tree, whole=list)
     first, *others = counts
     for other in others:
         if counts[other] != counts[first]:

@@ -9,11 +9,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from maml_lightning.data.array_files import FORMS, examples_of
 from maml_lightning.data.datasets import SPLITS, Split
-from maml_lightning.data.examples import Examples, leaves, take
+from maml_lightning.data.examples import Examples, take
 from maml_lightning.data.modules import EpisodicDataModule, say_what_is_mixed
 from maml_lightning.data.pictures import say_what_is_scaled
 from maml_lightning.data.splits import check_alike, check_disjoint, check_nothing_shared
 from maml_lightning.errors import SettingError
+from maml_lightning.structures import by_place
 
 SAMPLE = 64  # examples that stand for all, to see whether a resumed run's data are the same
 
@@ -119,7 +120,7 @@ def fingerprint(examples: Examples) -> str:
     rows = torch.linspace(0, total - 1, min(total, SAMPLE)).long()
     if examples.rows is not None:
         rows = examples.rows[rows]
-    some = leaves(take(examples.inputs, rows[None], [0]))
+    some = by_place(take(examples.inputs, rows[None], [0]))
     kinds = {place: f"{leaf.dtype}{list(leaf.shape[1:])}" for place, leaf in some.items()}
     return f"{_checksum(some.values())} {len(examples.counts)} classes {total} examples {kinds}"
 

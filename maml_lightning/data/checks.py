@@ -7,9 +7,11 @@ def at_least(setting: str, value: int, least: int) -> None:
     """Check that a setting of the data is large enough.
 
     Raises:
-        SettingError: ``value < least``.
+        SettingError: it is no integer, or less than ``least``.
     """
-    if not isinstance(value, int) or value < least:
+    if not isinstance(value, int):
+        raise SettingError(f"data.{setting} must be an integer (got {value!r}); give one of at least {least}.")
+    if value < least:
         raise SettingError(f"data.{setting} must be at least {least} (got {value}); raise it.")
 
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from maml_lightning.data.examples import Examples, Reader, Tree, leaves, take, tree_map
+from maml_lightning.data.examples import Examples, Reader, Tree, take
 from maml_lightning.data.pictures import AS_THEY_ARE, Preparation
 from maml_lightning.data.random_numbers import Bits, Integers, below, choose, random_bits, spread
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
+from maml_lightning.structures import by_place, mapped
 
 Split = Literal["train", "val", "test"]
 Layout = Literal["balanced", "random"]  # of the queries of an episode over its classes
@@ -175,9 +176,9 @@ class EpisodeDataset(TaskDataset):
         seeds = random_bits(self.seed, f"{self.split} transforms", indices, 2)
         if self.pretraining:
             inputs = self._inputs(rows.flatten(1), seeds[:, 0])
-            inputs = tree_map(lambda leaf: leaf.flatten(0, 1)[None], inputs)
+            inputs = mapped(lambda leaf: leaf.flatten(0, 1)[None], inputs)
             targets = classes.flatten().repeat_interleave(examples.shape[-1])[None]
-            return Episode(tree_map(lambda leaf: leaf[:, :0], inputs), targets[:, :0], inputs, targets)
+            return Episode(mapped(lambda leaf: leaf[:, :0], inputs), targets[:, :0], inputs, targets)
         labels = torch.arange(self.ways).expand_as(classes)
         sets = [(labels.repeat_interleave(self.shots, 1), rows[..., : self.shots].flatten(1))]
         if self.query_layout == "balanced":
@@ -207,7 +208,7 @@ class EpisodeDataset(TaskDataset):
         inputs = self.pictures.prepare(take(examples.inputs, rows, [0]), 1, [0])
         targets = None if examples.targets is None else take(examples.targets, rows, [0])
         parts = zip(episode, (inputs, targets) * 2, strict=True)
-        return Episode(*(part if new is None else tree_map(_with_first, part, new) for part, new in parts))
+        return Episode(*(part if new is None else mapped(_with_first, part, new) for part, new in parts))
 
     def _inputs(self, rows: Tensor, seeds: Bits) -> Tree:
         """The inputs of these rows ``[T, n]``, each tensor ``[T, n, ...]``."""
@@ -252,7 +253,7 @@ def rotated(examples: Examples) -> Examples:
 def _check_augmentation(examples: Examples) -> None:
     """Check that no targets are of an example's pixels: they would stay where they are when it is moved."""
     rows = torch.tensor([[examples.row(0)]])
-    inputs, targets = (leaves(take(part, rows, [0])) for part in (examples.inputs, examples.targets))
+    inputs, targets = (by_place(take(part, rows, [0])) for part in (examples.inputs, examples.targets))
     sizes = {tuple(leaf.shape[-2:]) for leaf in inputs.values() if leaf.ndim > 2}
     for leaf in targets.values():
         if leaf.ndim > 2 and tuple(leaf.shape[-2:]) in sizes:
@@ -282,7 +283,7 @@ def _with_first(leaf: Tensor, example: Tensor) -> Tensor:
 
 
 def _by_task(tree: Tree, rows: Tensor) -> Tree:
-    return tree_map(lambda leaf: leaf.view(*rows.shape, *leaf.shape[1:]), tree)
+    return mapped(lambda leaf: leaf.view(*rows.shape, *leaf.shape[1:]), tree)
 
 
 def _members(groups: Sequence[int], turns: int) -> list[Integers]:

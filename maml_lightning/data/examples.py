@@ -3,7 +3,7 @@
 import contextlib
 import math
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from maml_lightning.errors import SettingError
 from maml_lightning.files import shown
+from maml_lightning.structures import by_place, mapped
 
 Tree = Any  # a tensor, or a tuple or dict of trees
 Reader = Callable[[Tensor], Tree]  # the examples of some rows [n], each tensor [n, ...]
@@ -50,23 +51,6 @@ class Examples(NamedTuple):
         return f"example {self.row(place)}, of class {self.name(index)}"
 
 
-def tree_map(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
-    """The tree with a function applied to each of its tensors, and to those at the same place of other trees."""
-    if isinstance(tree, Mapping):
-        return {key: tree_map(function, value, *(other[key] for other in others)) for key, value in tree.items()}
-    if isinstance(tree, tuple):
-        return tuple(tree_map(function, *values) for values in zip(tree, *others, strict=True))
-    return function(tree, *others)
-
-
-def leaves(tree: Tree, name: str = "") -> dict[str, Any]:
-    """The tensors of a tree by their place in it, such as ``["input_ids"]``."""
-    if isinstance(tree, Mapping | tuple):
-        items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
-        return {place: leaf for key, value in items for place, leaf in leaves(value, f"{name}[{key!r}]").items()}
-    return {name: tree}
-
-
 def is_of_pictures(leaf: Tensor) -> bool:
     """Whether examples ``[examples, ...]`` are pictures: uint8 ``[(C,) H, W]``, or more; not the bytes of a vector."""
     return leaf.dtype == torch.uint8 and leaf.ndim > 2
@@ -84,12 +68,12 @@ def take(source: Tree | Reader, rows: Tensor, seeds: Sequence[int]) -> Tree:
         each tensor ``[T * n, ...]``.
     """
     if not callable(source):
-        return tree_map(lambda leaf: leaf.index_select(0, rows.flatten()), source)
+        return mapped(lambda leaf: leaf.index_select(0, rows.flatten()), source)
     tasks: list[Tree] = []
     for task, seed in zip(rows, seeds, strict=True):
         with seeded(seed):
             tasks.append(source(task))
-    return tree_map(lambda *values: torch.cat(values), *tasks)
+    return mapped(lambda *values: torch.cat(values), *tasks)
 
 
 def grouped(labels: Tensor) -> tuple[list[int], list[int], Tensor]:
@@ -101,7 +85,7 @@ def grouped(labels: Tensor) -> tuple[list[int], list[int], Tensor]:
 def tensors_of(examples: Examples) -> dict[str, Tensor]:
     """The tensors of inputs and targets that are in memory, by what an error adds to the setting that gives them."""
     parts = {"": examples.inputs, " targets": examples.targets}
-    found = {part + place: leaf for part, tree in parts.items() for place, leaf in leaves(tree).items()}
+    found = {part + place: leaf for part, tree in parts.items() for place, leaf in by_place(tree).items()}
     return {place: leaf for place, leaf in found.items() if isinstance(leaf, Tensor)}
 
 
@@ -185,7 +169,7 @@ def content_hashes(examples: Examples, places: Collection[str] = ()) -> list[int
             for start in range(0, total, size)
             for row in _rows(_some(leaf, examples.rows, start, start + size)).contiguous().view(torch.uint8).numpy()
         ]
-        for place, leaf in leaves(examples.inputs).items()
+        for place, leaf in by_place(examples.inputs).items()
         if not places or place in places
         for size in (max(1, CHUNK // max(1, math.prod(leaf.shape[1:]))),)
     ]

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from maml_lightning.data.datasets import Split, TaskDataset
-from maml_lightning.data.examples import leaves, seeded, tree_map
+from maml_lightning.data.examples import seeded
 from maml_lightning.data.modules import TaskDataModule
 from maml_lightning.data.random_numbers import random_bits
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
+from maml_lightning.structures import by_place, mapped, plain
 
 PARTS = Episode._fields
 
@@ -49,10 +50,11 @@ class FunctionDataset(TaskDataset):
             what = f"{len(found)} parts" if isinstance(found, tuple) else type(found).__name__
             raise SettingError(f"{self.setting} gives {what}; give an Episode: {', '.join(PARTS)}.")
         episode = tuple(
-            tree_map(partial(self._tensor, name, index), part) for name, part in zip(PARTS, found, strict=True)
+            mapped(partial(self._tensor, name, index), plain(part), whole=list)
+            for name, part in zip(PARTS, found, strict=True)
         )
         for kind, inputs, targets in (("support", *episode[:2]), ("query", *episode[2:])):
-            shapes = [list(leaf.shape) for leaf in (*leaves(inputs).values(), *leaves(targets).values())]
+            shapes = [list(leaf.shape) for leaf in (*by_place(inputs).values(), *by_place(targets).values())]
             if [] in shapes or len({shape[0] for shape in shapes}) != 1:
                 raise SettingError(
                     f"{self.setting} gives a {kind} set of shapes {', '.join(map(str, shapes))} in episode {index}; "
@@ -82,12 +84,12 @@ class FunctionDataset(TaskDataset):
                     f"{self.setting} gives {name} {kinds[0]} in episode {indices[0]} and {kind} in episode {index}; "
                     "give all episodes the same shapes and types."
                 )
-        return tree_map(lambda *values: torch.stack(values), *parts)
+        return mapped(lambda *values: torch.stack(values), *parts)
 
 
 def _kinds(tree: Any) -> str:
     kinds = {
-        place: f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape)}" for place, leaf in leaves(tree).items()
+        place: f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape)}" for place, leaf in by_place(tree).items()
     }
     return ", ".join(f"{place} {kind}".strip() for place, kind in kinds.items())
 

@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from maml_lightning.data.datasets import SPLITS, Split
-from maml_lightning.data.examples import Examples, Tree, check_finite, leaves, seeded
+from maml_lightning.data.examples import Examples, Tree, check_finite, seeded
 from maml_lightning.data.modules import EpisodicDataModule, say_what_is_mixed
 from maml_lightning.data.pictures import say_what_is_scaled
 from maml_lightning.data.reading import Keys, stacked
 from maml_lightning.data.splits import check_alike, check_disjoint, check_nothing_shared, split_classes
 from maml_lightning.errors import SettingError
+from maml_lightning.structures import by_place
 
 SHARE_OF_MEMORY = 0.5  # of what is available, that a dataset may take
 SPOTS = 16  # examples that are compared with a dataset's list of labels
@@ -33,7 +34,7 @@ class OnDemand:
         """The examples of these rows ``[n]``, each tensor ``[n, ...]``."""
         numbers = rows.tolist()
         found = stacked((self.part(example_of(self.dataset, row)) for row in numbers), len(numbers), numbers)
-        for place, leaf in leaves(found).items():
+        for place, leaf in by_place(found).items():
             if not (finite := leaf.isfinite().flatten(1).all(1)).all():
                 row = numbers[int((~finite).nonzero()[0])]
                 raise SettingError(
@@ -86,7 +87,7 @@ class Labeled:
             raise SettingError(f"data.dataset {type(dataset).__name__} is empty; give one with examples.")
         first = example_of(dataset, 0)
         parts = [keys.inputs_of(first), *([] if keys.target is None else [keys.target_of(first)])]
-        bytes_each = sum(leaf.numel() * leaf.element_size() for part in parts for leaf in leaves(part).values())
+        bytes_each = sum(leaf.numel() * leaf.element_size() for part in parts for leaf in by_place(part).values())
         self.in_memory = bytes_each * self.size <= memory
         self.inputs: Any = OnDemand(dataset, keys.inputs_of)
         self.targets: Any = None if keys.target is None else OnDemand(dataset, keys.target_of)

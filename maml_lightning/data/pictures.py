@@ -8,8 +8,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from maml_lightning.data.examples import Tree, is_of_pictures, leaves, seeded, tree_map
+from maml_lightning.data.examples import Tree, is_of_pictures, seeded
 from maml_lightning.errors import SettingError
+from maml_lightning.structures import by_place, mapped, plain
 
 ROUNDING = 1e-3  # of pictures in [0, 1]
 
@@ -37,11 +38,13 @@ class Preparation(NamedTuple):
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is None or callable(inputs):
                 continue
-            shape = list(inputs.shape[1:]) if isinstance(inputs, Tensor) else "of several tensors"
-            if not isinstance(inputs, Tensor) or inputs.ndim != 4 or len(values) not in (1, inputs.shape[1]):
+            if not isinstance(inputs, Tensor) or inputs.ndim != 4:
+                shape = list(inputs.shape[1:]) if isinstance(inputs, Tensor) else "of several tensors"
+                raise SettingError(f"data.{name} is for pictures [C, H, W], but examples are {shape}; leave it out.")
+            if len(values) not in (1, inputs.shape[1]):
                 raise SettingError(
                     f"data.{name} {list(values)} has {len(values)} values for the channels of pictures [C, H, W], but "
-                    f"examples are {shape}; give one value, or one for each channel, or leave it out."
+                    f"examples are {list(inputs.shape[1:])}; give one value, or one for each channel."
                 )
             if not is_of_pictures(inputs) and not inputs.is_floating_point():
                 kind = str(inputs.dtype).removeprefix("torch.")
@@ -75,23 +78,23 @@ class Preparation(NamedTuple):
         """
         if self.augmentation:
             inputs = self._augment(inputs, tasks, seeds)
-        inputs = tree_map(_scaled, inputs)
+        inputs = mapped(_scaled, inputs)
         if self.mean is not None:
             inputs = inputs - inputs.new_tensor(self.mean).view(-1, 1, 1)
         return inputs if self.std is None else inputs / inputs.new_tensor(self.std).view(-1, 1, 1)
 
     def _augment(self, inputs: Tree, tasks: int, seeds: Sequence[int]) -> Tree:
-        size = len(next(iter(leaves(inputs).values()))) // tasks
+        size = len(next(iter(by_place(inputs).values()))) // tasks
         augmented: list[Tree] = []
         for task, seed in enumerate(seeds):
             with seeded(seed):
                 for index in range(task * size, (task + 1) * size):
-                    example = tree_map(lambda leaf, index=index: leaf[index], inputs)
+                    example = mapped(lambda leaf, index=index: leaf[index], inputs)
                     for transform in self.augmentation:
                         example = _transformed(transform, example)
                     augmented.append(example)
-        found = tree_map(_stacked, *augmented)
-        _check_kept(leaves(inputs), leaves(found))
+        found = mapped(_stacked, *map(plain, augmented), whole=list)
+        _check_kept(by_place(inputs), by_place(found))
         return found
 
 
@@ -100,7 +103,7 @@ AS_THEY_ARE = Preparation()
 
 def say_what_is_scaled(setting: str, inputs: Tree) -> None:
     """Print which inputs, each tensor ``[examples, ...]``, are taken for pictures."""
-    shapes = [list(leaf.shape[1:]) for leaf in leaves(inputs).values() if is_of_pictures(leaf)]
+    shapes = [list(leaf.shape[1:]) for leaf in by_place(inputs).values() if is_of_pictures(leaf)]
     if shapes:
         rank_zero_info(
             f"{setting}: uint8 pictures {shapes[0]} are scaled to [0, 1]; inputs of another type stay as they are."
@@ -116,7 +119,7 @@ def _transformed(transform: Callable[[Any], Any], example: Tree) -> Any:
         return transform(example)
     except Exception as error:  # whatever a transform raises
         kinds = ", ".join(
-            f"{leaf.dtype} {list(leaf.shape)}".removeprefix("torch.") for leaf in leaves(example).values()
+            f"{leaf.dtype} {list(leaf.shape)}".removeprefix("torch.") for leaf in by_place(example).values()
         )
         name = getattr(transform, "__name__", type(transform).__name__)
         raise SettingError(

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maml_lightning.data.examples import Tree, leaves, tree_map
+from maml_lightning.data.examples import Tree
 from maml_lightning.data.image_files import DecodeError, eight_bit
 from maml_lightning.errors import SettingError
+from maml_lightning.structures import by_place, mapped
 
 
 class Keys:
@@ -38,14 +39,14 @@ class Keys:
             keys = [key for key in example if key not in others]
         else:  # places may count from the end
             keys = [place for place in range(len(example)) if not {place, place - len(example)} & {*others}]
-        found = {key: tree_map(_gray, as_tensors(self._get(example, key, "inputs"), key)) for key in keys}
+        found = {key: mapped(_gray, as_tensors(self._get(example, key, "inputs"), key)) for key in keys}
         if len(found) == 1:
             return next(iter(found.values()))
         return found if isinstance(example, Mapping) else tuple(found.values())
 
     def target_of(self, example: Any) -> Tree:
         """The target of an example, as tensors."""
-        return tree_map(_target, as_tensors(self._get(example, self.target, "target"), self.target))
+        return mapped(_target, as_tensors(self._get(example, self.target, "target"), self.target))
 
     def _label(self, example: Any) -> Any:
         if not isinstance(example, Mapping | tuple | list):
@@ -124,18 +125,18 @@ def stacked(trees: Iterable[Tree], size: int, rows: Sequence[int]) -> Tree:
     whole, expected = None, ""
     for place, tree in enumerate(trees):
         if whole is None:
-            whole, expected = tree_map(lambda leaf: leaf.new_empty(size, *leaf.shape), tree), _kind(tree)
+            whole, expected = mapped(lambda leaf: leaf.new_empty(size, *leaf.shape), tree), _kind(tree)
         if (kind := _kind(tree)) != expected:
             raise SettingError(
                 f"The dataset's example {rows[place]} is {kind}, but example {rows[0]} is {expected}; give all "
                 "examples the same shape and type, by resizing, cropping or padding."
             )
-        tree_map(lambda all_of_it, leaf, place=place: all_of_it[place].copy_(leaf), whole, tree)
+        mapped(lambda all_of_it, leaf, place=place: all_of_it[place].copy_(leaf), whole, tree)
     return whole
 
 
 def _kind(tree: Tree) -> str:
     kinds = {
-        place: f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape)}" for place, leaf in leaves(tree).items()
+        place: f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape)}" for place, leaf in by_place(tree).items()
     }
     return ", ".join(f"{place} {kind}".strip() for place, kind in kinds.items())

@@ -9,10 +9,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from maml_lightning.data.datasets import Split
-from maml_lightning.data.examples import Examples, content_hashes, is_of_pictures, leaves, tensors_of
+from maml_lightning.data.examples import Examples, content_hashes, is_of_pictures, tensors_of
 from maml_lightning.data.random_numbers import choose, random_bits
 from maml_lightning.errors import SettingError
 from maml_lightning.files import shown
+from maml_lightning.structures import by_place
 
 SHARES: dict[Split, float] = {"train": 0.64, "val": 0.16, "test": 0.2}  # of the classes; mini-ImageNet's proportions
 
@@ -100,7 +101,7 @@ def check_nothing_shared(first: str, ours: Examples, second: str, theirs: Exampl
     Raises:
         SettingError: they have.
     """
-    seen = {place for place, leaf in leaves(theirs.inputs).items() if _shows(leaf)}
+    seen = {place for place, leaf in by_place(theirs.inputs).items() if _shows(leaf)}
     pictures = bool(seen)
     known = set(content_hashes(ours, seen))
     hashes, start = content_hashes(theirs, seen), 0

@@ -46,7 +46,7 @@ def split(episode: Episode, size: int | None) -> Iterator[Episode]:
     """The episode in chunks of at most ``size`` tasks; None takes all at once."""
     size = size or episode.tasks
     starts = range(0, episode.tasks, size)
-    return (mapped(lambda tensor, start=start: tensor[start : start + size], episode) for start in starts)  # type: ignore[misc]
+    return (mapped(lambda tensor, start=start: tensor[start : start + size], episode) for start in starts)
 
 
 def detached(part: Part) -> Part:

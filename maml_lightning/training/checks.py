@@ -23,6 +23,7 @@ from maml_lightning.errors import SettingError
 from maml_lightning.structures import describe, first_task, leaves, mapped
 from maml_lightning.training import earlier_releases
 from maml_lightning.training.chunks import naming_what_saves_memory
+from maml_lightning.training.first_batches import first_batches
 from maml_lightning.training.loss_checks import (
     check_classes,
     check_labels,
@@ -97,10 +98,11 @@ def _check_monitored(trainer: Trainer, names: list[str]) -> None:
 
 
 def first_episode(trainer: Trainer, module: LightningModule) -> Episode | None:
-    """The first episode of the trainer's data as the module will get it; None of data that has no datasets yet."""
-    for dataset in getattr(getattr(trainer, "datamodule", None), "datasets", {}).values():
-        trainer.precision_plugin.convert_module(module)  # as Lightning does later
-        return _converted(Episode.of(dataset[0]), trainer)
+    """The first episode of the trainer's data as the module will get it; None of data that cannot be read yet."""
+    for draw in first_batches(trainer).values():
+        if (batch := draw()) is not None:
+            trainer.precision_plugin.convert_module(module)  # as Lightning does later
+            return _converted(Episode.of(batch).check(), trainer)
     return None
 
 
@@ -121,9 +123,11 @@ def check_rest(loop: InnerLoop, metric: Any, inner_steps: int, trainer: Trainer)
     data = getattr(trainer, "datamodule", None)
     if getattr(data, "pretraining", False):
         return  # whose network has other outputs in validation
-    datasets = [*getattr(data, "datasets", {}).items()]
-    others = ((f"The first episode of {split}", dataset[0]) for split, dataset in datasets[1:])
+    rest = [*first_batches(trainer).items()][1:]
+    others = ((f"The first episode of {split}", draw()) for split, draw in rest)
     for what, episode in itertools.chain(getattr(data, "extremes", tuple)(), others):
+        if episode is None:
+            continue
         try:
             check_fit(loop, metric, _converted(Episode.of(episode).check(), trainer), inner_steps, trainer)
         except SettingError as error:

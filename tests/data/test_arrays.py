@@ -15,7 +15,8 @@ from torch import Tensor
 from cli import main
 from maml_lightning import ArraysDataModule, Episode, SettingError
 from maml_lightning.data import array_files
-from maml_lightning.data.examples import extremes, leaves, tree_map
+from maml_lightning.data.examples import extremes
+from maml_lightning.structures import by_place, mapped
 from tests.runs import TINY, in_terminal, words
 
 CLASSES, EXAMPLES = 6, 5
@@ -113,7 +114,7 @@ def test_inputs_may_be_dicts_and_tuples():
     tokens, mask = coded(7, dtype=torch.int64), coded(7, dtype=torch.bool)
     named = {"input_ids": tokens, "attention_mask": mask}
     labels = torch.arange(CLASSES).repeat_interleave(EXAMPLES)
-    in_a_row = tree_map(lambda leaf: leaf.flatten(0, 1), named)
+    in_a_row = mapped(lambda leaf: leaf.flatten(0, 1), named)
     for given in (named, {**in_a_row, "labels": labels}, (in_a_row, labels), {"inputs": in_a_row, "labels": labels}):
         batch = first_batch(given)
         assert batch.query_inputs["attention_mask"].dtype == torch.bool
@@ -122,7 +123,7 @@ def test_inputs_may_be_dicts_and_tuples():
         )
     pair = first_batch((tokens, {"more": mask}))
     assert pair.support_inputs[1]["more"].shape == (4, 6, 7)
-    assert list(leaves(pair.support_inputs)) == ["[0]", "[1]['more']"]
+    assert list(by_place(pair.support_inputs)) == ["[0]", "[1]['more']"]
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import yaml
 
 from cli import main
 from maml_lightning import FunctionDataModule, SettingError
-from maml_lightning.data.examples import leaves
 from maml_lightning.data.functions import FunctionDataset
 from maml_lightning.data.loading import EpisodeSampler
+from maml_lightning.structures import by_place
 from tests.data.numbers import equal, joined
 from tests.own_tasks import Centers, Classes, line
 from tests.runs import TINY, words
@@ -46,7 +46,7 @@ def test_an_episode_depends_on_seed_split_and_index_alone():
         alone = dataset(function)[3]
         for ours, theirs in zip(batch, alone, strict=True):
             assert all(
-                torch.equal(a[1], b[0]) for a, b in zip(leaves(ours).values(), leaves(theirs).values(), strict=True)
+                torch.equal(a[1], b[0]) for a, b in zip(by_place(ours).values(), by_place(theirs).values(), strict=True)
             )
         others = [dataset(function, "val")[3], dataset(function, seed=1)[3], dataset(function)[4]]
         assert not any(torch.equal(other.support_inputs, alone.support_inputs) for other in others)

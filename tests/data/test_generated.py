@@ -7,8 +7,8 @@ from torch import Tensor
 
 from maml_lightning import FunctionDataModule
 from maml_lightning.data import generated
-from maml_lightning.data.examples import leaves
 from maml_lightning.episodes import Episode
+from maml_lightning.structures import by_place
 
 SHAPES = {
     "series": {"": ([64, 1], torch.float32)},
@@ -29,9 +29,9 @@ def episodes(name: str, count: int = 20) -> Episode:
 def test_shapes_and_types(name: str):
     batch = episodes(name)
     for inputs, targets in (batch[:2], batch[2:]):
-        found = {place: (list(leaf.shape[2:]), leaf.dtype) for place, leaf in leaves(inputs).items()}
+        found = {place: (list(leaf.shape[2:]), leaf.dtype) for place, leaf in by_place(inputs).items()}
         assert found == SHAPES[name]
-        assert {leaf.shape[:2] for leaf in leaves(inputs).values()} == {targets.shape[:2]}
+        assert {leaf.shape[:2] for leaf in by_place(inputs).values()} == {targets.shape[:2]}
     assert not torch.equal(batch.query_targets[:1], batch.query_targets[1:2]) or name not in (
         "several_labels",
         "segments",

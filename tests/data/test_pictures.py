@@ -131,7 +131,7 @@ def test_pictures_may_be_scaled_by_the_augmentation():
 def test_what_cannot_be_applied_is_named(data: dict[str, Any], message: str):
     with pytest.raises(SettingError, match=message):
         ArraysDataModule(COLORS, ways=3, **data).make_dataset("train").__getitems__(range(8))
-    with pytest.raises(SettingError, match=r"data.mean \[0.5\] has 1 values .* but examples are \[4\]"):
+    with pytest.raises(SettingError, match=r"data.mean is for pictures \[C, H, W\], but examples are \[4\]; leave"):
         ArraysDataModule(torch.rand(6, 5, 4), ways=3, mean=0.5).make_dataset("train")
 
 
