@@ -30,17 +30,18 @@ class Rates(NamedTuple):
     rejected_unknown: float
 
 
-def rates(confidences: Tensor, predicted: Tensor, targets: Tensor, threshold: float) -> Rates:
+def rates(probabilities: Tensor, targets: Tensor, threshold: float, confidences: Tensor | None = None) -> Rates:
     """The rates of rejection.
 
     Args:
-        confidences: ``[n]``.
-        predicted: classes ``[n]``, in ``[0, N)``.
+        probabilities: ``[n, N]``.
         targets: ``[n]``, in ``[0, N)`` or `UNKNOWN`.
         threshold: a query is rejected where its confidence is below.
+        confidences: ``[n]``; None takes the highest probabilities.
     """
-    accepted, known = confidences >= threshold, targets != UNKNOWN
-    right = predicted == targets
+    highest, predicted = probabilities.max(-1)
+    accepted = (highest if confidences is None else confidences) >= threshold
+    known, right = targets != UNKNOWN, predicted == targets
 
     def share(found: Tensor, among: Tensor) -> float:
         return found[among].double().mean().item()
@@ -86,14 +87,14 @@ def rejection(
         found.append(Outputs(*(part[-len(episode.query_inputs) :] for part in outputs)))
         targets.append(torch.where(episode.query_targets < ways, episode.query_targets, UNKNOWN))
     probabilities, confidences = (torch.cat(parts) for parts in zip(*found, strict=True))
-    true, (highest, predicted) = torch.cat(targets), probabilities.max(-1)
+    true = torch.cat(targets)
     print(f"{checkpoint}, {ways}-way {shots}-shot, {episodes} {split} episodes, queries of {unknown} further classes")
-    for name, sure in (("probability", highest), ("confidence", confidences)):
+    for name, sure in (("probability", probabilities.amax(-1)), ("confidence", confidences)):
         print(f"by {name}: AUROC {_separation(sure, true != UNKNOWN):.3f}")
         print("threshold  accepted right  accepted wrong  rejected known  rejected unknown")
         for threshold in (0.0, *THRESHOLDS):
-            found_rates = rates(sure, predicted, true, threshold)
-            print(f"{threshold:9.2f}", *(f"{100 * rate:13.1f} %" for rate in found_rates))
+            shares = rates(probabilities, true, threshold, sure)
+            print(f"{threshold:9.2f}", *(f"{100 * share:13.1f} %" for share in shares))
 
 
 def _separation(confidences: Tensor, known: Tensor) -> float:

@@ -116,7 +116,7 @@ def calibrate(maml: Any, batches: Iterable[Episode], episodes: int) -> int:
     tasks = chain.from_iterable(tasks_of(Episode.of(batch).check()) for batch in batches)
     numbers, right, importance = [], [], []
     for task in islice(tasks, episodes):
-        for support, queries in _parts(Episode(*map(plain, task)), None if maml.head == "prototypes" else maml.inputs):
+        for support, queries in _parts(maml, Episode(*map(plain, task))):
             network = TaskNetwork(maml, *support)
             predicted, found = network.numbers(queries[0])
             numbers.append(found.cpu())
@@ -129,13 +129,13 @@ def calibrate(maml: Any, batches: Iterable[Episode], episodes: int) -> int:
     return sum(map(len, right))
 
 
-def _parts(task: Episode, limit: Any) -> list[tuple[tuple[Any, Tensor], tuple[Any, Tensor]]]:
+def _parts(maml: Any, task: Episode) -> list[tuple[tuple[Any, Tensor], tuple[Any, Tensor]]]:
     """Smaller tasks of an episode: support sets, and queries of their classes and of as many others."""
     targets = task.support_targets
     if not isinstance(targets, Tensor) or targets.dim() != 1 or targets.is_floating_point():
         raise SettingError("calibrate needs episodes of classification (got other targets); give such data.")
     ways, shots = int(targets.max()) + 1, int(targets.bincount().max())
-    most = ways if limit is None else limit.ways
+    most = ways if maml.head == "prototypes" else maml(task.support_inputs).shape[-1]
     sizes = {min(ways >> halvings, most) for halvings in range(1, ways.bit_length() - 1)}
     if not sizes:
         raise SettingError(f"calibrate needs episodes of at least 4 classes (got {ways}); raise data.ways.")
