@@ -118,7 +118,7 @@ def test_below_the_threshold_there_is_no_name(maml: MAML, support: Path):
     assert [each.name for each in rejecting] == [each.name if each.probability >= threshold else None for each in found]
     assert 0 < sum(each.name is None for each in rejecting) < 10
     for wrong in (0, 1.5):
-        with pytest.raises(SettingError, match=r"reject must be above 0, at most 1"):
+        with pytest.raises(SettingError, match=r"^reject must be a probability above 0, at most 1"):
             Classifier(maml, support, reject=wrong)
 
 

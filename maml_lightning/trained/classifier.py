@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, overload
 
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -16,8 +15,6 @@ from maml_lightning.files import shown
 from maml_lightning.trained.networks import load
 from maml_lightning.training.confidence import Outputs, TaskNetwork, calibration_of
 from maml_lightning.training.module import MAML
-
-BATCH = 100  # pictures that run together
 
 
 class Prediction(NamedTuple):
@@ -112,8 +109,7 @@ class Classifier:
 
     def _outputs(self, inputs: Tensor) -> Outputs:
         value = next(self._task.network.parameters())
-        parts = [self._task.alone(part) for part in inputs.to(value.device, value.dtype).split(BATCH)]
-        return Outputs(*(torch.cat(each).float().cpu() for each in zip(*parts, strict=True)))
+        return Outputs(*(part.float().cpu() for part in self._task.alone(inputs.to(value.device, value.dtype))))
 
     def _prediction(self, row: list[float], confidence: float) -> Prediction:
         best = max(range(len(row)), key=row.__getitem__)

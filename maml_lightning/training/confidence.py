@@ -52,7 +52,7 @@ class TaskNetwork:
 
     def numbers(self, inputs: Any) -> tuple[Tensor, Tensor]:
         """What calibrates: the predicted classes ``[n]`` and `numbers_of` of inputs, each by itself."""
-        logits, norms = self._run_alone(inputs)
+        logits, norms = self._run(inputs) if self._beside is None else self._run_alone(inputs)
         return logits.argmax(-1), numbers_of(logits, norms, self.shots)
 
     def _of(self, logits: Tensor, norms: Tensor | None) -> Outputs:
@@ -70,10 +70,10 @@ class TaskNetwork:
         return logits[:, : len(self.shots)], norms
 
     def _run_alone(self, inputs: Any) -> tuple[Tensor, Tensor | None]:
-        if self._beside is None:
-            return self._run(inputs)
+        # In batches of one: in larger ones float32 rounds in another order, which trained logits of 80 show in the
+        # sixth digit of a probability.
         each = [mapped(lambda part, n=n: part[n : n + 1], inputs) for n in range(len(leaves(inputs)[0]))]  # type: ignore[misc]
-        runs = [self._run(joined([self._beside, one], 0)) for one in each]
+        runs = [self._run(one if self._beside is None else joined([self._beside, one], 0)) for one in each]
         norms = [norms[-1:] for _, norms in runs if norms is not None]
         return torch.cat([logits[-1:] for logits, _ in runs]), torch.cat(norms) if norms else None
 
@@ -84,12 +84,16 @@ def calibration_of(maml: Any) -> list[float] | None:
     return kept["weights"] if kept is not None and kept["settings"] == _settings(maml) else None
 
 
-def task_confidences(maml: Any, batch: Any) -> Tensor | None:
-    """The confidences ``[n]`` in the queries of an episode's one task, in one batch; None without a calibration."""
+def task_outputs(maml: Any, batch: Any) -> Outputs | None:
+    """The outputs of the queries of an episode's one task; None without a calibration.
+
+    Each by itself, unless the statistics of the batch count: those are in one batch, as the episode has them.
+    """
     if calibration_of(maml) is None:
         return None
     support, targets, queries, _ = Episode(*map(first_task, Episode.of(batch)))
-    return TaskNetwork(maml, support, targets).together(queries).confidences
+    network = TaskNetwork(maml, support, targets)
+    return network.together(queries) if maml.query_statistics == "batch" else network.alone(queries)
 
 
 def _settings(maml: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from maml_lightning import MAML, Classifier, ConvNet, Episode, GlyphsDataModule,
 from maml_lightning.analysis.calibration import confidences, numbers_of
 from maml_lightning.trained import strip
 from maml_lightning.training.checkpoints import read_checkpoint
-from maml_lightning.training.confidence import TaskNetwork, calibrate, calibration_of, task_confidences
+from maml_lightning.training.confidence import TaskNetwork, calibrate, calibration_of, task_outputs
 from tests.runs import run
 
 SMALL = {"in_channels": 1, "out_features": 3, "hidden_channels": 8, "blocks": 3}
@@ -44,8 +44,9 @@ def test_confidence_follows_from_logits_and_features(head, statistics):
         expected = confidences(WEIGHTS, numbers_of(logits, norms, torch.tensor([2, 3, 1])))
         assert torch.allclose(probabilities, logits.softmax(-1)[0], atol=1e-6)
         assert confidence.item() == pytest.approx(expected.item(), abs=1e-5)
-    together = found.together(queries)
-    assert (statistics == "support") == torch.allclose(together.probabilities, found.alone(queries).probabilities)
+    alone = found.alone(queries)
+    assert torch.equal(torch.cat([found.alone(query[None]).confidences for query in queries]), alone.confidences)
+    assert (statistics == "support") == torch.allclose(found.together(queries).probabilities, alone.probabilities)
 
 
 def test_without_a_calibration_it_is_the_highest_probability():
@@ -53,8 +54,8 @@ def test_without_a_calibration_it_is_the_highest_probability():
     probabilities, sure = TaskNetwork(maml, SUPPORT, TARGETS).alone(torch.rand(4, 1, 28, 28))
     assert torch.equal(sure, probabilities.amax(-1))
     batch = Episode(SUPPORT[None], TARGETS[None], SUPPORT[None], TARGETS[None])
-    assert task_confidences(maml, batch) is None
-    assert task_confidences(calibrated(maml), batch).shape == (6,)
+    assert task_outputs(maml, batch) is None
+    assert task_outputs(calibrated(maml), batch).confidences.shape == (6,)
 
 
 def test_a_calibration_is_of_settings_and_weights():
