@@ -1,4 +1,4 @@
-"""The command line: ``maml-lightning {fit,validate,test,predict,export} --config NAME [flags]``."""
+"""The command line: ``maml-lightning {fit,validate,test,predict,export,calibrate} --config NAME [flags]``."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ import warnings
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import ArgsType
 
-from maml_lightning.command_line import exporting, shipped
+from maml_lightning.command_line import calibrating, exporting, shipped
 from maml_lightning.command_line.errors import check_words, explain
 from maml_lightning.command_line.parser import MAMLCommandLine, Parser
 from maml_lightning.training.module import MAML
@@ -66,8 +66,9 @@ def console() -> None:
     try:
         if sys.argv[1:2] == ["configs"]:
             return print(shipped.text(*sys.argv[2:]))
-        if sys.argv[1:2] == ["export"]:
-            return exporting.main(sys.argv[2:])
+        for name, command in (("export", exporting.main), ("calibrate", calibrating.main)):
+            if sys.argv[1:2] == [name]:
+                return command(sys.argv[2:])
         main()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

@@ -118,7 +118,7 @@ def test_below_the_threshold_there_is_no_name(maml: MAML, support: Path):
     assert [each.name for each in rejecting] == [each.name if each.probability >= threshold else None for each in found]
     assert 0 < sum(each.name is None for each in rejecting) < 10
     for wrong in (0, 1.5):
-        with pytest.raises(SettingError, match=r"reject must be above 0, at most 1"):
+        with pytest.raises(SettingError, match=r"^reject must be a probability above 0, at most 1"):
             Classifier(maml, support, reject=wrong)
 
 
@@ -187,7 +187,7 @@ def test_an_exported_network_gives_the_same_probabilities_without_the_package(ch
 
 
 @pytest.mark.skipif(not all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))), reason="needs the extra export")
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore")  # within float32's rounding: in float64 ONNX and torch differ by 3e-15
 def test_onnx_gives_the_same_probabilities(checkpoint: Path, support: Path):
     import onnxruntime
 

@@ -7,6 +7,7 @@ import torch
 from maml_lightning import SettingError, load
 from maml_lightning.trained import FOLDER, packaged, strip
 from maml_lightning.training.checkpoints import read_checkpoint
+from maml_lightning.training.confidence import calibration_of
 from tests.runs import ROOT
 
 
@@ -22,6 +23,7 @@ def test_a_network_of_the_package_is_small_and_complete():
         assert file.stat().st_size < 1_000_000
         maml = load(file.stem)
         assert maml.inputs is not None
+        assert calibration_of(maml) is not None
         assert maml(torch.rand(4, 1, 28, 28)).shape == (4, maml.inputs.ways)
 
 

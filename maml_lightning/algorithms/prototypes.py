@@ -18,6 +18,7 @@ from maml_lightning.algorithms.optimizers import Parameters
 from maml_lightning.algorithms.steps import Model, Setup, outputs
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
+from maml_lightning.structures import call
 
 _NO_EXAMPLES = -1e9  # the bias of a class of which the support set has none; small enough to be added up in any type
 
@@ -62,6 +63,22 @@ def _kind(targets: Any) -> str:
     if not isinstance(targets, Tensor):
         return type(targets).__name__
     return "floats" if targets.is_floating_point() else "classes" if targets.numel() else "none"
+
+
+def logits_and_norms(net: nn.Module, inputs: Any) -> tuple[Tensor, Tensor]:
+    """The logits ``[n, N]`` of an adapted network, and the squared norms ``[n]`` of the features its last layer gets.
+
+    Their difference is minus the squared distance to each prototype.
+
+    Args:
+        net: an adapted copy of a network with a head of prototypes.
+        inputs: ``[n, ...]``.
+    """
+    with _LinearCalls(net) as calls:
+        logits = call(net, inputs)
+    features = calls.last[1]
+    assert features is not None  # of a head of prototypes
+    return logits, features.square().sum(-1)
 
 
 def of_task(setup: Setup, inputs: Any, targets: Any) -> Setup:

@@ -26,7 +26,9 @@ class Query(NamedTuple):
         label: its class; None where it is not known.
         nearest: the class with the highest probability; None where the network's outputs are not finite.
         probabilities: of each class.
-        rejected: whether the highest probability is below the threshold.
+        rejected: whether the confidence is below the threshold.
+        confidence: how likely it is that the query is of one of the classes and predicted right, the highest
+            probability without a calibration; None where the outputs are not finite.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Query(NamedTuple):
     nearest: int | None
     probabilities: list[float]
     rejected: bool = False
+    confidence: float | None = None
 
     @property
     def predicted(self) -> int | None:
@@ -51,16 +54,29 @@ class Query(NamedTuple):
 
 
 def queries_of(
-    names: Sequence[str], labels: Sequence[int | None], probabilities: Tensor, reject: float | None = None
+    names: Sequence[str],
+    labels: Sequence[int | None],
+    probabilities: Tensor,
+    reject: float | None = None,
+    confidences: Tensor | None = None,
 ) -> list[Query]:
-    """What probabilities ``[n, N]`` say of each query; those whose highest is below ``reject`` are of no class."""
-    finite = probabilities.isfinite().all(1).tolist()
-    found = zip(names, labels, finite, probabilities.argmax(-1).tolist(), probabilities.tolist(), strict=True)
+    """What is predicted of each query; those whose confidence is below ``reject`` are of no class.
+
+    Args:
+        names: of the files, ``n``.
+        labels: the classes, where they are known.
+        probabilities: ``[n, N]``.
+        reject: the threshold; None rejects none.
+        confidences: ``[n]``; None takes the highest probabilities.
+    """
+    finite, highest = probabilities.isfinite().all(1).tolist(), probabilities.argmax(-1).tolist()
+    sure = probabilities.amax(-1) if confidences is None else confidences
+    found = zip(names, labels, finite, highest, probabilities.tolist(), sure.tolist(), strict=True)
     return [
-        Query(name, label, best, row, reject is not None and row[best] < reject)
+        Query(name, label, best, row, reject is not None and confidence < reject, confidence)
         if usable
         else Query(name, label, None, row)
-        for name, label, usable, best, row in found
+        for name, label, usable, best, row, confidence in found
     ]
 
 
@@ -103,7 +119,8 @@ def json_table(queries: Sequence[Query], classes: Sequence[str], settings: Mappi
     """The settings, then ``classes``, ``predictions`` and the `summary`.
 
     Each prediction has ``file``, ``label``, ``predicted`` (null if rejected or not finite), ``nearest``,
-    ``probability`` of the nearest, ``rejected`` and ``probabilities`` by class; numbers that are not finite are null.
+    ``probability`` of the nearest, ``rejected``, ``probabilities`` by class and ``confidence``; numbers that are not
+    finite are null.
     """
     predictions = [
         {
@@ -114,6 +131,7 @@ def json_table(queries: Sequence[Query], classes: Sequence[str], settings: Mappi
             "probability": None if query.nearest is None else query.probability,
             "rejected": query.rejected,
             "probabilities": None if query.nearest is None else dict(zip(classes, query.probabilities, strict=True)),
+            "confidence": query.confidence,
         }
         for query in queries
     ]
@@ -133,10 +151,16 @@ def screen(queries: Sequence[Query], classes: Sequence[str], encoding: str) -> l
     def cell(name: str) -> Text:
         return Text(shown(name).encode(encoding, "backslashreplace").decode(encoding))
 
-    predictions = Table("file", "predicted", "probability")
+    usable = [query for query in queries if query.nearest is not None]
+    numbers = (
+        ["probability", "confidence"]
+        if any(each.confidence != each.probability for each in usable)
+        else ["probability"]
+    )
+    predictions = Table("file", "predicted", *numbers)
     for query in queries[:ROWS]:
-        number = "" if query.nearest is None else f"{query.probability:.2f}"
-        predictions.add_row(cell(query.name), cell(query.text(classes)), number)
+        texts = ["" if query.nearest is None else f"{getattr(query, number):.2f}" for number in numbers]
+        predictions.add_row(cell(query.name), cell(query.text(classes)), *texts)
     found = summary(queries, classes)
     if found["per_class"] is None:
         return [predictions]

@@ -24,6 +24,7 @@ COMMANDS = {
     "test": "Evaluate a checkpoint on the episodes of the test classes, and write test_results.json.",
     "predict": "Classify your own pictures with a checkpoint, or with a network of the package.",
     "export": "Adapt a checkpoint to your own pictures, and write the network as ONNX or torch.export.",
+    "calibrate": "Measure on validation classes how sure a checkpoint can be, for --data.reject.",
 }
 # Of each group the settings that matter most; None takes the first clause of the setting's description.
 SETTINGS: dict[str, dict[str, str | None]] = {

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from maml_lightning.analysis import predictions
+from maml_lightning.analysis.calibration import UNCALIBRATED, check_threshold
 from maml_lightning.analysis.prediction_sheet import Pictures, prediction_sheet, rows_of
 from maml_lightning.analysis.predictions import Query
 from maml_lightning.analysis.tables import write_file
@@ -90,10 +91,10 @@ class SupportQueryDataModule(LightningDataModule):
     ``predicted`` is empty. With several processes, each predicts everything and the first one writes.
 
     The JSON has ``checkpoint``, ``support``, ``query``, ``reject``, ``classes``, ``predictions`` (of each query
-    ``file``, ``label``, ``predicted``, ``nearest``, ``probability``, ``rejected``, ``probabilities`` by class), and
-    where labels are known ``accuracy``, ``per_class`` (``class``, ``queries``, ``right``, ``wrong``, ``none``,
-    ``accuracy``) and ``confusion_matrix``, whose rows are true classes and whose last column is none of them; else
-    null.
+    ``file``, ``label``, ``predicted``, ``nearest``, ``probability``, ``rejected``, ``probabilities`` by class,
+    ``confidence``), and where labels are known ``accuracy``, ``per_class`` (``class``, ``queries``, ``right``,
+    ``wrong``, ``none``, ``accuracy``) and ``confusion_matrix``, whose rows are true classes and whose last column is
+    none of them; else null.
 
     Args:
         support: folder of the labeled images, ``SUPPORT/CLASS/*.png`` or other formats; any number per class.
@@ -105,7 +106,9 @@ class SupportQueryDataModule(LightningDataModule):
             with the statistics of the current batch (model.query_statistics batch) can hardly classify one query alone,
             or many of one class. ``auto``: yes for such a network, unless the folders' names show equally many queries
             of every class, as in a test.
-        reject: a query whose highest probability is below this is "none of these"; null rejects none.
+        reject: a query with a confidence below this is "none of these": the probability that it is of one of the
+            classes and predicted right, calibrated on validation classes (``maml-lightning calibrate``; the networks of
+            the package are). Without a calibration in the checkpoint, the highest probability. Null rejects none.
 
     Raises:
         SettingError: a folder or an image cannot be used, or the output exists already.
@@ -124,10 +127,7 @@ class SupportQueryDataModule(LightningDataModule):
         self.support, self.query, self.output = Path(support), query, Path(output)
         if not self.output.name:
             raise SettingError(f"data.output {output} is not a file name; give one such as predictions.csv.")
-        if reject is not None and not 0 < reject <= 1:
-            raise SettingError(
-                f"data.reject must be a probability above 0, at most 1 (got {reject}); null rejects none."
-            )
+        check_threshold("data.reject", reject)
         self.sheet, self.json = self.output.with_suffix(".png"), self.output.with_suffix(".json")
         self.folder = Path()  # that the queries' names are relative to
         self.classes: dict[str, list[Path]] = {}
@@ -215,19 +215,24 @@ class SupportQueryDataModule(LightningDataModule):
         )
         self.images = support.inputs, query.inputs
 
-    def report(self, probabilities: Tensor) -> None:
+    def report(self, probabilities: Tensor, confidences: Tensor | None = None) -> None:
         """Write the predictions, then print them.
 
         Args:
             probabilities: ``[images, classes]``, the queries last.
+            confidences: ``[images]``; None without a calibration.
 
         Raises:
             SettingError: a file could not be written.
         """
         probabilities = probabilities[-len(self.files) :].float().cpu()
+        if confidences is not None:
+            confidences = confidences[-len(self.files) :].cpu()
+        elif self.reject is not None:
+            rank_zero_info(f"data.reject {self.reject} {UNCALIBRATED}")
         classes, labels = list(self.classes), [self._label(file) for file in self.files]
         names = [str(file.relative_to(self.folder)) for file in self.files]
-        queries = predictions.queries_of(names, labels, probabilities, self.reject)
+        queries = predictions.queries_of(names, labels, probabilities, self.reject, confidences)
         checkpoint = None if self.trainer is None else getattr(self.trainer, "ckpt_path", None)
         settings = {"checkpoint": checkpoint, "support": self.support, "query": self.query}
         settings = {key: None if value is None else str(value) for key, value in settings.items()}

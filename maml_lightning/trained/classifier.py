@@ -4,17 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, overload
 
-import torch
-from torch import Tensor, nn
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
+from maml_lightning.analysis.calibration import UNCALIBRATED, check_threshold
 from maml_lightning.analysis.export import Probabilities
 from maml_lightning.data.support_sets import NO_SPEC, Picture, Support, check_ways, read_images, support_set
 from maml_lightning.errors import SettingError
 from maml_lightning.files import shown
 from maml_lightning.trained.networks import load
+from maml_lightning.training.confidence import Outputs, TaskNetwork, calibration_of
 from maml_lightning.training.module import MAML
-
-BATCH = 100  # pictures that run together
 
 
 class Prediction(NamedTuple):
@@ -24,11 +24,14 @@ class Prediction(NamedTuple):
         name: of the class; None of a picture that is rejected.
         probability: the highest.
         probabilities: of each class, by name.
+        confidence: how likely it is that the picture is of one of the classes and this one; what reject compares.
+            Without a calibration in the checkpoint, the highest probability.
     """
 
     name: str | None
     probability: float
     probabilities: dict[str, float]
+    confidence: float
 
 
 class Classifier:
@@ -40,7 +43,7 @@ class Classifier:
     Args:
         checkpoint: a module, the path of a checkpoint, or the name of one in the package.
         support: a folder of labeled images, ``SUPPORT/CLASS/*.png``; or the pictures of each class by its name.
-        reject: a picture whose highest probability is below this has no name; None rejects none.
+        reject: a picture whose confidence is below this has no name; None rejects none.
         trust: see `load`.
 
     Raises:
@@ -58,8 +61,7 @@ class Classifier:
     def __init__(
         self, checkpoint: str | Path | MAML, support: Support, reject: float | None = None, trust: bool = False
     ) -> None:
-        if reject is not None and not 0 < reject <= 1:
-            raise SettingError(f"reject must be above 0, at most 1 (got {reject}); None rejects none.")
+        check_threshold("reject", reject)
         maml = checkpoint if isinstance(checkpoint, MAML) else load(checkpoint, trust)
         if maml.inputs is None:
             raise SettingError(f"The checkpoint {NO_SPEC}; train it on such with this version.")
@@ -68,7 +70,14 @@ class Classifier:
         where = f"The support set {shown(support)}" if isinstance(support, str | Path) else "The support set"
         check_ways(where, len(self.names), maml.inputs, maml.head)
         images = images.to(maml.device, next((value.dtype for value in maml.net.parameters()), None))
-        self.network = adapted_to(maml, images, targets.to(maml.device))
+        if reject is not None and calibration_of(maml) is None:
+            rank_zero_info(f"reject {reject} {UNCALIBRATED}")
+        self._task = TaskNetwork(maml, images, targets.to(maml.device))
+
+    @property
+    def network(self) -> Probabilities:
+        """The adapted network, which gives the probabilities of a batch ``[n, C, H, W]``."""
+        return Probabilities(self._task.network, len(self.names)).eval()
 
     @overload
     def __call__(self, pictures: Picture) -> Prediction: ...
@@ -91,36 +100,19 @@ class Classifier:
         if not pictures:
             return []
         images = self.inputs.normalized(read_images(pictures, self.inputs).inputs)
-        return [self._prediction(row) for row in self.probabilities(images).tolist()]
+        found = self._outputs(images)
+        return [self._prediction(*each) for each in zip(*(part.tolist() for part in found), strict=True)]
 
     def probabilities(self, inputs: Tensor) -> Tensor:
         """Probabilities ``[n, N]`` of inputs ``[n, C, H, W]``, as the network takes them."""
-        value = next(self.network.parameters())
-        inputs = inputs.to(value.device, value.dtype)
-        with torch.inference_mode():
-            return torch.cat([self.network(part) for part in inputs.split(BATCH)]).float().cpu()
+        return self._outputs(inputs).probabilities
 
-    def _prediction(self, row: list[float]) -> Prediction:
+    def _outputs(self, inputs: Tensor) -> Outputs:
+        value = next(self._task.network.parameters())
+        return Outputs(*(part.float().cpu() for part in self._task.alone(inputs.to(value.device, value.dtype))))
+
+    def _prediction(self, row: list[float], confidence: float) -> Prediction:
         best = max(range(len(row)), key=row.__getitem__)
-        accepted = row[best] >= (self.reject or 0)  # which NaN is not
-        return Prediction(self.names[best] if accepted else None, row[best], dict(zip(self.names, row, strict=True)))
-
-
-def adapted_to(maml: MAML, support: Tensor, targets: Tensor) -> nn.Module:
-    """A network of probabilities ``[n, N]``, adapted to a support set ``[N*K, C, H, W]`` with targets ``[N*K]``.
-
-    Those of an input do not depend on the other inputs.
-    """
-    adapted = Probabilities(maml.adapt(support, targets), int(targets.max()) + 1).eval()
-    return adapted if maml.query_statistics != "batch" else _BesideSupport(adapted, support)
-
-
-class _BesideSupport(nn.Module):
-    """Each input by itself, in one batch with the support set ``[N*K, C, H, W]``."""
-
-    def __init__(self, net: nn.Module, support: Tensor) -> None:
-        super().__init__()
-        self.net, self.support = net, support
-
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.cat([self.net(torch.cat([self.support, image[None]]))[-1:] for image in images])
+        accepted = confidence >= (self.reject or 0)  # which NaN is not
+        probabilities = dict(zip(self.names, row, strict=True))
+        return Prediction(self.names[best] if accepted else None, row[best], probabilities, confidence)

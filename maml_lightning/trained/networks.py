@@ -48,5 +48,13 @@ def strip(source: Path, target: Path) -> None:
         SettingError: the source cannot be read, or the target not be written.
     """
     checkpoint = read_checkpoint(source)
-    kept = ("state_dict", "hyper_parameters", "inputs", "epoch", "global_step", "pytorch-lightning_version")
+    kept = (
+        "state_dict",
+        "hyper_parameters",
+        "inputs",
+        "calibration",
+        "epoch",
+        "global_step",
+        "pytorch-lightning_version",
+    )
     WholeCheckpointIO().save_checkpoint({key: checkpoint[key] for key in kept if key in checkpoint}, target)

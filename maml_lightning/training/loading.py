@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 
+from maml_lightning.analysis.calibration import kept
 from maml_lightning.episodes import InputSpec
 from maml_lightning.errors import SettingError
 from maml_lightning.training.checkpoints import read_checkpoint, settings_of
@@ -62,9 +63,16 @@ def loss_path(loss: Any) -> str:
     return f"{named.__module__}.{named.__qualname__}"
 
 
-def measured(checkpoint: dict[str, Any]) -> tuple[dict[Any, int], InputSpec | None]:
-    """The chunk sizes that a checkpoint's run measured, and the pictures that it was trained on."""
-    chosen, inputs = checkpoint.get("tasks_per_chunk"), checkpoint.get("inputs")
+def to_keep(chosen: Mapping[Any, int], inputs: InputSpec | None, calibration: dict[str, Any] | None) -> dict[str, Any]:
+    """What `measured` finds in a checkpoint."""
+    spec = None if inputs is None else inputs._asdict()
+    return {"tasks_per_chunk": dict(chosen), "inputs": spec, "calibration": calibration}
+
+
+def measured(checkpoint: dict[str, Any]) -> tuple[dict[Any, int], InputSpec | None, dict[str, Any] | None]:
+    """The chunk sizes that a checkpoint's run measured, the pictures that it was trained on, and its calibration."""
+    chosen, inputs, calibration = (checkpoint.get(key) for key in ("tasks_per_chunk", "inputs", "calibration"))
     optional = set(InputSpec._field_defaults)  # which checkpoints of earlier releases lack
     known = isinstance(inputs, dict) and set(inputs) | optional == set(InputSpec._fields)
-    return dict(chosen) if isinstance(chosen, dict) else {}, InputSpec(**inputs) if known else None  # type: ignore[arg-type]
+    spec = InputSpec(**inputs) if known else None  # type: ignore[arg-type]
+    return dict(chosen) if isinstance(chosen, dict) else {}, spec, kept(calibration)

@@ -136,6 +136,7 @@ class MAML(LightningModule):
         self._checked: tuple = ()  # what was found to fit
         self.scoring = scores.Scoring(loss, None)  # what is logged of episodes, known once they are checked
         self.inputs: InputSpec | None = None  # the pictures that it was trained on
+        self.calibration: dict[str, Any] | None = None  # of these weights, see training/confidence.py
         self._rows: list[Tensor] = []  # of each batch's episodes, see training/scores.py
         self.test_scores: dict[str, Tensor] = {}  # of the last test
         self.skipped_episodes = self._skipped = self._first_step = 0  # of the last validation or test; meta-steps
@@ -208,7 +209,7 @@ class MAML(LightningModule):
 
     def training_step(self, batch: Episode, batch_idx: int) -> Tensor:
         """The outer loss of a meta-batch; its backward leaves the exact meta-gradient in the parameters."""
-        episode = self._check(batch)
+        episode, self.calibration = self._check(batch), None
         parameters, rates = self._start(first_task(episode.support_inputs))
         result = self._gradient(parameters, rates, episode)
         self._statistics.collect(self, episode)
@@ -325,14 +326,13 @@ class MAML(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the chunk size, so that a resumed run sums in the same order, and what was trained on."""
         checkpoint["settings"], checkpoint["fresh"] = self.run_settings, self._fresh
-        checkpoint["tasks_per_chunk"] = dict(self._inner_loop.chosen)
         checkpoint["hyper_parameters"].setdefault("loss", loading.loss_path(self.loss))
-        checkpoint["inputs"] = None if self.inputs is None else self.inputs._asdict()
+        checkpoint.update(loading.to_keep(self._inner_loop.chosen, self.inputs, self.calibration))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that it is of the same network; when a run is resumed, keep the settings of its callbacks."""
         checks.check_same_network(self, checkpoint)
-        self._inner_loop.chosen, self.inputs = loading.measured(checkpoint)
+        self._inner_loop.chosen, self.inputs, self.calibration = loading.measured(checkpoint)
         if self._trainer is not None and resume.prepares(self, self.trainer, checkpoint):
             self._resumed = checkpoint
 

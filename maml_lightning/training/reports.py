@@ -20,6 +20,7 @@ from maml_lightning.engine.trials import same_random_numbers
 from maml_lightning.episodes import Episode
 from maml_lightning.structures import call, first_task, mapped, plain
 from maml_lightning.training import tensorboard
+from maml_lightning.training.confidence import task_outputs
 from maml_lightning.training.ensembles import Ensemble
 from maml_lightning.training.module import MAML
 from maml_lightning.training.scores import Score
@@ -243,7 +244,8 @@ class PredictionReport(BasePredictionWriter):
         report = getattr(getattr(trainer, "datamodule", None), "report", None)
         if report is not None:
             if trainer.is_global_zero:
-                report(prediction[0])
+                outputs = task_outputs(pl_module, batch) if isinstance(pl_module, MAML) else None
+                report(prediction[0]) if outputs is None else report(*outputs)
         elif isinstance(pl_module, MAML):
             targets = Episode.of(batch).query_targets
             if not isinstance(targets, Tensor) or targets.dim() > 3 or prediction.dim() > 3:

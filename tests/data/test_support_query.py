@@ -503,12 +503,24 @@ def test_queries_below_the_threshold_are_none_of_these(ready: SupportQueryDataMo
         "cross",
         "none of these",
     ]
+    assert "data.reject 0.6 compares the highest probability" in caplog.text
     told = json.loads(ready.json.read_text())
     assert [each["predicted"] for each in told["predictions"]] == ["cross", None]
     assert [each["nearest"] for each in told["predictions"]] == ["cross", "cross"]
     assert (told["reject"], told["accuracy"], told["classes"]) == (0.6, 0.5, ["cross", "ring"])
     assert told["confusion_matrix"] == [[1, 0, 0], [0, 0, 1]]
     assert "1 of 2 images are none of these: below data.reject 0.6." in caplog.text
+
+
+def test_the_confidence_is_compared_where_there_is_one(ready: SupportQueryDataModule, caplog: pytest.LogCaptureFixture):
+    logging.getLogger("lightning.pytorch").propagate = True  # to pytest
+    ready.reject = 0.6
+    ready.report(FOUND, torch.tensor([0.1, 0.7]))
+    told = json.loads(ready.json.read_text())
+    assert [each["predicted"] for each in told["predictions"]] == [None, "cross"]
+    assert [each["confidence"] for each in told["predictions"]] == pytest.approx([0.1, 0.7])
+    assert [each["probability"] for each in told["predictions"]] == pytest.approx(FOUND.amax(-1).tolist())
+    assert "calibration" not in caplog.text
 
 
 @pytest.mark.parametrize(
