@@ -47,7 +47,7 @@ def random_states(device: torch.device) -> list[Tensor]:
 def set_random_states(device: torch.device, states: list[Tensor]) -> None:
     """Draw again from :func:`random_states` on."""
     torch.set_rng_state(states[0])
-    if own := _random_numbers(device):
+    if (own := _random_numbers(device)) and len(states) > 1:  # one device less where they are of a run on a CPU
         own.set_rng_state(states[1], *_index(device))
 
 
