@@ -1,8 +1,7 @@
 """The meta-steps of a training whose gradient is not finite: stopped at, skipped, or left to the loss scaler.
 
-A GPU is waited for once in a meta-step, for two numbers that decide what comes next: whether the gradient is finite,
-and the largest signal that a process got. All else that is known of the episodes stays on the device until it is asked
-for.
+A GPU is waited for once in a meta-step, when it has the gradient: its norm and all that is logged are read together.
+What else is known of the episodes stays on the device until a gradient is not finite.
 """
 
 from collections.abc import Sequence
@@ -21,11 +20,16 @@ _GRADIENT = FINITE + 1  # the column of a row that says whether its batch's grad
 
 
 class _Batch(NamedTuple):
-    """What is kept of a batch: the numbers of its episodes, and whether their outputs and their gradient are finite."""
+    """What is kept of a batch: the numbers of its episodes, and whether their outputs and their gradient are finite.
+
+    Beside it ``shared``, what every process logs, and the signal that it got, ``[processes, names + 1]``.
+    """
 
     numbers: Sequence[int]
     finite: Tensor
     gradient: Tensor
+    names: list[str]
+    shared: Tensor
 
 
 class MetaSteps:
@@ -33,35 +37,34 @@ class MetaSteps:
 
     def __init__(self) -> None:
         self._batches: list[_Batch] = []
-        self._signals: list[Tensor] = []
         self.skipped = self._first = 0
 
     def begin(self, step: int) -> None:
         """Count skipped meta-steps from here on."""
-        self._batches, self._signals, self.skipped, self._first = [], [], 0, step
+        self._batches, self.skipped, self._first = [], 0, step
 
     def end(self, step: int) -> None:
         """Say how many meta-steps were skipped; raise if all were."""
         report_skipped(self.skipped, step - self._first)
 
-    def add(self, numbers: Sequence[int], result: MetaGradient, signal: Tensor | None, module: Any) -> None:
+    def add(self, numbers: Sequence[int], result: MetaGradient, names: list[str], shared: Tensor, module: Any) -> None:
         """Note a batch.
 
         Args:
             numbers: of its episodes.
             result: its meta-gradient.
-            signal: the largest of several processes, a scalar.
+            names: of what is logged of it.
+            shared: its means in every process, and the signal that each got, ``[processes, names + 1]``.
             module: MAML; with a loss scaler, which multiplies the gradient later, it is noted whether it is finite now.
         """
         finite = result.predictions.isfinite().flatten(1).all(1)
         gradient = finite.new_ones(())
         if _scaler(module) is not None:
             gradient = torch.nn.utils.get_total_norm([*result.gradient.values(), *result.rates.values()]).isfinite()
-        self._batches.append(_Batch(numbers, finite, gradient))
-        self._signals += [] if signal is None else [signal]
+        self._batches.append(_Batch(numbers, finite, gradient, names, shared))
 
-    def check(self, module: Any) -> Tensor:
-        """The norm of the gradient that the optimizer is about to take.
+    def check(self, module: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The norm of the gradient that the optimizer is about to take, and the last batch's means, on the CPU.
 
         Where it is not finite, the step is skipped: without gradients the optimizer changes nothing, its moments
         included. An overflow that a loss scaler caused is left to it: it skips the step, and lowers its scale.
@@ -70,11 +73,20 @@ class MetaSteps:
             NonFiniteError: it is not, and ``non_finite`` is stop.
         """
         norm = torch.nn.utils.get_total_norm([value.grad for value in module.parameters() if value.grad is not None])
-        batches, self._batches, signals, self._signals = self._batches, [], self._signals, []
-        finite, *agreed = torch.stack([norm.isfinite().to(norm.dtype), *signals]).tolist()
-        module.agreed_signal = int(max(agreed, default=module.signal))
-        if finite:
-            return norm
+        batches, self._batches = self._batches, []
+        if not batches:  # of a training_step of one's own
+            if module.non_finite == "stop" and not norm.isfinite():
+                raise NonFiniteError(f"The gradient of step {module.global_step} is not finite; lower model.inner_lr.")
+            return norm, {}
+        last = batches[-1]
+        signal = torch.stack([batch.shared[:, -1].max() for batch in batches]).max()
+        wide = torch.promote_types(norm.dtype, last.shared.dtype)
+        read = torch.cat([norm[None].to(wide), signal[None].to(wide), last.shared.mean(0)[:-1].to(wide)]).tolist()
+        module.agreed_signal = int(read[1]) if len(last.shared) > 1 else module.signal
+        means = dict(zip(last.names, torch.tensor(read[2:], dtype=last.shared.dtype), strict=True))
+        norm = torch.tensor(read[0], dtype=norm.dtype)
+        if norm.isfinite():
+            return norm, means
         own = [episode_rows(b.numbers, b.finite, b.gradient.expand(len(b.finite))) for b in batches]
         rows = rows_of_every_process(torch.cat(own))  # all are here: they share the gradient
         scaler = _scaler(module)
@@ -86,7 +98,7 @@ class MetaSteps:
         self.skipped += 1
         for value in module.parameters() if not by_scale else ():
             value.grad = None
-        return norm
+        return norm, means
 
 
 def _scaler(module: Any) -> Any:

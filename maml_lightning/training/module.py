@@ -226,19 +226,20 @@ class MAML(LightningModule):
             return loop.gradient(self.algorithm, parameters, episode, rates, self.inner_steps, settings)
 
     def _log(self, result: MetaGradient, episode: Episode, batch_idx: int) -> None:
-        """Log loss and score, means over all processes, and keep which episodes are finite."""
+        """Keep loss and score, means over all processes, and which episodes are finite, until the gradient is there."""
         numbers = non_finite.episode_numbers(self, "train", batch_idx, episode)
         means = self.scoring.training_means(result.loss, result.predictions, episode.query_targets)
         # One collective answers all questions of a meta-step. Nothing is left for `sync_dist`: a metric that is
         # reduced when it is read hangs where one process alone reads it, such as for its progress bar.
         shared = every_process(torch.stack([*means.values(), torch.full_like(result.loss, self.signal)]))
-        self._meta_steps.add(numbers, result, shared[:, -1].max() if len(shared) > 1 else None, self)
-        self.log_dict({f"train/{n}": mean for n, mean in zip(means, shared.mean(0), strict=False)}, prog_bar=True)
+        self._meta_steps.add(numbers, result, [f"train/{name}" for name in means], shared, self)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Stop at a gradient that is not finite, or skip the step, as ``non_finite`` says."""
+        """Log, and stop at a gradient that is not finite, or skip the step, as ``non_finite`` says."""
         before = self._meta_steps.skipped
-        self.log("train/gradient_norm", self._meta_steps.check(self))
+        norm, means = self._meta_steps.check(self)
+        self.log_dict(means, prog_bar=True)
+        self.log("train/gradient_norm", norm)
         if self._meta_steps.skipped > before:
             self.log("train/skipped_steps", float(self._meta_steps.skipped))
 

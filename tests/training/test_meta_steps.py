@@ -1,7 +1,5 @@
 """Gradients that are not finite, with a loss scaler and without, and what a meta-step reads from a GPU."""
 
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +7,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
+from torch.utils.weak import WeakIdKeyDictionary
 
 from maml_lightning import MAML, ConvNet, GlyphsDataModule, NonFiniteError
 
@@ -92,17 +92,26 @@ READS = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu
 
 
 class Reads(TorchFunctionMode):
-    """Notes what reads a tensor's values, for which a GPU would be waited for."""
+    """Notes what reads a tensor's values, for which a GPU would be waited for; not of tensors made of Python's numbers.
+
+    Those are on the CPU everywhere, like what is computed of them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.steps: list[list[str]] = []
+        self.of_python = WeakIdKeyDictionary()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        of_optimizer = "/torch/optim/" in sys._getframe(1).f_code.co_filename  # its counts of steps are on the CPU
-        if getattr(func, "__name__", "") in READS and self.steps and not of_optimizer:
-            self.steps[-1].append(func.__name__)
-        return func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        tensors = [arg for arg in tree_leaves((args, kwargs)) if isinstance(arg, Tensor)]
+        known = bool(tensors) and all(tensor in self.of_python for tensor in tensors)
+        if name in READS and self.steps and not known:
+            self.steps[-1].append(name)
+        result = func(*args, **(kwargs or {}))
+        if name == "tensor" or (known and name != "to"):
+            self.of_python.update({part: None for part in tree_leaves(result) if isinstance(part, Tensor)})
+        return result
 
 
 @pytest.mark.parametrize("settings", [{}, {"head": "prototypes"}, {"inner_optimizer": "adam"}], ids=str)
