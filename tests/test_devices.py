@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.cases import LSTM
 from maml_lightning import MAML, MLP, ConvNet, ConvNet1d, Episode, GRUNet, ResNet12, TextNet
+from maml_lightning.engine.kernels import mode
 
 META = torch.device("meta")
 WAYS = 3
@@ -108,3 +109,21 @@ def test_networks_on_the_meta_device(name, execution):  # one that does not run 
 @pytest.mark.parametrize(("name", "execution"), each(FAMILY, "iMAML", "prototypes", "support statistics"))
 def test_the_family_on_the_meta_device(name, execution):
     trains_and_evaluates(conv_net(), IMAGES, execution=execution, eval_inner_steps=2, **FAMILY[name])
+
+
+@pytest.mark.parametrize("layer", [nn.GRU, nn.LSTM, nn.RNN])
+def test_recurrent_layers_in_a_loop_off_the_cpu_have_a_second_derivative(layer, monkeypatch):
+    def cudnn(*_: Any) -> None:
+        raise RuntimeError("the derivative for '_cudnn_rnn_backward' is not implemented")
+
+    recurrent = {nn.GRU: "gru", nn.LSTM: "lstm", nn.RNN: "rnn_tanh"}[layer]
+    net = layer(2, 3).to(META)
+    x = torch.empty(4, 1, 2, device=META)
+    called = []
+    monkeypatch.setitem(mode._ALONE, getattr(torch, recurrent), lambda *args: called.append(args) or kernel(*args))
+    kernel = mode._off_the_cpu(cudnn, mode.REPLACEMENTS[getattr(torch, recurrent)])
+    with mode.loop_operators():
+        (first,) = torch.autograd.grad(net(x)[0].sum(), net.weight_hh_l0, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), net.weight_hh_l0)
+    assert len(called) == 1
+    assert second.shape == net.weight_hh_l0.shape
