@@ -4,6 +4,7 @@ There reading a number raises, and so does an operator of tensors on two devices
 for no GPU and mixes no devices. The checks that need values are left out, for there are none.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import LSTM
-from maml_lightning import MAML, MLP, ConvNet, ConvNet1d, Episode, GRUNet, ResNet12, TextNet
+from maml_lightning import (
+    MAML,
+    MLP,
+    ConvNet,
+    ConvNet1d,
+    Episode,
+    GlyphsDataModule,
+    GRUNet,
+    LastCheckpoint,
+    ResNet12,
+    TextNet,
+    devices,
+)
+from maml_lightning.engine import agreement
+from maml_lightning.engine.execution import Executor
 from maml_lightning.engine.kernels import mode
+from maml_lightning.engine.state import RandomState
 
 META = torch.device("meta")
 WAYS = 3
@@ -127,3 +143,55 @@ def test_recurrent_layers_in_a_loop_off_the_cpu_have_a_second_derivative(layer, 
         (second,) = torch.autograd.grad(first.square().sum(), net.weight_hh_l0)
     assert len(called) == 1
     assert second.shape == net.weight_hh_l0.shape
+
+
+def test_random_numbers_of_a_device_are_put_back(monkeypatch):
+    drawn = {"cuda:1": torch.tensor([1])}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: drawn[str(device)].clone())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: drawn.update({str(device): state}))
+    state = RandomState(torch.device("cuda", 1))
+    drawn["cuda:1"] = torch.tensor([2])
+    assert not state.is_current()
+    with state.restored():
+        assert state.is_current()
+        drawn["cuda:1"] = torch.tensor([3])
+    assert drawn["cuda:1"] == 2
+    state.restore()
+    assert drawn["cuda:1"] == 1
+
+
+def test_a_checkpoint_has_the_random_numbers_of_the_device_in_use_alone(monkeypatch):
+    states = {"cuda:0": torch.tensor([5]), "cuda:1": torch.tensor([1])}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[str(device)])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update({str(device): state}))
+    first, second = LastCheckpoint(), LastCheckpoint()
+    first._device, second._device = torch.device("cuda", 0), torch.device("cuda", 1)
+    saved = first.state_dict()
+    assert saved["cuda"] == [5]
+    devices.set_random_states(second._device, [saved["cpu"], *saved["cuda"]])
+    assert states["cuda:1"] == 5  # as the process of the first device continues
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_batches_are_pinned_for_a_gpu_alone(device, monkeypatch):
+    data = GlyphsDataModule(ways=2, train_episodes=32, train_classes=4, val_classes=4)
+    data.setup("fit")
+    assert not data.train_dataloader().pin_memory
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    data.trainer = SimpleNamespace(strategy=strategy, overfit_batches=0)
+    assert data.train_dataloader().pin_memory == (device == "cuda")
+
+
+def test_rounding_of_tf32_is_no_disagreement(monkeypatch):
+    assert not agreement._is_tf32(torch.device("cpu"))
+    assert agreement._is_tf32(torch.device("cuda"))  # convolutions, unless switched off
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert not agreement._is_tf32(torch.device("cuda"))
+
+
+def test_a_graph_that_is_kept_keeps_no_example_of_its_cotangents():
+    executor = Executor("traced")
+    outputs, pullback = executor.vjp(lambda a, b: a * b, (0, 0), torch.rand(2, 3), torch.rand(2, 3))
+    assert pullback(outputs).shape == (2, 3)
+    (pair,) = executor._graphs.values()
+    assert [cotangent.device for cotangent in pair.cotangents] == [META]
