@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from maml_lightning.deprecation import old_names
+from maml_lightning.devices import has_values
 from maml_lightning.errors import SettingError
 from maml_lightning.structures import describe, leaves, plain
 
@@ -133,6 +134,8 @@ class InputSpec(NamedTuple):
         """
         targets = episode.query_targets
         if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or targets.dim() != 2:
+            return None
+        if not has_values(targets):
             return None
         images = episode.query_inputs
         if isinstance(images, Tensor) and std is not None:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
-from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
 from cli import main
@@ -226,36 +225,6 @@ def test_barebones_trains_and_writes_nothing(folder):
     cli = main(words("fit", **bare, **{"trainer.barebones": "true"}))
     assert cli.trainer.global_step == 2
     assert list(folder.iterdir()) == []
-
-
-@pytest.mark.filterwarnings("ignore:.*no `val_dataloader`.*")
-@pytest.mark.parametrize(("scale", "stops"), [(2.0**16, False), (1.0, True)])
-def test_a_gradient_scaler_lowers_its_scale_but_does_not_hide_what_stays_broken(scale, stops):
-    class Overflowing(nn.Linear):
-        """Finite outputs, and a gradient that is not."""
-
-        def forward(self, x):
-            outputs = super().forward(x)
-            return outputs + (outputs - outputs.detach()).abs().sqrt()
-
-    maml = MAML(Overflowing(4, 2).float(), inner_steps=0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-    trainer = Trainer(
-        accelerator="cpu",
-        plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
-        max_steps=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    )
-    inputs, targets = torch.rand(1, 2, 4, 4), torch.tensor([[0, 0, 1, 1]]).repeat(2, 1)
-    loader = torch.utils.data.DataLoader([(inputs[0], targets, inputs[0], targets)], batch_size=None)
-    if stops:
-        with pytest.raises(NonFiniteError, match=r"batches 0 to 0, whose outputs are finite"):
-            trainer.fit(maml, loader)
-    else:
-        trainer.fit(maml, loader)
-        assert scaler.get_scale() == scale / 2
 
 
 def test_one_process_is_every_process():

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from maml_lightning.algorithms.optimizers import Parameters, rate_of
+from maml_lightning.devices import without_autocast
 from maml_lightning.errors import SettingError
 
 MODES = ("output", "input", "filter")
@@ -111,7 +112,7 @@ def _transformed(gradient: Tensor, matrices: list[Tensor | None]) -> Tensor:
     if gradient.dim() < 2:
         return (wide * given[0]).to(gradient.dtype)
     # Near the identity, bfloat16 has three digits: too few for what training changes in a meta-step.
-    with torch.autocast(gradient.device.type, enabled=False):
+    with without_autocast(gradient.device.type):
         of_output, of_input, of_filter = (None if matrix is None else matrix.to(wide.dtype) for matrix in matrices)
         result = wide.reshape(*wide.shape[:2], -1).permute(2, 1, 0)  # [F, I, O], as a convolution lies in memory
         if of_output is not None:

@@ -128,4 +128,5 @@ def inner_optimizer(
 def rate_of(parameter: Tensor, inner_lr: float) -> Tensor:
     """An inner learning rate ``[1]`` for a parameter of any type, not rounded to half precision."""
     double = parameter.dtype in (torch.float64, torch.complex128)
-    return torch.tensor([inner_lr], dtype=torch.float64 if double else torch.float32, device=parameter.device)
+    # Filled where it is: a copy of a number would wait for a GPU, for each parameter in each meta-step.
+    return torch.full((1,), inner_lr, dtype=torch.float64 if double else torch.float32, device=parameter.device)

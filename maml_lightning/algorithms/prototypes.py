@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from maml_lightning.algorithms.optimizers import Parameters
 from maml_lightning.algorithms.steps import Model, Setup, outputs
+from maml_lightning.devices import has_values
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
 from maml_lightning.structures import call
@@ -50,11 +51,15 @@ def labels_of(support_targets: Any, query_targets: Any = None) -> Tensor:
         raise SettingError(
             f"model.head prototypes needs support targets that are classes (got {kind}); set it to learned."
         )
-    classes = int(support_targets.max()) + 1
-    if query_targets is not None and int(query_targets.max()) >= classes:
+    if not has_values(support_targets):  # at most as many as examples
+        return torch.arange(support_targets.shape[-1], device=support_targets.device)
+    both = [support_targets] if query_targets is None else [support_targets, query_targets]
+    last, *of_query = torch.stack([targets.max() for targets in both]).tolist()  # a GPU is waited for once
+    classes = last + 1
+    if of_query and of_query[0] >= classes:
         raise SettingError(
             f"model.head prototypes needs support examples of each query's class (got a query of class "
-            f"{int(query_targets.max())}, but {classes} classes in the support set); set it to learned."
+            f"{of_query[0]}, but {classes} classes in the support set); set it to learned."
         )
     return torch.arange(classes, device=support_targets.device)
 

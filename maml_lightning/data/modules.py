@@ -118,6 +118,10 @@ class TaskDataModule(LightningDataModule, ABC):
         """Meta-batches of the fixed test episodes."""
         return self._loader("test")
 
+    def _is_on_cuda(self) -> bool:
+        """Whether the trainer runs on a GPU, whose copies overlap with its work where a batch's memory is pinned."""
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
     def _fixed(self, split: Split) -> bool:
         """Whether every epoch has the same episodes of the split."""
         return split != "train" or bool(getattr(self.trainer, "overfit_batches", 0))
@@ -135,7 +139,7 @@ class TaskDataModule(LightningDataModule, ABC):
             "sampler": sampler,
             "num_workers": self.num_workers,
             "collate_fn": _identity,  # __getitems__ returns the batch as it is
-            "pin_memory": torch.cuda.is_available(),
+            "pin_memory": self._is_on_cuda(),
             "persistent_workers": self.num_workers > 0,
             "generator": torch.Generator(),  # so that starting a loader draws nothing from torch's global generator
         }

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from maml_lightning.devices import autocast_dtype, has_values, widest
+
 # Relative differences that rounding explains, of all tensors together; of one tensor it is ten times as much.
 _ROUNDING = {torch.float64: 1e-6, torch.complex128: 1e-6, torch.float32: 1e-2, torch.complex64: 1e-2}
 _HALF = 0.2
@@ -25,7 +27,7 @@ def disagreement(results: Any, expected: Any) -> str:
         if result.shape[1:] != value.shape[1:] or not _same_type(result, value):
             return f"gives {list(result.shape[1:])} {result.dtype}, not {list(value.shape[1:])} {value.dtype}"
     pairs = [(r[-1:], v) for r, v in pairs if v.is_floating_point() or v.is_complex()]
-    pairs = [(r, v) for r, v in pairs if v.isfinite().all()]
+    pairs = [(r, v) for r, v in pairs if has_values(v) and v.isfinite().all()]
     if not pairs:
         return ""
     errors = torch.stack([_norm(r - v) for r, v in pairs])
@@ -41,14 +43,22 @@ def disagreement(results: Any, expected: Any) -> str:
 
 def _same_type(result: Tensor, value: Tensor) -> bool:
     """Under autocast a layer may be several operators for a chunk of tasks, of which some run in float32."""
-    if torch.is_autocast_enabled(value.device.type) and result.is_floating_point():
+    if autocast_dtype(value.device.type) is not None and result.is_floating_point():
         return value.is_floating_point()
     return result.dtype == value.dtype
 
 
 def _norm(value: Tensor) -> Tensor:
-    return value.abs().double().norm() if value.device.type != "mps" else value.abs().float().norm()
+    return value.abs().to(widest(value.device)).norm()
 
 
 def _tolerance(value: Tensor) -> float:
-    return _HALF if torch.is_autocast_enabled(value.device.type) else _ROUNDING.get(value.dtype, _HALF)
+    rounded = autocast_dtype(value.device.type) is not None or (value.dtype == torch.float32 and _is_tf32(value.device))
+    return _HALF if rounded else _ROUNDING.get(value.dtype, _HALF)
+
+
+def _is_tf32(device: torch.device) -> bool:
+    """Whether products of float32 may be rounded as those of half precision: convolutions are so by torch's default."""
+    return device.type == "cuda" and (
+        torch.backends.cudnn.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
+    )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from maml_lightning.engine.kernels.layout import kernel_layout, sum_over_tasks
-from maml_lightning.engine.memory import free_bytes
+from maml_lightning.engine.memory import shared_bytes
 from maml_lightning.episodes import Episode
 from maml_lightning.structures import Part, mapped
 
@@ -82,7 +82,8 @@ def mean_over_tasks(
         size: tasks in a chunk; None takes all.
     """
     trained = {name: value for name, value in params.items() if value.requires_grad}
-    total = MetaGradient(torch.zeros(()), _zeros(trained or params), _zeros(rates), torch.zeros(()))
+    nothing = torch.zeros((), device=episode.device)
+    total = MetaGradient(nothing, _zeros(trained or params), _zeros(rates), nothing)
     results = [function(chunk, total) for chunk in split(episode, size)]
     losses, predictions = (torch.cat(parts) for parts in zip(*results, strict=True))
     for value in (*total.gradient.values(), *total.rates.values()):
@@ -101,7 +102,7 @@ def chunk_size(bytes_per_task: int, tasks: int, device: torch.device) -> int:
         tasks: in the meta-batch, ``T``.
         device: where they run.
     """
-    budget = VECTORIZED_BYTES if device.type == "cpu" else free_bytes(device) // 4
+    budget = VECTORIZED_BYTES if device.type == "cpu" else shared_bytes(device)
     most = max(min(budget // max(bytes_per_task, 1), tasks), 1)
     # Chunks of one size share their graphs; of unlike sizes they are at least nearly equal.
     even = next(size for size in range(most, 0, -1) if tasks % size == 0)

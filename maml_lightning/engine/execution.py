@@ -22,7 +22,7 @@ from maml_lightning.engine.fingerprints import fingerprint, has_hooks
 from maml_lightning.engine.graphs import structure
 from maml_lightning.engine.hoisting import Hoisted
 from maml_lightning.engine.jobs import Job, recomputed_pullback
-from maml_lightning.engine.memory import out_of_memory, return_freed_memory
+from maml_lightning.engine.memory import memory_of, out_of_memory, return_freed_memory
 from maml_lightning.engine.state import Bound, RandomState, State, without_state
 from maml_lightning.engine.tracing import TracedPair, signature, traced_call, traced_pair
 from maml_lightning.engine.trials import Trial, same_random_numbers
@@ -288,8 +288,7 @@ class Executor:
             pullback = recomputed_pullback(job, lambda cotangents: pair.pullback(pair.outputs(leaves)[1], cotangents))
             return self._run(job._replace(pullback=False))[0], pullback
         outputs, residuals = pair.outputs(leaves)
-        storages = (tensor.untyped_storage() for tensor in residuals)
-        self.kept_bytes += sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+        self.kept_bytes += sum({memory_of(tensor): tensor.untyped_storage().nbytes() for tensor in residuals}.values())
         return outputs, lambda cotangents: pair.pullback(residuals, cotangents)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from maml_lightning.engine.differentiation import by_autograd, gradients_of
+from maml_lightning.engine.memory import memory_of
 
 
 def each_task(in_dims: Any, args: tuple) -> list[Any]:
@@ -65,13 +66,12 @@ def saved_bytes(function: Callable, in_dims: Any, args: tuple) -> int:
     """Bytes that autograd keeps for the backward pass through ``function`` of the first task, arguments left out."""
     own = each_task(in_dims, args)[0]
     leaves, spec = pytree.tree_flatten(own)
-    known = {leaf.untyped_storage().data_ptr() for leaf in leaves}
+    known = {memory_of(leaf) for leaf in leaves}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if memory_of(tensor) not in known:
+            kept[memory_of(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
     inputs = pytree.tree_unflatten([_differentiable(leaf) for leaf in leaves], spec)

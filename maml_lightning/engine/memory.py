@@ -8,14 +8,33 @@ from typing import Literal
 
 import psutil
 import torch
+from torch import Tensor
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of the GNU C library
 _LARGE = 2**25  # its largest threshold
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of a device, in bytes."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """Free memory of a device, in bytes; on CUDA what torch keeps for new tensors is free, too.
+
+    Apple's ``mps`` shares the memory of the CPU.
+    """
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def shared_bytes(device: torch.device) -> int:
+    """What a meta-batch may take of a GPU's memory: a fifth of it, the same in every run, unless others hold most."""
+    if device.type != "cuda":
+        return free_bytes(device) // 4
+    return min(torch.cuda.mem_get_info(device)[1] // 5, free_bytes(device) // 4)
+
+
+def memory_of(tensor: Tensor) -> int:
+    """The same for tensors that share memory; different of those on the ``meta`` device, whose addresses are all 0."""
+    return tensor.untyped_storage()._cdata
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -50,11 +69,12 @@ class FlatMemory:
 
     def __init__(self, setting: bool | Literal["auto"]) -> None:
         self.setting, self.active = setting, setting is True
+        self._fits = 0  # bytes that a meta-batch kept: asking a GPU for its free memory takes time
 
     def decide(self, bytes_per_step: int, steps: int, device: torch.device) -> None:
         """Decide, after the first of ``steps`` inner steps, for it and those after it."""
-        if self.setting == "auto" and not self.active:
-            self.active = steps > 1 and bytes_per_step * steps > free_bytes(device) / 4
+        if self.setting == "auto" and not self.active and steps > 1 and bytes_per_step * steps > self._fits:
+            self.active, self._fits = bytes_per_step * steps > free_bytes(device) / 4, bytes_per_step * steps
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from maml_lightning.devices import random_states, set_random_states
 from maml_lightning.engine.fingerprints import fingerprint
 
 
@@ -48,23 +49,23 @@ class RandomState:
     """The current state of torch's random numbers, so that a recomputed function draws the same (dropout)."""
 
     def __init__(self, device: torch.device) -> None:
-        self.devices = [device] if device.type == "cuda" else []
-        self.states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self.devices)]
+        self.device, self.states = device, random_states(device)
 
     def is_current(self) -> bool:
         """Whether nothing was drawn since."""
-        now = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self.devices)]
+        now = random_states(self.device)
         return all(torch.equal(a, b) for a, b in zip(self.states, now, strict=True))
 
     def restore(self) -> None:
         """Draw the same numbers again."""
-        torch.set_rng_state(self.states[0])
-        for device, state in zip(self.devices, self.states[1:], strict=True):
-            torch.cuda.set_rng_state(state, device)
+        set_random_states(self.device, self.states)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Draw the same numbers again for a while."""
-        with torch.random.fork_rng(self.devices):
-            self.restore()
+        before = random_states(self.device)
+        self.restore()
+        try:
             yield
+        finally:
+            set_random_states(self.device, before)

@@ -5,7 +5,7 @@ has none of them. A function and its pullback are traced together and cut in two
 the forward half computed.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -13,24 +13,23 @@ from torch import Tensor, fx
 from torch.func import functionalize
 from torch.utils import _pytree as pytree
 
+from maml_lightning.devices import autocast_dtype
 from maml_lightning.engine.graphs import cut, is_mutable, simplify
 from maml_lightning.engine.hoisting import Hoisted
 from maml_lightning.engine.kernels.mode import COMPILED
 from maml_lightning.engine.recording import record
 
 
-def signature(leaves: Iterable[Tensor]) -> tuple:
+def signature(leaves: Collection[Tensor]) -> tuple:
     """What a graph of the tensors is valid for: shapes, strides, types, devices and autocast."""
-    autocast = {
-        device: torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) for device in ("cpu", "cuda")
-    }
-    return (*((t.shape, t.stride(), t.dtype, t.device) for t in leaves), *autocast.items())
+    devices = dict.fromkeys(["cpu", *(t.device.type for t in leaves)])
+    return (*((t.shape, t.stride(), t.dtype, t.device) for t in leaves), *map(autocast_dtype, devices))
 
 
 def _restride(tensor: Tensor, like: Tensor) -> Tensor:
     if tensor.stride() == like.stride():
         return tensor
-    return torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    return tensor.new_empty_strided(like.shape, like.stride()).copy_(tensor)
 
 
 def trace(function: Callable[..., list], leaves: list[Tensor], compiled: bool) -> fx.GraphModule:
@@ -101,7 +100,7 @@ class TracedPair(NamedTuple):
     Args:
         forward: of the arguments' tensors: outputs and residuals.
         backward: of the residuals and the cotangents.
-        cotangents: empty, with the strides that the backward half was traced with.
+        cotangents: without values, with the strides that the backward half was traced with.
         out_spec: of the outputs.
         primal_spec: of the gradients.
     """
@@ -147,4 +146,5 @@ def traced_pair(function: Callable, joint: Callable, args: tuple, compiled: bool
 
     halves = cut(trace(flat, [*leaves, *cotangents], compiled), count, count)
     forward, backward = _forward(halves[0], compiled), _ready(halves[1], compiled)
-    return TracedPair(forward, backward, cotangents, out_spec, pytree.tree_structure(args[0]))
+    strides = [cotangent.to("meta") for cotangent in cotangents]  # the graph is kept, and no memory with it
+    return TracedPair(forward, backward, strides, out_spec, pytree.tree_structure(args[0]))

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from maml_lightning.devices import has_values
 from maml_lightning.engine.fingerprints import attributes_of, fingerprint, is_of_library, is_users
 
 
@@ -50,7 +51,9 @@ class Trial:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
+    if a.shape != b.shape or a.dtype != b.dtype or not has_values(a):
+        return a.shape == b.shape and a.dtype == b.dtype
+    return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def trial_copy(objects: Any, share_parameters: bool = True) -> Any:

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from maml_lightning.devices import random_states, set_random_states
 from maml_lightning.errors import SettingError
 from maml_lightning.files import write_whole
 from maml_lightning.processes import every_process, reduce_logged
@@ -86,6 +87,7 @@ class LastCheckpoint(Checkpoint):
         self._handlers: dict[int, Callable[[int, Any], Any]] = {}
         self._step, self._whole = 0, False
         self._random: dict[str, Any] | None = None
+        self._device = torch.device("cpu")  # that this process trains on
         self.path: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -98,11 +100,9 @@ class LastCheckpoint(Checkpoint):
         folders = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         folder = folders[0] if folders else Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
         self.path = None if trainer.fast_dev_run else Path(str(folder)) / LAST  # type: ignore[attr-defined]
-        self._step, self._received = trainer.global_step, []
+        self._step, self._received, self._device = trainer.global_step, [], trainer.strategy.root_device
         if self._random is not None:
-            torch.set_rng_state(self._random["cpu"])
-            if torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(self._random["cuda"][: torch.cuda.device_count()])
+            set_random_states(self._device, [self._random["cpu"], *self._random["cuda"][:1]])
             self._random = None
         if threading.current_thread() is threading.main_thread():  # Lightning puts all handlers back in the end
             signal.signal(signal.SIGTERM, self._receive)
@@ -166,8 +166,12 @@ class LastCheckpoint(Checkpoint):
             raise SystemExit(128 + received if trainer.local_rank == 0 else 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the random number generators are (dropout)."""
-        return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+        """Where the random number generators are (dropout), of the CPU and of the device that this process trains on.
+
+        All processes draw alike, each on its own device, and continue from the state of the one that saves.
+        """
+        cpu, *device = random_states(self._device)
+        return {"cpu": cpu, "cuda": device}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep them for the start of training: what Lightning does before draws as well."""

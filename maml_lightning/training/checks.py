@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from maml_lightning.algorithms.inner_loop import InnerLoop
 from maml_lightning.algorithms.prototypes import labels_of
 from maml_lightning.algorithms.statistics import called
+from maml_lightning.devices import has_values
 from maml_lightning.engine.trials import copies_to_try, same_random_numbers
 from maml_lightning.episodes import Episode, InputSpec
 from maml_lightning.errors import SettingError
@@ -69,9 +70,9 @@ def check_fit(loop: InnerLoop, metric: Any, episode: Episode, inner_steps: int, 
                 break  # else the loss may read what the network itself keeps as it runs
         if loop.head == "prototypes":
             outputs = outputs.new_zeros(*outputs.shape[:-1], len(labels_of(episode.support_targets, all_targets)))
-        elif is_of_classes(loss) and isinstance(targets, Tensor):
+        elif is_of_classes(loss) and isinstance(targets, Tensor) and has_values(targets):
             check_classes(loss, outputs, targets, all_targets, pretraining, trainer)
-        elif is_of_labels(loss) and isinstance(targets, Tensor):
+        elif is_of_labels(loss) and isinstance(targets, Tensor) and has_values(targets):
             check_labels(loss, all_targets)
         check_loss(tried, outputs, targets)
     if metric is not None:

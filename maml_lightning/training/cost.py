@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from maml_lightning.devices import synchronize
 from maml_lightning.engine.memory import peak_bytes
 from maml_lightning.processes import every_process, reduce_logged
 from maml_lightning.structures import leaves
@@ -88,6 +89,5 @@ class CostMonitor(Callback):
 
 def now(device: torch.device) -> float:
     """Seconds on a clock, once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter()

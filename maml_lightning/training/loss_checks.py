@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from maml_lightning.devices import has_values, widest
 from maml_lightning.errors import SettingError
 from maml_lightning.structures import describe, mapped
 from maml_lightning.training.remedies import remedy_of_targets
@@ -137,7 +138,7 @@ def _is_paired(loss: Callable[..., Any], outputs: Tensor, targets: Any) -> bool:
     Then the loss stays the same where targets change places. Outputs and targets of the same shape are compared in
     pairs.
     """
-    if not isinstance(targets, Tensor) or outputs.shape == targets.shape:
+    if not isinstance(targets, Tensor) or outputs.shape == targets.shape or not has_values(targets):
         return True
     if not targets.is_floating_point() and outputs.numel() != targets.numel():
         return True  # classes
@@ -145,14 +146,15 @@ def _is_paired(loss: Callable[..., Any], outputs: Tensor, targets: Any) -> bool:
     if torch.equal(moved, targets):
         return True
     try:
-        spread = torch.arange(outputs.numel(), device=outputs.device).double().mul(0.7548776662466927).frac()
-        changed = outputs.double() + spread.view(outputs.shape)
+        wide = widest(outputs.device)
+        spread = torch.arange(outputs.numel(), device=outputs.device).to(wide).mul(0.7548776662466927).frac()
+        changed = outputs.to(wide) + spread.view(outputs.shape)
         first, second = (
-            loss(changed, each.double() if each.is_floating_point() else each) for each in (targets, moved)
+            loss(changed, each.to(wide) if each.is_floating_point() else each) for each in (targets, moved)
         )
     except Exception:  # outputs that the loss does not take
         return True
-    return not torch.allclose(first, second, rtol=1e-9, atol=0)
+    return not torch.allclose(first, second, rtol=1e-9 if wide == torch.float64 else 1e-4, atol=0)
 
 
 def _name(loss: Any) -> str:

@@ -68,7 +68,7 @@ def metric_scores(metric: Any, outputs: list[Tensor], targets: Any) -> Tensor:
         [_number(metric, value, step[task], target) for step in outputs]
         for task, target in enumerate(tasks_of(targets))
     ]
-    return torch.tensor(rows, device=outputs[0].device).view(len(rows), len(outputs))
+    return torch.stack([torch.stack(row) for row in rows])
 
 
 def _function(metric: Any, device: torch.device) -> Callable[[Tensor, Any], Any]:
@@ -89,7 +89,7 @@ def _function(metric: Any, device: torch.device) -> Callable[[Tensor, Any], Any]
     return value
 
 
-def _number(metric: Any, value: Callable[[Tensor, Any], Any], outputs: Tensor, targets: Any) -> float:
+def _number(metric: Any, value: Callable[[Tensor, Any], Any], outputs: Tensor, targets: Any) -> Tensor:
     what = f"model.metric {metric_name(metric)}"
     try:
         found = value(outputs, targets)
@@ -102,7 +102,7 @@ def _number(metric: Any, value: Callable[[Tensor, Any], Any], outputs: Tensor, t
     if len(numbers) != 1:
         shape = describe(found) if isinstance(found, Tensor | dict) else type(found).__name__
         raise SettingError(f"{what} gives {shape}, not one number; average it (average=...), or give another.")
-    return numbers.item()
+    return numbers[0].detach().to(outputs.device, torch.get_default_dtype())  # read later, all together
 
 
 def _line(error: Exception) -> str:

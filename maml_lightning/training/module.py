@@ -23,6 +23,7 @@ from maml_lightning.episodes import Episode, InputSpec
 from maml_lightning.processes import every_process
 from maml_lightning.structures import first_task, plain
 from maml_lightning.training import checks, chunks, loading, metrics, non_finite, resume, scores
+from maml_lightning.training.meta_steps import MetaSteps
 from maml_lightning.training.network_checks import check_network
 from maml_lightning.training.normalization import RunningStatistics, current_loop, report_unused
 from maml_lightning.training.settings import check_values
@@ -139,7 +140,8 @@ class MAML(LightningModule):
         self.calibration: dict[str, Any] | None = None  # of these weights, see training/confidence.py
         self._rows: list[Tensor] = []  # of each batch's episodes, see training/scores.py
         self.test_scores: dict[str, Tensor] = {}  # of the last test
-        self.skipped_episodes = self._skipped = self._first_step = 0  # of the last validation or test; meta-steps
+        self.skipped_episodes = 0  # of the last validation or test
+        self._meta_steps = MetaSteps()
         self.signal, self.agreed_signal = 0, 0  # that LastCheckpoint got here, and the largest that any process got
         self.run_settings: dict[str, Any] = {}  # of the command line, for its checkpoints, as are
         self._fresh: dict[str, Any] = {}  # the optimizers and schedulers as configured
@@ -225,32 +227,30 @@ class MAML(LightningModule):
             return loop.gradient(self.algorithm, parameters, episode, rates, self.inner_steps, settings)
 
     def _log(self, result: MetaGradient, episode: Episode, batch_idx: int) -> None:
-        """Log loss and score, means over all processes, and keep which episodes are finite."""
+        """Keep loss and score, means over all processes, and which episodes are finite, until the gradient is there."""
         numbers = non_finite.episode_numbers(self, "train", batch_idx, episode)
-        self._rows.append(scores.episode_rows(numbers, result.predictions.isfinite().flatten(1).all(1)))
         means = self.scoring.training_means(result.loss, result.predictions, episode.query_targets)
         # One collective answers all questions of a meta-step. Nothing is left for `sync_dist`: a metric that is
         # reduced when it is read hangs where one process alone reads it, such as for its progress bar.
         shared = every_process(torch.stack([*means.values(), torch.full_like(result.loss, self.signal)]))
-        self.agreed_signal = int(shared[:, -1].max()) if len(shared) > 1 else self.signal
-        self.log_dict({f"train/{n}": mean for n, mean in zip(means, shared.mean(0), strict=False)}, prog_bar=True)
+        self._meta_steps.add(numbers, result, [f"train/{name}" for name in means], shared, self)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Stop at a gradient that is not finite, or skip the step, as ``non_finite`` says."""
-        batches, self._rows = self._rows, []
-        norm = torch.nn.utils.get_total_norm([value.grad for value in self.parameters() if value.grad is not None])
+        """Log, and stop at a gradient that is not finite, or skip the step, as ``non_finite`` says."""
+        before = self._meta_steps.skipped
+        norm, means = self._meta_steps.check(self)
+        self.log_dict(means, prog_bar=True)
         self.log("train/gradient_norm", norm)
-        if not norm.isfinite() and non_finite.is_skipped(torch.cat(batches), self.non_finite, self):
-            self._skipped += 1
-            self.log("train/skipped_steps", float(self._skipped))
+        if self._meta_steps.skipped > before:
+            self.log("train/skipped_steps", float(self._meta_steps.skipped))
 
     def on_train_start(self) -> None:
         """Count skipped meta-steps from here on."""
-        self._skipped, self._first_step = 0, self.global_step
+        self._meta_steps.begin(self.global_step)
 
     def on_train_end(self) -> None:
         """Say how many meta-steps were skipped; raise if all were."""
-        non_finite.report_skipped(self._skipped, self.global_step - self._first_step)
+        self._meta_steps.end(self.global_step)
 
     def validation_step(self, batch: Episode, batch_idx: int) -> None:
         """Adapt to each task, and evaluate before adaptation and after each inner step."""

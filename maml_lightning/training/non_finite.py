@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -32,37 +32,16 @@ def episode_numbers(module: Any, split: str, batch_idx: int, episode: Episode) -
     indices = sampler_indices(module.trainer, split)
     if indices is not None:
         return list(indices(batch_idx))
-    for name, part in episode._asdict().items() if module.non_finite == "stop" else ():
-        if not all(leaf.isfinite().all() for leaf in leaves(part)):
+    if module.non_finite == "stop":
+        finite = [torch.stack([leaf.isfinite().all() for leaf in leaves(part)]).all() for part in episode]
+        known = dict(zip(episode._fields, torch.stack(finite).tolist(), strict=True))  # a GPU is waited for once
+        if not all(known.values()):
+            name = next(name for name, is_finite in known.items() if not is_finite)
             raise NonFiniteError(
                 f"Batch {batch_idx} of the {split} data has {name} with a value that is NaN or infinite; replace the "
                 "value, or skip such meta-steps with --model.non_finite skip."
             )
     return [batch_idx] * episode.tasks
-
-
-def is_skipped(rows: Tensor, setting: str, module: LightningModule) -> bool:
-    """Whether to skip a meta-step whose gradient is not finite, without its gradients; or raise.
-
-    An overflow of 16-mixed is left to the scaler, which skips the step and lowers its scale.
-
-    Args:
-        rows: of the meta-step's episodes on this process, see `episode_rows`.
-        setting: ``stop`` or ``skip``.
-        module: whose gradients are dropped.
-
-    Raises:
-        NonFiniteError: ``setting`` is stop.
-    """
-    rows = rows_of_every_process(rows)  # all are here: they share the gradient
-    scaler = getattr(module.trainer.precision_plugin, "scaler", None)
-    if scaler is not None and rows[:, FINITE].all() and scaler.get_scale() > 1:
-        return False
-    if setting == "stop":
-        raise NonFiniteError(describe(f"The meta-gradient of meta-step {module.global_step}", "train", rows, module))
-    for value in module.parameters():
-        value.grad = None  # which optimizers leave alone, moments included
-    return True
 
 
 def report_skipped(skipped: int, steps: int) -> None:

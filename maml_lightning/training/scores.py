@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maml_lightning.devices import has_values, on_device, widest
 from maml_lightning.structures import mapped, tasks_of
 from maml_lightning.training.metrics import metric_name, metric_scores
 
@@ -85,14 +86,20 @@ class Scoring(NamedTuple):
         finite = torch.stack(outputs, 1).isfinite().flatten(1).all(1)
         wide = torch.promote_types(outputs[-1].dtype, torch.float)
         columns = outputs[-1].new_full((len(finite), 1 + len(self.names) * len(outputs)), torch.nan, dtype=wide)
-        if finite.any():
+        # All at once where all are finite, as they usually are: each choice of some waits for a GPU.
+        if not has_values(finite) or finite.all():
+            columns = self._columns(outputs, targets, wide)
+        elif finite.any():
             kept_targets, kept = mapped(lambda target: target[finite], targets), [output[finite] for output in outputs]
-            losses = episode_losses(self.loss, kept[-1], kept_targets)[:, None]
-            columns[finite] = torch.cat([losses.to(wide), self.columns(kept, kept_targets).to(wide)], 1)
+            columns[finite] = self._columns(kept, kept_targets, wide)
         if self.score is not None and self.score.name == "mse":  # which may overflow
             finite = finite & columns[:, 1 : 1 + len(outputs)].isfinite().all(1)
-            columns[~finite] = torch.nan
+            columns = columns.masked_fill(~finite[:, None], torch.nan)
         return episode_rows(numbers, finite, columns)
+
+    def _columns(self, outputs: list[Tensor], targets: Any, dtype: torch.dtype) -> Tensor:
+        losses = episode_losses(self.loss, outputs[-1], targets)[:, None]
+        return torch.cat([losses.to(dtype), self.columns(outputs, targets).to(dtype)], 1)
 
     def by_name(self, rows: Tensor) -> dict[str, Tensor]:
         """Each episode's scores before adaptation and after each inner step, ``[T, steps + 1]`` by name."""
@@ -175,9 +182,9 @@ def score_of(loss: Loss, outputs: Tensor, targets: Any, all_targets: Any = None)
         return Score("mse") if one_each and not is_one_of(loss, (*_OF_CLASSES, *_OF_LABELS)) else None
     if one_each:
         values = targets if all_targets is None else all_targets
-        values = values[values != ignored_target(loss)]
-        return Score("accuracy") if ((values == 0) | (values == 1)).all() else None
-    if len(dims) == 2 and not is_of_classes(loss):
+        labels = (values == 0) | (values == 1) | (values == ignored_target(loss))
+        return Score("accuracy") if not has_values(values) or labels.all() else None
+    if len(dims) == 2 and not is_of_classes(loss) and has_values(targets):
         dims.sort(key=lambda dim: _loss_where_right(loss, outputs, targets, dim))
     return Score("accuracy", dims[0]) if dims else None
 
@@ -251,6 +258,5 @@ def episode_rows(numbers: Sequence[int], finite: Tensor, *columns: Tensor) -> Te
     Returns:
         ``[T, columns]``, float64 where the device has it.
     """
-    wide = torch.float32 if finite.device.type == "mps" else torch.float64
-    parts = [torch.tensor(numbers, device=finite.device), finite, *columns]
-    return torch.cat([part.to(wide).reshape(len(finite), -1) for part in parts], 1)
+    parts = [on_device(numbers, finite.device), finite, *columns]
+    return torch.cat([part.to(widest(finite.device)).reshape(len(finite), -1) for part in parts], 1)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from maml_lightning.devices import autocast_dtype
 from maml_lightning.engine.kernels.convolution import convolve, convolve_transposed
 from maml_lightning.engine.kernels.layout import Ints
 
@@ -36,8 +37,8 @@ def _as_images(function: Callable[..., Tensor], dims: int, absent: tuple[int, ..
 
 
 def _typed(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(input.device.type)
+    dtype = autocast_dtype(input.device.type)
+    if dtype is not None and input.dtype != torch.float64:
         return input.to(dtype), weight.to(dtype)
     return input, weight
 

@@ -97,7 +97,17 @@ def _instance_norm_alone(
     return run(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
 
 
-_ALONE = {**DIFFERENTIABLE, F.instance_norm: _instance_norm_alone}
+def _off_the_cpu(own: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Torch's own on a CPU; elsewhere the kernel: cuDNN's recurrent layers have no second derivative."""
+
+    def run(input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (own if input.device.type == "cpu" else kernel)(input, *args, **kwargs)
+
+    return run
+
+
+_RECURRENT = {own: _off_the_cpu(own, kernel) for own, kernel in recurrences().items()}
+_ALONE = {**DIFFERENTIABLE, **_RECURRENT, F.instance_norm: _instance_norm_alone}
 
 
 @contextmanager

@@ -1,0 +1,185 @@
+"""The parts of ``python -m benchmarks gpu`` that measure the meta-gradient by itself."""
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.cases import CASES, LSTM, POOLED, Case, episodes, network
+from benchmarks.gpu_bench import Bench
+from benchmarks.measure import LR, ours, seconds
+from benchmarks.peers import Run, peers_of, plain_loop
+from maml_lightning import ConvNet, Episode, ResNet12
+from maml_lightning.engine.kernels import convolution
+
+
+def _resnet(ways: int) -> nn.Module:
+    return ResNet12(out_features=ways)
+
+
+IMAGES_84 = Case("ResNet-12, 84x84", tasks=4, query_shots=3, make=_resnet, shape=(3, 84, 84))
+
+
+def _small(case: Case) -> Case:
+    """A case in small: one filter of four, two tasks, a quarter of each side."""
+    if case is IMAGES_84:
+        return case._replace(
+            tasks=2, ways=2, query_shots=1, make=lambda ways: ResNet12(3, ways, (4, 4)), shape=(3, 8, 8)
+        )
+    pooling, few = case.make is POOLED.make, {"tasks": 2, "ways": 2, "query_shots": 1, "shots": 1}
+    return case._replace(**few, make=lambda ways: ConvNet(1, ways, 4, 2, pooling), shape=(1, 8, 8))
+
+
+def _cases(bench: Bench, *cases: Case) -> list[Case]:
+    return [_small(case) if bench.quick else case for case in cases]
+
+
+def torch_func(net: nn.Module, episode: Episode, lr: float, steps: int) -> Run:
+    """``vmap`` of ``grad`` of ``grad``, like functorch's MAML in torch's own benchmark suite, but inside vmap."""
+    start = {name: value.detach() for name, value in net.named_parameters()}
+
+    def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(net, params, (x,)), y)
+
+    def outer(params: dict[str, Tensor], x: Tensor, y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
+        for _ in range(steps):
+            gradient = grad(loss)(params, x, y)
+            params = {name: value - lr * gradient[name] for name, value in params.items()}
+        return loss(params, query_x, query_y)
+
+    each = vmap(grad(outer), (None, 0, 0, 0, 0))
+    return lambda: {name: value.mean(0) for name, value in each(start, *episode).items()}
+
+
+def _error(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+    norm = torch.cat([value.flatten() for value in exact.values()]).norm()
+    return max(((found[name].double() - value).norm() / norm).item() for name, value in exact.items())
+
+
+def _error_of(run: Run, exact: dict[str, Tensor]) -> float:
+    return _error(run(), exact)
+
+
+def _typed(episode: Episode, dtype: torch.dtype) -> Episode:
+    return Episode(*(part.to(dtype) if part.is_floating_point() else part for part in episode))
+
+
+def correctness(bench: Bench) -> None:
+    """The relative error of the meta-gradient against a plain loop in float64, on the same device."""
+    lstm = Case("LSTM", tasks=2, make=LSTM, shape=(5, 16))
+    cases = [*_cases(bench, CASES["1"], CASES["4"], IMAGES_84), lstm]
+    for case in (case._replace(tasks=2, steps=2) for case in cases):
+        net, batch = network(case).to(bench.device), _typed(episodes(case), torch.float32)
+        batch = Episode(*(part.to(bench.device) for part in batch))
+        double = network(case).to(bench.device).double()
+        with torch.backends.cudnn.flags(enabled=case is not lstm):  # its recurrent layers have no second derivative
+            exact = plain_loop(double, _typed(batch, torch.float64), LR, case.steps)()
+        wide = ours(double, _typed(batch, torch.float64), LR, case.steps)
+        bench.attempt(f"{case.name}, float64", "relative error", partial(_error_of, wide, exact))
+        single = ours(net, batch, LR, case.steps)
+        bench.attempt(f"{case.name}, float32", "relative error", partial(_error_of, single, exact))
+        half = ours(net, batch, LR, case.steps)
+        with torch.autocast(bench.device.type, torch.bfloat16):
+            bench.attempt(f"{case.name}, bfloat16 autocast", "relative error", partial(_error_of, half, exact))
+
+
+@sdpa_kernel(SDPBackend.MATH)
+def speed(bench: Bench) -> None:
+    """Milliseconds of one meta-batch, medians over interleaved rounds, and the ratio to the fastest contender."""
+    cases = _cases(bench, *(CASES[key] for key in "1234"), IMAGES_84)
+    for case in cases:
+        net, batch = network(case).to(bench.device), episodes(case, str(bench.device))
+        runs: dict[str, Run] = {}
+        for name, make in {"maml_lightning": ours, "torch.func": torch_func, **peers_of(net)}.items():
+            run = make(net, batch, LR, case.steps)
+            if bench.attempt(f"{case.name}: {name}, first", "s", partial(seconds, run, bench.device)) is not None:
+                runs[name] = run
+        taken: dict[str, list[float]] = {name: [] for name in runs}
+        start = time.perf_counter()
+        while len(taken["maml_lightning"]) < 3 or (time.perf_counter() - start < 8 and not bench.quick):
+            for name, run in runs.items():
+                taken[name].append(seconds(run, bench.device))
+        medians = {name: statistics.median(times) for name, times in taken.items()}
+        for name, value in medians.items():
+            bench.add(f"{case.name}: {name}", value * 1e3, "ms")
+        own = medians.pop("maml_lightning")
+        bench.add(f"{case.name}: times as fast as the fastest other", min(medians.values()) / own)
+
+
+def _peak(run: Callable[[], object], device: torch.device) -> int:
+    """The most bytes held during a call, beyond those before it."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    from tests.zoo.memory import peak_bytes
+
+    return peak_bytes(run)
+
+
+def memory(bench: Bench) -> None:
+    """Peak memory of a meta-batch against inner steps, with and without flat memory: 16 tasks, max-pooled network."""
+    for flat in (False, True):
+        peaks = {}
+        for steps in (1, 5, 10):
+            (case,) = _cases(bench, POOLED._replace(steps=steps))
+            net, batch = network(case).to(bench.device), episodes(case, str(bench.device))
+            run = ours(net, batch, LR, case.steps, flat_memory=flat, tasks_per_chunk=None)
+            run()
+            peaks[steps] = _peak(run, bench.device)
+            bench.add(f"{'flat memory' if flat else 'plain'}, {steps} steps", peaks[steps] / 2**20, "MiB")
+        bench.add(f"{'flat memory' if flat else 'plain'}, 10 steps against 1", peaks[10] / peaks[1])
+
+
+def kernels(bench: Bench) -> None:
+    """A convolution of per-task weights and its gradients: as patches, task by task, as a grouped convolution."""
+    stride, padding, dilation = [1, 1], [1, 1], [1, 1]
+    for tasks, side, channels in ((32, 28, 64), (4, 84, 64)):
+        if bench.quick:
+            tasks, side, channels = 2, 6, 3
+        x = torch.rand(tasks, 5, side, side, channels, device=bench.device)
+        w = torch.rand(tasks, 3, 3, channels, channels, device=bench.device)
+
+        def patches(x: Tensor = x, w: Tensor = w) -> Any:
+            y = convolution._product(x, w, stride, padding)
+            size, kernel = list(x.shape[2:4]), [3, 3]
+            gradients = convolution._product_input(y, w, size, stride, padding)
+            return gradients, convolution._product_weight(x, y, kernel, stride, padding)
+
+        def direct(x: Tensor = x, w: Tensor = w) -> Any:
+            y = torch.ops.maml_lightning.convolution(x, w, stride, padding, dilation, 1)
+            size, kernel = list(x.shape[2:4]), [3, 3]
+            gradients = torch.ops.maml_lightning.convolution_input(y, w, size, stride, padding, dilation, 1)
+            return gradients, torch.ops.maml_lightning.convolution_weight(x, y, kernel, stride, padding, dilation, 1)
+
+        def grouped(x: Tensor = x, w: Tensor = w) -> Any:
+            images = x.permute(1, 0, 4, 2, 3).flatten(1, 2).contiguous()
+            weight = w.permute(0, 4, 3, 1, 2).flatten(0, 1).contiguous()
+            y = F.conv2d(images, weight, padding=1, groups=len(w))
+            arguments = (None, stride, padding, dilation, False, [0, 0], len(w), [True, True, False])
+            return torch.ops.aten.convolution_backward(y, images, weight, *arguments)
+
+        for name, run in {"patches": patches, "task by task": direct, "grouped": grouped}.items():
+            run()
+            times = [seconds(run, bench.device) for _ in range(3 if bench.quick else 15)]
+            what = f"{tasks} tasks, {side}x{side}, {channels} channels: {name}"
+            bench.add(what, statistics.median(times) * 1e3, "ms")
+            bench.add(f"{what}, peak", _peak(run, bench.device) / 2**20, "MiB")
+
+
+def compiled(bench: Bench) -> None:
+    """The graphs handed to ``torch.compile``: its time at the start, and milliseconds of a meta-batch then."""
+    (case,) = _cases(bench, CASES["1"])
+    net, batch = network(case).to(bench.device), episodes(case, str(bench.device))
+    run = ours(net, batch, LR, case.steps, compile=not bench.quick)
+    bench.add("first meta-batch", seconds(run, bench.device), "s")
+    bench.add("meta-batch", statistics.median(seconds(run, bench.device) for _ in range(9)) * 1e3, "ms")

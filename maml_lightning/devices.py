@@ -1,0 +1,67 @@
+"""What differs from device to device: values that can be read, random numbers, autocast, types, clocks.
+
+Tensors on torch's ``meta`` device have shapes and no values: everything that is computed of them runs, and whatever
+reads a number raises. A GPU gives its numbers, but each reading waits until it has done all that it was given.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor's values can be read."""
+    return tensor.device.type != "meta"
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The type that operators run in under autocast on a kind of device; None where autocast is off or unknown."""
+    available = torch.amp.autocast_mode.is_autocast_available(device_type)
+    return torch.get_autocast_dtype(device_type) if available and torch.is_autocast_enabled(device_type) else None
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """While active, operators run in the types of their arguments on a kind of device."""
+    known = torch.amp.autocast_mode.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if known else nullcontext()
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or float32 on Apple's ``mps``, which has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def on_device(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """``torch.tensor`` of Python's numbers on a device, without waiting for what the device is doing."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
+def random_states(device: torch.device) -> list[Tensor]:
+    """The states of torch's random numbers, on the CPU and on the device."""
+    own = _random_numbers(device)
+    return [torch.get_rng_state(), *([own.get_rng_state(*_index(device))] if own else [])]
+
+
+def set_random_states(device: torch.device, states: list[Tensor]) -> None:
+    """Draw again from :func:`random_states` on."""
+    torch.set_rng_state(states[0])
+    if (own := _random_numbers(device)) and len(states) > 1:  # one device less where they are of a run on a CPU
+        own.set_rng_state(states[1], *_index(device))
+
+
+def _random_numbers(device: torch.device) -> Any:
+    module = getattr(torch, device.type, None)
+    return module if device.type != "cpu" and hasattr(module, "get_rng_state") else None
+
+
+def _index(device: torch.device) -> tuple:
+    return () if device.type == "mps" else (device,)  # there is one
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    module = getattr(torch, device.type, None)
+    if device.type != "cpu" and hasattr(module, "synchronize"):
+        module.synchronize(*_index(device))  # type: ignore[union-attr]
