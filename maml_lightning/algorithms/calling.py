@@ -80,7 +80,7 @@ def tensor_paths(net: nn.Module) -> dict[str, str]:
 @contextmanager
 def _uncompiled(net: nn.Module) -> Iterator[None]:
     """Run what ``torch.compile`` made of a network, which has no second derivatives, as it was."""
-    if not any(hasattr(layer, "_orig_mod") or layer._compiled_call_impl for layer in net.modules()):
+    if not any("_orig_mod" in layer._modules or layer._compiled_call_impl for layer in net.modules()):
         yield
         return
     with torch.compiler.set_stance("force_eager"), torch._dynamo.config.patch(error_on_nested_fx_trace=False):

@@ -257,7 +257,8 @@ class InnerLoop:
     def _size(self, setup: inner.Setup, episode: Episode, name: str) -> int | None:
         """Tasks in a chunk; in a loop over tasks more than one would only take memory."""
         known = name in self.chosen or self.tasks_per_chunk != "auto"
-        if not known or not self._executor.knows(setup.model):
+        examined = self._executor.knows(setup.model)
+        if not examined or not (known or self._executor.way(setup.model) == "loop"):
             first = next(split(episode, 1))
             kept = inner.bytes_per_task(of_tasks(setup, first), first)
         if self._executor.way(setup.model) == "loop":

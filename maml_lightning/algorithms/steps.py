@@ -13,6 +13,7 @@ derivative (functorch #534).
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -113,7 +114,9 @@ def first_order_step(
     """The same step, whose derivative lacks the Hessian: the support gradient counts as a constant."""
     (fast, state), arguments = differentiable[0], {**fixed, **differentiable[1]}
     detached_params = pytree.tree_map(torch.detach, (fast, arguments["shared"]))
-    return _update(model, support_gradient(model, detached_params, constants, x, y), state, fast, arguments)
+    with torch.no_grad() if is_by_autograd() else nullcontext():  # autograd keeps no graph of the gradient
+        gradient = support_gradient(model, detached_params, constants, x, y)
+    return _update(model, gradient, state, fast, arguments)
 
 
 def _update(

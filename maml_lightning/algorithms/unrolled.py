@@ -15,7 +15,7 @@ and LSLR learn ``alpha``, Meta-Curvature matrices beside it. The pullback also y
 share.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,9 +24,10 @@ from torch.utils import _pytree as pytree
 
 from maml_lightning.algorithms.algorithm import Algorithm, Settings
 from maml_lightning.algorithms.optimizers import Parameters
-from maml_lightning.algorithms.prototypes import with_pullback
-from maml_lightning.algorithms.steps import Setup, first_order_step, query_gradient, step
+from maml_lightning.algorithms.prototypes import of_task, with_pullback
+from maml_lightning.algorithms.steps import Model, Setup, first_order_step, query_gradient, query_outputs, step
 from maml_lightning.engine.chunks import MetaGradient, add_sum
+from maml_lightning.engine.differentiation import grad_and_value
 from maml_lightning.episodes import Episode
 
 
@@ -34,6 +35,8 @@ def meta_gradient(setup: Setup, chunk: Episode, total: MetaGradient, settings: S
     """Add the meta-gradients of a chunk's tasks to ``total``; see :class:`Algorithm`."""
     steps = setup.steps
     weights = settings.weights or [0.0] * steps + [1.0]
+    if setup.executor.way(setup.model) == "loop" and not setup.flat_memory.active:
+        return _by_loop(setup, chunk, total, settings.first_order, weights)
     setup, pullback_of_start = with_pullback(setup, chunk)
     trajectory, pullbacks, state = _forward(setup, chunk, settings.first_order)
     (gradient, shared_gradient), loss, predictions = _weighted(setup, trajectory.pop(), steps, chunk, weights)
@@ -52,6 +55,40 @@ def meta_gradient(setup: Setup, chunk: Episode, total: MetaGradient, settings: S
             adjoint = ({name: lam + gradient[name] for name, lam in adjoint[0].items()}, adjoint[1])
     for gradient in pullback_of_start(adjoint):
         add_sum(total.gradient, gradient, 0)
+    return loss, predictions
+
+
+def _by_loop(
+    setup: Setup, chunk: Episode, total: MetaGradient, first_order: bool, weights: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """The same in a loop over tasks, where autograd sweeps through all steps at once, as in any training loop."""
+    run_step = first_order_step if first_order else step
+    parts = [setup.initial, *setup.shared, *setup.learned]
+    values = {id(value): value for part in parts for value in part.values()}  # what several steps share counts once
+
+    def of_one(model: Model, values: dict[int, Tensor], constants: Parameters, support: Any, queries: Any) -> Any:
+        def objective(values: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
+            initial, *others = ({name: values[id(value)] for name, value in part.items()} for part in parts)
+            shared, learned = others[: setup.steps + 1], others[setup.steps + 1 :]
+            own = of_task(setup._replace(initial=initial, shared=shared, learned=learned), *support)
+            state, arguments, losses = own.initial_state(), own.arguments(), []
+            for k, weight in enumerate(weights):
+                if weight or k == setup.steps:
+                    predictions = query_outputs(model, state[0], shared[k], constants, queries[0], queries[2])
+                    losses.append(weight * model.loss(predictions, queries[1]))
+                if k < setup.steps:
+                    state = run_step(model, (state, {}), arguments[k], constants, *support)
+            return torch.stack(losses).sum(), predictions
+
+        return grad_and_value(objective)(values)
+
+    support = (chunk.support_inputs, chunk.support_targets)
+    queries = (chunk.query_inputs, chunk.query_targets, setup.beside_queries(chunk))
+    arguments = (values, setup.constants, support, queries)
+    gradients, (loss, predictions) = setup.executor(setup.model.bind(of_one), (None, None, 0, 0), *arguments)
+    sums = [total.gradient] * (2 + setup.steps) + [total.rates] * setup.steps
+    for part, target, k in zip(parts, sums, [0, *range(setup.steps + 1), *range(setup.steps)], strict=True):
+        add_sum(target, {n: gradients.pop(id(v)) for n, v in part.items() if id(v) in gradients}, k)
     return loss, predictions
 
 

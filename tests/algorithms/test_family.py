@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from maml_lightning import MAML, MLP, ConvNet, ResNet12, SettingError
+from maml_lightning.algorithms import inner_loop
+from maml_lightning.engine import loop
 from tests.own_network import Branching
 from tests.reference import family, images, perturbed, relative_error
 
@@ -104,6 +106,24 @@ def own():
 @pytest.mark.parametrize("name", {**VARIANTS, **NORMALIZED})
 def test_own_networks_need_no_edits(name):
     assert_exact(own(), *{**VARIANTS, **NORMALIZED}[name], tasks_per_chunk=1, flat_memory=True)
+
+
+@pytest.mark.parametrize("flat_memory", [False, True])
+@pytest.mark.parametrize("name", {**VARIANTS, **NORMALIZED})
+def test_gradients_are_exact_in_a_loop(name, flat_memory):
+    assert_exact(convolutional(), *{**VARIANTS, **NORMALIZED}[name], execution="loop", flat_memory=flat_memory)
+
+
+def test_a_network_that_runs_in_a_loop_is_measured_once(monkeypatch):
+    runs, calls = [], []
+    measure, call = inner_loop.inner.bytes_per_task, loop.call
+    monkeypatch.setattr(inner_loop.inner, "bytes_per_task", lambda *args: runs.append(args) or measure(*args))
+    monkeypatch.setattr(loop, "call", lambda *args: calls.append(args) or call(*args))
+    maml, episode = MAML(convolutional(), inner_lr=LR, inner_steps=STEPS, execution="loop").double(), images(tasks=2)
+    for _ in range(3):
+        maml.training_step(episode, 0)
+    assert len(runs) == 1
+    assert len(calls) == 3 * 2  # of a meta-step, all steps of a task are one call
 
 
 class Rows(nn.Module):
