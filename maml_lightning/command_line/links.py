@@ -26,14 +26,19 @@ def link(parser: Any, given: Namespace | None) -> None:
 
 def linked(parser: Any) -> list[str]:
     """The arguments of the network that follow from the data."""
-    group = getattr(parser, "_links_group", None)
-    targets = [] if group is None else [action.target[0] for action in group._group_actions]
+    targets = [action.target[0] for action in _actions(parser)]
     return [ours for ours in FOLLOWS if f"{NET}.{ours}" in targets]
+
+
+def _actions(parser: Any) -> list[Any]:
+    """The links of a parser, which has no group of them where there are none."""
+    group = getattr(parser, "_links_group", None)
+    return [] if group is None else [*group._group_actions]
 
 
 def unlink(parser: Any, names: Collection[str]) -> None:
     """Remove the links of some of the network's arguments."""
-    for action in [*parser._links_group._group_actions]:
+    for action in _actions(parser):
         target, network = action.target
         name = target.removeprefix(f"{NET}.")
         if name in names:

@@ -83,6 +83,7 @@ def check_loss(loss: Callable[..., Any], outputs: Tensor, targets: Any) -> None:
             paired = _is_paired(loss, outputs, targets)
     except Exception as error:
         remedy = remedy_of_targets(outputs, targets, lambda other: _loss_with_gradient(loss, outputs, other))
+        remedy = remedy or _remedy_of_outputs(loss, outputs, targets)
         if floats and outputs.shape != targets.shape and not remedy:
             raise _other_shape(outputs, targets) from error
         raise SettingError(
@@ -94,6 +95,19 @@ def check_loss(loss: Callable[..., Any], outputs: Tensor, targets: Any) -> None:
         raise SettingError(f"model.loss {name} gives {shape}, not one number; give another, such as {suggested}.")
     if not paired:
         raise _other_shape(outputs, targets)
+
+
+def _remedy_of_outputs(loss: Callable[..., Any], outputs: Tensor, targets: Any) -> str:
+    """What to say where a loss of targets ``[K, H, W]`` takes outputs ``[K, classes, H, W]``, which these are not."""
+    if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or targets.dim() < 2:
+        return ""
+    examples, *shape = targets.shape
+    classes = max(2, int(targets.max()) + 1)
+    if outputs.shape[2:] == targets.shape[1:] or not is_computed(
+        loss, outputs.new_zeros(examples, classes, *shape), targets
+    ):
+        return ""
+    return f"it takes outputs {[examples, classes, *shape]} for these targets: give a network with such outputs"
 
 
 def is_computed(loss: Callable[..., Any], outputs: Tensor, targets: Any) -> bool:

@@ -56,6 +56,27 @@ def test_outputs_given_by_hand_win_and_come_again_from_config_and_checkpoint(thr
     assert outputs(begun) == 3
 
 
+def test_a_network_of_which_nothing_follows_the_data_is_tested_and_predicts(folder):
+    numbers = np.random.default_rng(0)
+    for index, split in enumerate(("train", "val", "test")):
+        pictures, labels = numbers.integers(0, 256, (16, 3, 8, 8), np.uint8), np.arange(16) % 4 + 10 * index
+        np.savez(split, inputs=pictures, labels=labels, targets=numbers.integers(0, 2, (16, 2)).astype("float32"))
+    sizes = {"meta_batch_size": 2, "train_episodes": 4, "val_episodes": 2, "test_episodes": 2, "ways": 1}
+    flags = {
+        "data": "ArraysDataModule",
+        **{f"data.{split}": f"{split}.npz" for split in ("train", "val", "test")},
+        **{f"data.{key}": value for key, value in sizes.items()},
+        **{f"model.net.{key}": value for key, value in {"in_channels": 3, "out_features": 2}.items()},
+        **{key: value for key, value in TINY.items() if key.startswith(("model", "trainer"))},
+        "model.loss": "torch.nn.functional.binary_cross_entropy_with_logits",
+    }
+    flags = {"model.net": flags.pop("model.net"), **flags}
+    run = Path(main(words("fit", **flags)).trainer.log_dir)
+    for command in ("test", "predict"):
+        cli = main([command, "--config", f"{run}/config.yaml", "--ckpt_path", f"{run}/checkpoints/best.ckpt"])
+        assert outputs(cli) == 2
+
+
 def test_a_resumed_runs_config_has_what_was_given_by_hand_in_the_first(three_numbers):
     first = main(words("fit", **three_numbers, **NETWORK))
     last = Path(first.trainer.log_dir) / "checkpoints" / "last.ckpt"
