@@ -72,7 +72,7 @@ class TaskNetwork:
     def _run_alone(self, inputs: Any) -> tuple[Tensor, Tensor | None]:
         # In batches of one: in larger ones float32 rounds in another order, which trained logits of 80 show in the
         # sixth digit of a probability.
-        each = [mapped(lambda part, n=n: part[n : n + 1], inputs) for n in range(len(leaves(inputs)[0]))]  # type: ignore[misc]
+        each = [mapped(lambda part, n=n: part[n : n + 1], inputs) for n in range(len(leaves(inputs)[0]))]
         runs = [self._run(one if self._beside is None else joined([self._beside, one], 0)) for one in each]
         norms = [norms[-1:] for _, norms in runs if norms is not None]
         return torch.cat([logits[-1:] for logits, _ in runs]), torch.cat(norms) if norms else None
