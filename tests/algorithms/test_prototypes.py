@@ -115,8 +115,12 @@ def test_it_is_exact_for_any_number_of_classes_and_shots(make, episode):
         (0, {}, False),
         (2, {"adapted_parameters": ["head.*"]}, False),
         (2, {"query_statistics": "support"}, False),
+        (2, {"execution": "loop", "multi_step_epochs": 5}, False),
+        (2, {"execution": "loop", "first_order": True}, False),
+        (2, {"execution": "loop", "query_statistics": "support"}, False),
     ],
-    ids=["chunks of 1", "5 steps", "flat memory", "first order", "untraced", "each step", "none", "head", "support"],
+    ids=["chunks of 1", "5 steps", "flat memory", "first order", "untraced", "each step", "none", "head", "support"]
+    + ["loop, each step", "loop, first order", "loop, support"],
 )
 def test_it_is_exact_however_it_is_run(steps, settings, hooked):
     net, episode = perturbed(Convolutional()), unequal()
