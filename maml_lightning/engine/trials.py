@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from maml_lightning.engine.fingerprints import attributes_of, fingerprint, is_of_library, is_users
+from maml_lightning.engine.fingerprints import attributes_of, fingerprint, is_of_library
+from maml_lightning.engine.variables import is_installed
 
 
 class Trial:
@@ -138,7 +139,7 @@ def _parts(value: Any) -> list[Any]:
     if isinstance(value, MethodType):
         return [value.__func__, value.__self__]
     if isinstance(value, FunctionType):
-        cells = value.__closure__ or () if is_users(value) else ()
+        cells = value.__closure__ or () if not is_installed(value.__module__) else ()
         return [cell.cell_contents for cell in cells if cell != CellType()]
     if isinstance(value, Tensor) or is_of_library(value):
         return []
