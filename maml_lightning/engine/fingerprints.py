@@ -134,7 +134,7 @@ def _of(value: Any, seen: _Seen) -> Hashable:
     if isinstance(value, weakref.ReferenceType):
         return (kind, _of(value(), seen))
     if isinstance(value, ContextVar):
-        return (_identity(value), _of(value.get(None), seen))
+        return (_identity(value), *_values([Variable(value, value.name, value.get(None))], seen))
     if (state := generator_state(value)) is not None:
         return state
     if isinstance(value, type):
@@ -242,7 +242,8 @@ def _function(function: FunctionType, seen: _Seen) -> Hashable:
     cells = [_of(cell.cell_contents, seen) for cell in function.__closure__ or () if cell != CellType()]
     names = names_of(function.__code__)
     environment = hash(frozenset(os.environ.items())) if "environ" in names or "getenv" in names else None
-    seen.names.update(names)
+    if not is_installed(function.__module__):
+        seen.names.update(names)
     return (_identity(function), environment, *cells, *_values(read_by(function), seen))
 
 

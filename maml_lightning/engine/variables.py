@@ -8,12 +8,12 @@ import dis
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from functools import cache
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 PLAIN = {int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
 _FIXED = {"torch", "torchvision", "numpy", "maml_lightning", *sys.stdlib_module_names} - {"__main__"}
@@ -24,7 +24,7 @@ class Variable(NamedTuple):
     """Where a value is that code reads.
 
     Args:
-        owner: a dictionary of variables, or an object with attributes.
+        owner: a dictionary of variables, an object with attributes, or a variable of the context.
         name: in it.
         value: now.
     """
@@ -34,10 +34,12 @@ class Variable(NamedTuple):
     value: Any
 
     def set(self, value: Any) -> None:
-        """Put another value in its place."""
-        if isinstance(self.owner, dict):
+        """Put another value in its place, where it does not have that one."""
+        if isinstance(self.owner, ContextVar):
+            self.owner.set(value)
+        elif isinstance(self.owner, dict):
             self.owner[self.name] = value
-        else:
+        elif getattr(self.owner, self.name, None) is not value:
             setattr(self.owner, self.name, value)
 
 
@@ -45,9 +47,9 @@ def read_by(function: FunctionType) -> Iterator[Variable]:
     """The variables that a function reads: default arguments, its attributes, global variables, those of modules."""
     yield Variable(function, "__defaults__", function.__defaults__)
     yield Variable(function, "__kwdefaults__", function.__kwdefaults__)
-    yield from [Variable(vars(function), name, value) for name, value in vars(function).items()]
     if _root(function.__module__) in _FIXED:
         return
+    yield Variable(function, "__dict__", vars(function))
     installed = is_installed(function.__module__)
     names, modules = names_of(function.__code__), _imported(function)
     yield from _found(names, function.__globals__, installed, modules)
