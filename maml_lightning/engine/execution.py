@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from maml_lightning.engine import loop
 from maml_lightning.engine.agreement import disagreement
-from maml_lightning.engine.fingerprints import fingerprint, has_hooks
+from maml_lightning.engine.fingerprints import fingerprint, needs_loop
 from maml_lightning.engine.graphs import structure
 from maml_lightning.engine.hoisting import Hoisted
 from maml_lightning.engine.jobs import Job, recomputed_pullback
@@ -216,8 +216,8 @@ class Executor:
         """
         state, before, result = job.function.state, RandomState(job.device()), None
         self._examined.add(state.network)
-        if has_hooks(state.objects):
-            self._lower(state, LOOP, "its hooks have to run at each call")
+        if why := needs_loop(state.objects):
+            self._lower(state, LOOP, why)
             return None, False
         try:
             trial = Trial(state.objects)
@@ -268,8 +268,8 @@ class Executor:
 
         It runs on copies, so that what happens can still happen as in a loop.
         """
-        if has_hooks(job.function.state.objects):
-            return None, None, "its hooks have to run at each call"
+        if why := needs_loop(job.function.state.objects):
+            return None, None, why
         (outputs, pullback), changes = job.function.state.trial().run(lambda objects: job.on(objects).untraced())
         return outputs, pullback, changes and f"it {changes}"
 

@@ -82,6 +82,18 @@ def has_hooks(value: Any) -> bool:
     return any(getattr(layer, name) for layer in modules for name in _HOOKS)
 
 
+def needs_loop(objects: tuple) -> str:
+    """Why objects can run in a loop over tasks alone; empty where they may run in other ways."""
+    if has_hooks(objects):
+        return "its hooks have to run at each call"
+    layers = [pair for part in objects if isinstance(part, nn.Module) for pair in part.named_modules()]
+    script = next(((n, layer) for n, layer in layers if isinstance(layer, torch.jit.ScriptModule)), None)
+    if script is None:
+        return ""
+    name = script[0] or type(script[1]).__name__
+    return f"TorchScript in it ({name}) runs task by task alone; give the module that it was made of"
+
+
 class _Seen(dict[int, int]):
     """The objects that one fingerprint has met.
 
