@@ -5,9 +5,7 @@ import logging
 import platform
 import re
 import statistics
-import time
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,11 +69,17 @@ def way(maml: MAML) -> str:
 
 
 def error(case: Case) -> float:
-    """The largest relative error of two meta-steps in float64 against the plain loop, of loss and gradient."""
+    """The largest relative error of two meta-steps in float64 against the plain loop, of loss and gradient.
+
+    Where calls change buffers that the outputs depend on, each usual way of a loop to treat them counts: new for each
+    call, for each task, or never.
+    """
     net, plain = case.network(), case.network(plain=True)
     maml, errors = test_zoo.module(case, net, inner_steps=STEPS), []
     for number in range(2):
         episode = case.episode(number)
+        if case.stateful:
+            plain.load_state_dict(net.state_dict())
         expected = test_zoo.loop(case, plain, episode, STEPS)
         errors.append(test_zoo.step_error(maml, episode, expected))
         test_zoo.after_step(case, number, net, plain)
@@ -83,11 +87,11 @@ def error(case: Case) -> float:
 
 
 def single(case: Case, plain: bool, tasks: int) -> tuple[nn.Module, Episode]:
-    """The network in float32 with the adapters' or all parameters, and ``tasks`` tasks."""
-    net = case.network(plain)
-    net = net.to(torch.complex64) if any(value.is_complex() for value in net.parameters()) else net.float()
-    parts = case.episode(tasks=tasks)
-    return net, Episode(*(part.float() if part.is_floating_point() else part for part in parts))
+    """The network and ``tasks`` tasks in float32; with complex parameters, which have no such cast, as they are."""
+    net, parts = case.network(plain), case.episode(tasks=tasks)
+    if any(value.is_complex() for value in net.parameters()):
+        return net, parts
+    return net.float(), Episode(*(part.float() if part.is_floating_point() else part for part in parts))
 
 
 def measure(case: Case, tasks: int, rounds: int) -> Row:
@@ -115,13 +119,11 @@ def measure(case: Case, tasks: int, rounds: int) -> Row:
     return Row(case.name, worst, way(maml), first, speed, peak_bytes(ours) / peak_bytes(theirs))
 
 
-def _table(cases: Iterable[Case], tasks: int, rounds: int, seen: list[Row]) -> list[str]:
-    lines = ["| network | exact, relative error | run | first step | speed | memory |", f"{'|---' * 6}|"]
-    for case in cases:
-        seen.append(measure(case, tasks, rounds))
-        lines.append(seen[-1].cells())
-        print(lines[-1], flush=True)
-    return lines
+def chosen(pattern: str) -> list[tuple[Case, bool]]:
+    """The networks whose names match, and whether they are of usual size."""
+    others = [c for c in families.CASES if (k := c.name.split()[0]) not in families.OTHERS or families.installed(k)]
+    all_cases = [*((case, True) for case in USUAL), *((c, False) for c in test_zoo.CASES), *((c, True) for c in others)]
+    return [(case, usual) for case, usual in all_cases if re.search(pattern, case.name)]
 
 
 def networks(pattern: str = "", tasks: int = 16, rounds: int = 5, out: Path = Path("docs/networks.md")) -> None:
@@ -136,39 +138,103 @@ def networks(pattern: str = "", tasks: int = 16, rounds: int = 5, out: Path = Pa
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    start, seen = time.perf_counter(), list[Row]()
+    rows = []
+    for case, usual in chosen(pattern):
+        rows.append(measure(case, max(tasks // 4, 1) if usual else tasks, rounds))
+        print(rows[-1].cells(), flush=True)
+    measured = f"{datetime.date.today():%Y-%m-%d} with torch {torch.__version__}, one thread, {platform.machine()}"
+    out.write_text(page(rows, tasks, measured))
 
-    def chosen(cases: Iterable[Case]) -> list[Case]:
-        return [case for case in cases if re.search(pattern, case.name)]
 
-    installed = [
-        c for c in families.CASES if (kind := c.name.split()[0]) not in families.OTHERS or families.installed(kind)
-    ]
-    usual = _table(chosen(USUAL), max(tasks // 4, 1), rounds, seen)
-    small = _table(chosen(test_zoo.CASES), tasks, rounds, seen)
-    known = _table(chosen(installed), max(tasks // 4, 1), rounds, seen)
-    measured = [row for row in seen if row.way]
-    minutes = (time.perf_counter() - start) / 60
-    out.write_text("\n".join([
-        "# Networks",
-        "",
-        f"{len(seen)} networks, each against a plain loop over tasks with `torch.autograd.grad(create_graph=True)` "
-        "(`tests/zoo/loop.py`); the page is written by `python -m benchmarks networks`.",
-        "",
-        f"- exact: two meta-steps of {STEPS} inner steps in float64, second order; the largest error of loss and "
-        "gradient relative to the loop's. 1e-9 counts as exact.",
-        "- run: `traced`, as a recorded graph, vectorized over tasks; `vectorized`, without a graph; `loop`, task by "
-        "task (`--model.execution`).",
-        "- first step, speed, memory: float32, 5 support and 4 query examples per task, all settings at their "
-        "defaults. The first step traces and measures the chunk size; speed is how many times as fast as the loop a "
-        "later meta-step is; memory is the peak of its tensors, as a multiple of the loop's.",
-        "",
-        f"{sum(row.error < test_zoo.TOLERANCE for row in measured)} of {len(measured)} that run are exact; median "
-        f"speed {statistics.median(row.speed for row in measured) if measured else 0:.2f}. Measured in "
-        f"{minutes:.0f} minutes on {datetime.date.today():%Y-%m-%d} with torch {torch.__version__}, one thread, "
-        f"{platform.machine()}.",
-        "",
-        f"## Of usual size ({max(tasks // 4, 1)} tasks)", "", *usual,
-        "", f"## Small, one of each kind ({tasks} tasks)", "", *small,
-        "", f"## Of other packages ({max(tasks // 4, 1)} tasks)", "", *known, "",
-    ]))  # fmt: skip
+def page(rows: list[Row], tasks: int, measured: str) -> str:
+    """The page: the rows by kind, one for each that ``GROUPS`` names, and what was refused.
+
+    Args:
+        rows: all that were measured.
+        tasks: in a meta-batch of the small networks.
+        measured: when, with what and where.
+    """
+    exact = [row for row in rows if row.way and row.error < test_zoo.TOLERANCE]
+    run, by_name = [row for row in rows if row.way], {row.name: row for row in rows}
+    lines = [INTRODUCTION.format(
+        rows=len(rows), exact=len(exact), run=len(run), steps=STEPS, tasks=tasks, few=max(tasks // 4, 1),
+        measured=measured, speed=statistics.median(row.speed for row in run) if run else 0,
+    )]  # fmt: skip
+    for title, names in GROUPS.items():
+        found = [by_name[name] for name in names if name in by_name and not by_name[name].note.startswith("refused")]
+        if found:
+            head = ["| network | exact, relative error | run | first step | speed | memory |", f"{'|---' * 6}|"]
+            lines += [f"## {title}", "", *head, *(row.cells() for row in found), ""]
+    refused = [f"- {row.name}: {row.note.removeprefix('refused: ')}" for row in rows if row.note.startswith("refused")]
+    return "\n".join([*lines, REFUSED, *refused, ""])
+
+
+INTRODUCTION = """# Networks
+
+{rows} networks were each compared with a plain loop over tasks, `torch.autograd.grad(create_graph=True)` of
+`tests/zoo/loop.py`. {exact} of {run} that run are exact; the median speed is {speed:.1f} times the loop's. The tables
+have one network of each kind. `python -m benchmarks networks` measures and writes this page.
+
+- **exact**: two meta-steps of {steps} inner steps in float64, second order; the largest error of loss and gradient
+  relative to the loop's. An error below 1e-9 counts as exact.
+- **run**: `traced`, as a recorded graph that is vectorized over tasks; `vectorized`, without a graph; `loop`, task by
+  task (`--model.execution`). The way is chosen by itself; a line says so where it is not the first, and why.
+- **first step**, **speed**, **memory**: in float32 with {tasks} tasks ({few} for networks of usual size and those of
+  other packages) of 5 support and 4 query examples, all settings at their defaults. The first step records the graph.
+  Speed is how many times as fast as the loop a later meta-step is: the median of rounds in one process that alternate
+  between loop and package. Memory is the peak of a meta-step's tensors as a multiple of the loop's, which holds one
+  task at a time; fewer tasks together (`--model.tasks_per_chunk`) take less.
+
+Measured on {measured}.
+"""
+
+REFUSED = """## What is not run
+
+Each of these raises an error of one line that names the setting and the remedy:
+
+- TorchScript in a network, in second order: PyTorch's second derivatives of it are wrong. Give the module that it was
+  made of, or set `--model.first_order true`.
+- Lazy layers that have no values yet: call the network once on an example before it is given.
+- A network inside `DataParallel` or `DistributedDataParallel`: give the network inside; several devices are the
+  Trainer's to use (`--trainer.devices`).
+- An operator whose second derivative PyTorch lacks: set `--model.first_order true`, or use another operator.
+
+Of the networks measured:
+"""
+
+# The rows of the page, one for each kind of network; the rest is measured, too, and counts in its first lines.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "Of usual size": tuple(case.name for case in USUAL),
+    "Convolutions and what is built of them": (
+        "conv, view", "conv, BatchNorm2d, ReLU, MaxPool2d, view", "grouped convolution, Tanh",
+        "depthwise-separable convolution, Tanh", "transposed convolution, Tanh",
+        "weight standardization convolution, Tanh", "channels last convolution, Tanh", "Conv1d", "Conv3d",
+        "ResNet block", "DenseNet block", "memory-efficient DenseNet block", "squeeze-excite", "U-Net",
+    ),
+    "Normalization": (
+        "conv, BatchNorm2d, Tanh", "BatchNorm2d in evaluation mode", "frozen pretrained backbone", "FrozenBatchNorm2d",
+        "conv, GroupNorm, Tanh", "conv, LayerNorm, Tanh", "conv, InstanceNorm2d, Tanh", "conv, RMSNorm, Tanh",
+        "weight_norm", "spectral_norm", "spectral_norm in evaluation mode", "old weight_norm", "old spectral_norm",
+    ),
+    "Activations and pooling": (
+        "conv, ELU, Flatten", "conv, SiLU, Flatten", "conv, Hardsigmoid, Flatten", "conv, MaxPool2d(2, dilation=2)",
+        "conv, AdaptiveAvgPool2d(3)", "FractionalMaxPool2d", "Dropout in evaluation mode", "StochasticDepth with p=0",
+    ),
+    "Recurrent": (
+        "LSTM", "GRU", "RNN", "LSTM, bidirectional, 2 layers", "LSTM, packed", "LSTMCell",
+        "out[:, i] = h, torch.zeros",
+    ),
+    "Attention": (
+        "MultiheadAttention, module", "scaled_dot_product_attention, plain", "TransformerEncoder", "ViT", "GPT",
+    ),
+    "Tokens, losses and other layers": (
+        "Embedding", "Embedding(max_norm)", "EmbeddingBag(mean)", "masked tokens", "checkpoint", "Bilinear",
+        "complex parameters", "mse_loss",
+    ),
+    "What depends on more than tensors": (
+        "attribute changed", "module global changed", "tensor attribute", "hook added", "hooks", "branch on the data",
+        "counter", "running mean in use", "module registered twice", "tied weights", "autograd in forward",
+        "autograd.Function", "frozen parameter", "TorchScript submodule", "compiled", "LayerDrop with p=0",
+    ),
+    "Families of other packages": tuple(case.name for case in families.CASES),
+}  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from maml_lightning.engine.trials import copies_to_try, same_random_numbers
+from maml_lightning.engine.trials import same_random_numbers, trying
 from maml_lightning.structures import call_arguments, logits_of
 
 
@@ -40,24 +40,24 @@ def watched(
     Returns:
         whether it takes the inputs.
     """
-    (net,) = copies_to_try(net)
 
     def hook(name: str, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         note(name, (*args, *kwargs.values()))
 
-    layers = [(name, layer) for name, layer in net.named_modules() if name]
-    hooks = [layer.register_forward_pre_hook(partial(hook, name), with_kwargs=True) for name, layer in layers]
-    modes = {layer: layer.training for layer in net.modules()}  # it is the network itself where it has no copy
-    try:
-        with torch.set_grad_enabled(tensors is not None), same_random_numbers():
-            call_with(net.eval(), tensors or {}, inputs)
-    except Exception:  # whatever a user's network raises; it will again where it matters
-        return False
-    finally:
-        for handle in hooks:
-            handle.remove()
-        for layer, mode in modes.items():
-            layer.training = mode
+    with trying(net) as (copied,), same_random_numbers():
+        layers = [(name, layer) for name, layer in copied.named_modules() if name]
+        hooks = [layer.register_forward_pre_hook(partial(hook, name), with_kwargs=True) for name, layer in layers]
+        modes = {layer: layer.training for layer in copied.modules()}  # it is the network itself where it has no copy
+        try:
+            with torch.set_grad_enabled(tensors is not None):
+                call_with(copied.eval(), tensors or {}, inputs)
+        except Exception:  # whatever a user's network raises; it will again where it matters
+            return False
+        finally:
+            for handle in hooks:
+                handle.remove()
+            for layer, mode in modes.items():
+                layer.training = mode
     return True
 
 

@@ -18,14 +18,14 @@ from torch.utils import _pytree as pytree
 
 from maml_lightning.engine import loop
 from maml_lightning.engine.agreement import disagreement
-from maml_lightning.engine.fingerprints import fingerprint, has_hooks
+from maml_lightning.engine.fingerprints import fingerprint, needs_loop
 from maml_lightning.engine.graphs import structure
 from maml_lightning.engine.hoisting import Hoisted
 from maml_lightning.engine.jobs import Job, recomputed_pullback
 from maml_lightning.engine.memory import memory_of, out_of_memory, return_freed_memory
 from maml_lightning.engine.state import Bound, RandomState, State, without_state
-from maml_lightning.engine.tracing import TracedPair, signature, traced_call, traced_pair
-from maml_lightning.engine.trials import Trial, same_random_numbers
+from maml_lightning.engine.tracing import TracedPair, quiet, signature, traced_call, traced_pair
+from maml_lightning.engine.trials import Trial
 from maml_lightning.errors import SettingError
 
 log = logging.getLogger(__name__)
@@ -134,30 +134,26 @@ class Executor:
         # their traces.
         pays = not seen or key in seen
         seen.add(key)
-        before: RandomState | None = None
-        reference: tuple[Any, Callable | None] | None = None
+        before, compared, reference = RandomState(job.device()), False, None
         while (way := self._way(state)) != LOOP:
-            slower = way + 1
             traced = way == TRACED and (self._is_traced(key, pays) or self.execution == "traced")
             checked = key if traced else family
-            if checked not in self._checked and before is None:
-                before = RandomState(job.device())
-                reference = self._last_task(job)
+            if checked not in self._checked and not compared:
+                compared, reference = True, self._last_task(job)
                 continue
             try:
-                outputs, pullback = self._replay(job, key, leaves) if traced else job.untraced()
-                why = reference and disagreement(outputs, reference[0])
+                outputs, pullback, effect = self._replay(job, key, leaves) if traced else self._untraced(job)
+                why = effect or (reference and disagreement(outputs, reference[0]))
             except Exception as error:  # whatever a user's network raises where it cannot run this way
-                why = _reason(error)
-            if not why and before is not None and fingerprint(state.objects) != state.key:
-                why, slower = "it changes its own attributes as it runs", LOOP
+                effect, why = "", _reason(error)
+            if not why and traced and compared and fingerprint(state.objects) != state.key:
+                effect = why = "it changes its own attributes or variables as it runs"
             if not why:
                 self._checked.add(checked)
                 self._announce(state)
                 return outputs, self._check_once(job, pullback, reference[1]) if pullback and reference else pullback
-            if before is not None:
-                before.restore()
-            self._lower(state, slower, why)
+            before.restore()
+            self._lower(state, LOOP if effect else way + 1, why)
         return self._looped(job)
 
     def _way(self, state: State) -> int:
@@ -220,20 +216,17 @@ class Executor:
         """
         state, before, result = job.function.state, RandomState(job.device()), None
         self._examined.add(state.network)
-        if has_hooks(state.objects):
-            self._lower(state, LOOP, "its hooks have to run at each call")
+        if why := needs_loop(state.objects):
+            self._lower(state, LOOP, why)
             return None, False
         try:
             trial = Trial(state.objects)
         except Exception as error:  # whatever a part of a user's network raises
             self._lower(state, LOOP, f"it cannot be copied ({_reason(error)})")
             return None, False
-        with before.restored(), same_random_numbers():
-            try:
-                result = run(job._replace(function=State(trial.objects, trial.key, 0).bind(job.function.function)))
-            except Exception as error:  # what a loop cannot run, other ways may
-                _reason(error)
-            deterministic, changes = before.is_current(), trial.changes()
+        with before.restored():
+            result, changes = trial.run(lambda objects: _attempt(run, job.on(objects)))
+            deterministic = before.is_current()
         return_freed_memory()
         if changes:
             self._lower(state, LOOP, f"it {changes}")
@@ -270,11 +263,20 @@ class Executor:
         self._announce(job.function.state)
         return outputs, None if pullback is None else _naming_what_has_no_derivative()(pullback)
 
-    def _replay(self, job: Job, key: Hashable, leaves: list[Tensor]) -> tuple[Any, Callable | None]:
-        """Outputs and pullback by a graph, which is recorded the first time."""
+    def _untraced(self, job: Job) -> tuple[Any, Callable | None, str]:
+        """Outputs and pullback by ``vmap``, and what running the function changes: it may do so at any time.
+
+        It runs on copies, so that what happens can still happen as in a loop.
+        """
+        if why := needs_loop(job.function.state.objects):
+            return None, None, why
+        (outputs, pullback), changes = job.function.state.trial().run(lambda objects: job.on(objects).untraced())
+        return outputs, pullback, changes and f"it {changes}"
+
+    def _replay(self, job: Job, key: Hashable, leaves: list[Tensor]) -> tuple[Any, Callable | None, str]:
+        """Outputs and pullback by a graph, which is recorded the first time; a replay changes nothing."""
         if key not in self._graphs:
-            # Fake tensors have nothing to detect, and what they log is the reason for another way.
-            with torch.autograd.set_detect_anomaly(False), _without_log("torch._subclasses.fake_tensor"):
+            with quiet():
                 self._graphs[key] = (
                     traced_pair(job.vectorized(), job.joint(), job.args, self.compile)
                     if job.pullback
@@ -282,24 +284,14 @@ class Executor:
                 )
         graph: Any = self._graphs[key]
         if not job.pullback:
-            return graph(leaves), None
+            return graph(leaves), None, ""
         pair: TracedPair = graph
         if job.recompute:
             pullback = recomputed_pullback(job, lambda cotangents: pair.pullback(pair.outputs(leaves)[1], cotangents))
-            return self._run(job._replace(pullback=False))[0], pullback
+            return self._run(job._replace(pullback=False))[0], pullback, ""
         outputs, residuals = pair.outputs(leaves)
         self.kept_bytes += sum({memory_of(tensor): tensor.untyped_storage().nbytes() for tensor in residuals}.values())
-        return outputs, lambda cotangents: pair.pullback(residuals, cotangents)
-
-
-@contextmanager
-def _without_log(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    disabled, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = disabled
+        return outputs, lambda cotangents: pair.pullback(residuals, cotangents), ""
 
 
 def _bound(function: Callable) -> Bound:
@@ -316,6 +308,15 @@ def _reason(error: Exception) -> str:
         raise error
     line = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
     return line if len(line) <= 120 else f"{line[:117]}..."
+
+
+def _attempt(run: Callable[[Job], Any], job: Job) -> Any:
+    """None where it cannot run: what a loop cannot run, other ways may."""
+    try:
+        return run(job)
+    except Exception as error:  # whatever a user's network raises
+        _reason(error)
+        return None
 
 
 def _untraced_disagreement(job: Job, expected: tuple[Any, Callable | None]) -> str:

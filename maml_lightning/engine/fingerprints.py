@@ -7,25 +7,31 @@ and buffers are therefore left out, but for their names.
 
 import os
 import random
-import sys
-import sysconfig
 import weakref
 import zlib
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import is_dataclass
-from functools import cache, partial
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from functools import partial
+from types import BuiltinMethodType, CellType, FunctionType, MethodType, MethodWrapperType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-_PLAIN = {int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
+from maml_lightning.engine.variables import (
+    PLAIN,
+    Variable,
+    functions_of,
+    is_installed,
+    names_of,
+    of_class,
+    read_by,
+)
+
 _CONTAINERS = {dict, OrderedDict, list, tuple, set}
-_FIXED = {"torch", "torchvision", "numpy", "maml_lightning", *sys.stdlib_module_names} - {"__main__"}
-_INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 # Their objects hold much that has nothing to do with what a network computes.
 _LIBRARIES = {"torch", "lightning", "pytorch_lightning", "torchmetrics", "numpy", "logging", "threading", "builtins"}
 _SMALL = 64  # numbers of a tensor that is compared by value: its `.data` may change without a new version
@@ -55,9 +61,17 @@ def fingerprint(objects: tuple) -> Hashable:
             else counts by what is in it: modules, functions, containers, the attributes of objects; tensors and arrays
             by identity, version and, where they are small, values; objects of libraries by identity.
     """
-    owner = next((part for part in objects[:1] if isinstance(part, nn.Module)), None)
-    arguments = set() if owner is None else {id(value) for value in (*owner.parameters(), *owner.buffers())}
-    return _of(objects, _Seen(arguments))
+    seen = _Seen(objects)
+    try:
+        return (_of(objects, seen), *_global_hooks(seen), *_progress(seen))
+    except RecursionError:  # of objects nested too deeply to compare
+        return object()
+
+
+def variables_of(objects: tuple) -> list[Variable]:
+    """The variables of all code that objects have, see :func:`fingerprint`."""
+    _of(objects, seen := _Seen(objects))
+    return seen.variables
 
 
 def has_hooks(value: Any) -> bool:
@@ -68,21 +82,42 @@ def has_hooks(value: Any) -> bool:
     return any(getattr(layer, name) for layer in modules for name in _HOOKS)
 
 
-class _Seen(dict[int, int]):
-    """The objects that one fingerprint has met, and the tensors that are arguments."""
+def needs_loop(objects: tuple) -> str:
+    """Why objects can run in a loop over tasks alone; empty where they may run in other ways."""
+    if has_hooks(objects):
+        return "its hooks have to run at each call"
+    layers = [pair for part in objects if isinstance(part, nn.Module) for pair in part.named_modules()]
+    script = next(((n, layer) for n, layer in layers if isinstance(layer, torch.jit.ScriptModule)), None)
+    if script is None:
+        return ""
+    name = script[0] or type(script[1]).__name__
+    return f"TorchScript in it ({name}) runs task by task alone; give the module that it was made of"
 
-    def __init__(self, arguments: set[int]) -> None:
+
+class _Seen(dict[int, int]):
+    """The objects that one fingerprint has met.
+
+    Args:
+        objects: its arguments.
+    """
+
+    def __init__(self, objects: tuple) -> None:
         super().__init__()
-        self.arguments = arguments
+        owners = [part for part in objects[:1] if isinstance(part, nn.Module)]
+        self.arguments = {id(value) for net in owners for value in (*net.parameters(), *net.buffers())}
+        self.names: set[str] = set()  # that code reads
+        self.variables: list[Variable] = []
+        self.of_libraries: list[Any] = []
 
     def first_time(self, value: Any) -> bool:
         """Whether the object was not met before."""
-        return self.setdefault(id(value), len(self)) == len(self) - 1
+        number = len(self)
+        return self.setdefault(id(value), number) == number
 
 
 def _of(value: Any, seen: _Seen) -> Hashable:
     kind: Any = type(value)
-    if kind in _PLAIN:
+    if kind in PLAIN:
         return value if kind is str else (kind, value)  # 1 == 1.0 == True
     if isinstance(value, tuple):
         return (kind, *[_of(v, seen) for v in value])
@@ -106,22 +141,52 @@ def _of(value: Any, seen: _Seen) -> Hashable:
         return _function(value, seen)
     if isinstance(value, MethodType):
         return (_of(value.__func__, seen), _of(value.__self__, seen))
+    if isinstance(value, BuiltinMethodType | MethodWrapperType):
+        return (value.__name__, _of(value.__self__, seen))
+    if isinstance(value, weakref.ReferenceType):
+        return (kind, _of(value(), seen))
+    if isinstance(value, ContextVar):
+        return (_identity(value), *_values([Variable(value, value.name, value.get(None))], seen))
     if (state := generator_state(value)) is not None:
         return state
     if isinstance(value, type):
         return (
-            _identity(value) if _is_installed(value.__module__) else (_identity(value), *_class(value, seen, met=True))
+            _identity(value) if is_installed(value.__module__) else (_identity(value), *_class(value, seen, met=True))
         )
     return _object(value, seen)
 
 
 def _object(value: Any, seen: _Seen) -> Hashable:
+    if isinstance(value, ModuleType):
+        return _identity(value)
+    if (content := _checksum(value)) is not None:
+        return (type(value), content)
     if is_of_library(value):
-        return (_identity(value), *[(n, type(v), v) for n, v in attributes_of(value).items() if type(v) in _PLAIN])
+        seen.of_libraries.append(value)
+        return (_identity(value), *[(n, type(v), v) for n, v in attributes_of(value).items() if type(v) in PLAIN])
     if isinstance(value, Iterator):
         return object()  # whoever takes its next element changes it
     parts = [(name, _of(v, seen)) for name, v in attributes_of(value).items()]
     return (type(value) if is_dataclass(value) else _identity(value), *_class(type(value), seen), *parts)
+
+
+def _checksum(value: Any) -> int | None:
+    """Of the bytes of an array of whatever kind; None for what is none."""
+    try:
+        return zlib.crc32(value)
+    except (TypeError, ValueError, BufferError):
+        return None
+
+
+def _global_hooks(seen: _Seen) -> list[Hashable]:
+    hooks = [getattr(nn.modules.module, f"_global{name}") for name in _HOOKS]
+    return [_of(own, seen) for own in hooks if own]
+
+
+def _progress(seen: _Seen) -> list[Hashable]:
+    """Epoch and step of a Trainer, where code reads them: a module finds them there."""
+    names = [name for name in ("current_epoch", "global_step") if name in seen.names]
+    return [getattr(value, name) for value in seen.of_libraries for name in names if hasattr(value, name)]
 
 
 def attributes_of(value: Any) -> dict[str, Any]:
@@ -132,12 +197,7 @@ def attributes_of(value: Any) -> dict[str, Any]:
 
 def is_of_library(value: Any) -> bool:
     """Whether an object belongs to a library, and holds much that has nothing to do with what a network computes."""
-    return _root(type(value).__module__) in _LIBRARIES and not isinstance(value, nn.Module)
-
-
-def is_users(function: FunctionType) -> bool:
-    """Whether a function is of the user's own code."""
-    return not _is_installed(function.__module__)
+    return type(value).__module__.partition(".")[0] in _LIBRARIES and not isinstance(value, nn.Module)
 
 
 def _slots(cls: type) -> tuple[str, ...]:
@@ -168,7 +228,7 @@ def _module(net: nn.Module, seen: _Seen) -> Hashable:
     parts: list[Any] = [type(net), *_class(type(net), seen), *attributes]
     for name, value in attributes.items():
         kind = type(value)
-        if kind in _PLAIN:
+        if kind in PLAIN:
             parts += (kind, value)
         elif kind in _CONTAINERS and not value:  # most are: no hooks, no buffers
             parts.append(kind)
@@ -183,57 +243,29 @@ def _module(net: nn.Module, seen: _Seen) -> Hashable:
 
 
 def _class(kind: type, seen: _Seen, met: bool = False) -> list[Hashable]:
-    """The attributes of a class, and what its methods depend on; once in a fingerprint."""
+    """The attributes of a class, and what its functions depend on; once in a fingerprint."""
     if not met and not seen.first_time(kind):
         return []
-    own = [cls for cls in kind.__mro__ if _root(cls.__module__) not in _FIXED]
-    attributes = [(n, _code_of(v)) for cls in own for n, v in vars(cls).items()]
-    data = _PLAIN | _CONTAINERS | {Tensor}
-    read = [(n, v) for n, v in attributes if type(v) is FunctionType or (type(v) in data and not n.startswith("__"))]
-    return [(n, _of(v, seen)) for n, v in read if type(v) is not FunctionType or not _is_installed(v.__module__)]
-
-
-def _code_of(attribute: Any) -> Any:
-    """The function of a method or property of any kind; other attributes as they are."""
-    for name in ("__func__", "fget", "func"):
-        if isinstance(found := getattr(attribute, name, None), FunctionType):
-            return found
-    return attribute
+    return [*_values(of_class(kind), seen), *[(name, _of(function, seen)) for name, function in functions_of(kind)]]
 
 
 def _function(function: FunctionType, seen: _Seen) -> Hashable:
-    """A function by identity, what it closes over, and the global variables that its code reads."""
-    defaults = _of((function.__defaults__, function.__kwdefaults__), seen)
-    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
-    if _is_installed(function.__module__):
-        return (_identity(function), defaults, *[_of(value, seen) for value in cells])
-    names, variables = _names(function.__code__), function.__globals__
-    read = [(name, variables[name]) for name in names if name in variables]
-    for name, value in list(read):  # `settings.temperature`: a variable of another module
-        if isinstance(value, ModuleType) and not _is_installed(value.__name__):
-            read += [(f"{name}.{n}", vars(value)[n]) for n in names if n in vars(value)]
-    read = [(name, value) for name, value in read if not isinstance(value, ModuleType)]
-    environment = hash(frozenset(os.environ.items())) if {"environ", "getenv"} & set(names) else None
-    parts = [*[_of(value, seen) for value in cells], *[(n, _of(v, seen)) for n, v in read]]
-    return (_identity(function), defaults, environment, *parts)
+    """A function by identity, what it closes over, and the variables that its code reads."""
+    cells = [_of(cell.cell_contents, seen) for cell in function.__closure__ or () if cell != CellType()]
+    names = names_of(function.__code__)
+    environment = hash(frozenset(os.environ.items())) if "environ" in names or "getenv" in names else None
+    if not is_installed(function.__module__):
+        seen.names.update(names)
+    return (_identity(function), environment, *cells, *_values(read_by(function), seen))
 
 
-@cache
-def _names(code: CodeType) -> tuple[str, ...]:
-    """The names that code reads, that of functions inside it included."""
-    inner = (name for const in code.co_consts if isinstance(const, CodeType) for name in _names(const))
-    return tuple(dict.fromkeys((*code.co_names, *inner)))
-
-
-@cache
-def _is_installed(module: str | None) -> bool:
-    """Whether a module is of an installed package, whose variables are not looked at, not of the user's own code."""
-    file = getattr(sys.modules.get(module or ""), "__file__", None) or ""
-    return _root(module) in _FIXED or file.startswith(_INSTALLED)
-
-
-def _root(module: str | None) -> str:
-    return (module or "").partition(".")[0]
+def _values(variables: Iterable[Variable], seen: _Seen) -> list[Hashable]:
+    parts: list[Hashable] = []
+    for variable in variables:
+        seen.variables.append(variable)
+        value = variable.value
+        parts += (variable.name, (type(value), value) if type(value) in PLAIN else _of(value, seen))
+    return parts
 
 
 def _identity(value: Any) -> Hashable:

@@ -10,7 +10,7 @@ from torch.func import vjp, vmap
 from torch.utils import _pytree as pytree
 
 from maml_lightning.engine import loop
-from maml_lightning.engine.state import Bound, RandomState
+from maml_lightning.engine.state import Bound, RandomState, State
 
 
 class Job(NamedTuple):
@@ -34,6 +34,11 @@ class Job(NamedTuple):
     def family(self) -> tuple[Hashable, ...]:
         """The same for calls that differ in the signature of the arguments alone."""
         return self.function.function, self.function.state.number, self.pullback, self.in_dims
+
+    def on(self, objects: Any) -> "Job":
+        """The same with other objects."""
+        state = State(objects, self.function.state.key, self.function.state.number)
+        return self._replace(function=state.bind(self.function.function))
 
     def vectorized(self) -> Callable:
         """The function, vectorized over tasks."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from maml_lightning.devices import random_states, set_random_states
 from maml_lightning.engine.fingerprints import fingerprint
+from maml_lightning.engine.trials import Trial
 
 
 class State:
@@ -24,6 +25,13 @@ class State:
         self.objects, self.key, self.number = objects, key, number
         modules = [part for part in objects if isinstance(part, nn.Module)]
         self.network = tuple((id(module), module.training) for module in modules)  # the same for all its states
+        self._trial: Trial | None = None
+
+    def trial(self) -> Trial:
+        """Copies to run, made once."""
+        if self._trial is None:
+            self._trial = Trial(self.objects)
+        return self._trial
 
     def bind(self, function: Callable) -> "Bound":
         """``function`` with these objects as its first argument."""

@@ -5,7 +5,9 @@ has none of them. A function and its pullback are traced together and cut in two
 the forward half computed.
 """
 
-from collections.abc import Callable, Collection
+import logging
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +20,18 @@ from maml_lightning.engine.graphs import cut, is_mutable, simplify
 from maml_lightning.engine.hoisting import Hoisted
 from maml_lightning.engine.kernels.mode import COMPILED
 from maml_lightning.engine.recording import record
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """For recording: fake tensors have nothing to detect, and what they log is the reason for another way."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        with torch.autograd.set_detect_anomaly(False):
+            yield
+    finally:
+        logger.disabled = disabled
 
 
 def signature(leaves: Collection[Tensor]) -> tuple:

@@ -1,16 +1,17 @@
 """Running a network to see what it does: on copies, so that nothing has happened to the network itself.
 
 The first time that a function runs, it may turn out that it has to run in another way, or once more. Parameters are
-shared by the copies, which do not write to them; global variables are not copied.
+shared by the copies, which do not write to them. While a copy runs, the variables that its code reads are copies, too.
 """
 
 import copy
 import random
 from collections import deque
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
-from types import CellType, FunctionType, MethodType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from maml_lightning.devices import has_values
-from maml_lightning.engine.fingerprints import attributes_of, fingerprint, is_of_library, is_users
+from maml_lightning.engine.fingerprints import attributes_of, fingerprint, is_of_library, variables_of
+from maml_lightning.engine.variables import Variable, is_installed
 
 
 class Trial:
@@ -32,22 +34,56 @@ class Trial:
     """
 
     def __init__(self, objects: Any) -> None:
-        self.objects = trial_copy(objects)
-        self.key, self.draws = fingerprint(self.objects), _draws()
+        self.objects, self.variables = _copied(objects, variables_of(objects))
+        with replaced(self.variables):
+            self.key, self.draws = fingerprint(self.objects), _draws()
         self.buffers = self._buffers()
+
+    def run(self, function: Callable[[Any], Any]) -> tuple[Any, str]:
+        """What ``function`` gives of the copies, and what it changes, in words that follow "it"; empty for nothing.
+
+        Python's and NumPy's random numbers are put back.
+        """
+        with same_random_numbers(), replaced(self.variables):
+            return function(self.objects), self._changes()
 
     def _buffers(self) -> list[Tensor]:
         modules = (part for part in self.objects if isinstance(part, nn.Module))
         return [buffer.detach().clone() for module in modules for buffer in module.buffers()]
 
-    def changes(self) -> str:
-        """What running the copies has changed, in words that follow "it"; empty for nothing."""
+    def _changes(self) -> str:
         if _draws() != self.draws:
             return "draws from Python's or NumPy's random numbers"
         buffers = self._buffers()
         if len(buffers) != len(self.buffers) or not all(map(_same, buffers, self.buffers)):
             return "writes to its buffers as it runs"
-        return "" if fingerprint(self.objects) == self.key else "changes its own attributes as it runs"
+        return "" if fingerprint(self.objects) == self.key else "changes its own attributes or variables as it runs"
+
+
+@contextmanager
+def replaced(variables: list[tuple[Variable, Any]]) -> Iterator[None]:
+    """Other values of variables for a while; afterwards all are as before, and new ones are gone.
+
+    Args:
+        variables: with the other value of each.
+    """
+    owners = list({id(variable.owner): variable.owner for variable, _ in variables}.values())
+    before = [set(_names(owner)) for owner in owners]
+    try:
+        for variable, value in variables:
+            variable.set(value)
+        yield
+    finally:
+        for variable, _ in variables:
+            variable.set(variable.value)
+        for owner, names in zip(owners, before, strict=True):
+            for name, value in list(_names(owner).items()):
+                if name not in names and not isinstance(value, ModuleType):  # imported for all time
+                    owner.pop(name) if isinstance(owner, dict) else delattr(owner, name)
+
+
+def _names(owner: Any) -> Mapping[str, Any]:
+    return owner if isinstance(owner, dict) else getattr(owner, "__dict__", {})
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -56,16 +92,19 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
-def trial_copy(objects: Any, share_parameters: bool = True) -> Any:
-    """A deep copy of a tuple that shares the objects of libraries, and copies what functions close over.
+def _copied(
+    objects: Any, variables: list[Variable], share_parameters: bool = True
+) -> tuple[Any, list[tuple[Variable, Any]]]:
+    """Deep copies of a tuple and of variables' values, which share the objects of libraries.
 
     Args:
         objects: a tuple.
+        variables: those without a copy stay as they are.
         share_parameters: whether the copies have the same parameters.
     """
     memo: dict[int, Any] = {}
     functions: list[tuple[FunctionType, FunctionType]] = []
-    for value in _reachable(objects):
+    for value in _reachable((objects, [variable.value for variable in variables])):
         if isinstance(value, Tensor):
             if share_parameters and isinstance(value, nn.Parameter):
                 memo[id(value)] = value
@@ -73,32 +112,68 @@ def trial_copy(objects: Any, share_parameters: bool = True) -> Any:
                 memo[id(value)] = value.detach().clone()
         elif isinstance(value, torch.Generator):
             memo[id(value)] = value.clone_state()
-        elif is_of_library(value) and type(value).__module__.partition(".")[0] not in ("builtins", "numpy"):
+        elif type(value) is object or _is_shared(value):
             memo[id(value)] = value
         elif isinstance(value, FunctionType) and value.__closure__:
-            cells = tuple(CellType() for _ in value.__closure__)
-            copied = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
-            copied.__kwdefaults__, copied.__module__ = value.__kwdefaults__, value.__module__
-            copied.__qualname__ = value.__qualname__
-            memo[id(value)] = copied
+            memo[id(value)] = copied = _function_like(value)
             functions.append((value, copied))
     for original, copied in functions:
         for cell, own in zip(original.__closure__ or (), copied.__closure__ or (), strict=True):
             if cell != CellType():
                 own.cell_contents = copy.deepcopy(cell.cell_contents, memo)
+        copied.__defaults__, copied.__kwdefaults__, own_attributes = (
+            _copy(part, memo) for part in (original.__defaults__, original.__kwdefaults__, vars(original))
+        )
+        vars(copied).update(own_attributes)
+    parts = [_copy(part, memo) for part in objects]
+    others = {
+        (id(variable.owner), variable.name): (variable, _copy_or_own(variable.value, memo)) for variable in variables
+    }
+    changed = [
+        (v, value)
+        for v, value in others.values()
+        if value is not v.value or isinstance(v.owner, dict | type | ContextVar)
+    ]
+    if hasattr(objects, "_fields"):
+        return objects._replace(**dict(zip(objects._fields, parts, strict=True))), changed
+    return (*parts,), changed
+
+
+def _function_like(function: FunctionType) -> FunctionType:
+    cells = tuple(CellType() for _ in function.__closure__ or ())
+    copied = FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
+    copied.__module__, copied.__qualname__ = function.__module__, function.__qualname__
+    return copied
+
+
+def _is_shared(value: Any) -> bool:
+    return is_of_library(value) and type(value).__module__.partition(".")[0] not in ("builtins", "numpy")
+
+
+def _copy(value: Any, memo: dict[int, Any]) -> Any:
     # Some versions of Python copy no function, not even one that is in the memo.
-    parts = [memo[id(part)] if id(part) in memo else copy.deepcopy(part, memo) for part in objects]
-    return (
-        objects._replace(**dict(zip(objects._fields, parts, strict=True))) if hasattr(objects, "_fields") else (*parts,)
-    )
+    return memo[id(value)] if id(value) in memo else copy.deepcopy(value, memo)
 
 
-def copies_to_try(*objects: Any) -> Any:
-    """Copies to run for their results alone, see :func:`trial_copy`; the objects themselves where they have none."""
+def _copy_or_own(value: Any, memo: dict[int, Any]) -> Any:
     try:
-        return trial_copy(objects, share_parameters=False)
+        return _copy(value, memo)
+    except Exception:  # whatever a part of it raises
+        return value
+
+
+@contextmanager
+def trying(*objects: Any) -> Iterator[Any]:
+    """Copies to run for their results alone, and copies of the variables that their code reads in the place of those.
+
+    Where they have no copies, they are tried themselves.
+    """
+    try:
+        copies, variables = _copied(objects, variables_of(objects), share_parameters=False)
     except Exception:  # whatever a part of them raises
-        return objects
+        copies, variables = objects, []
+    with replaced(variables):
+        yield copies
 
 
 def copies_of_stored(net: nn.Module) -> dict[int, Tensor]:
@@ -141,7 +216,7 @@ def _parts(value: Any) -> list[Any]:
     if isinstance(value, MethodType):
         return [value.__func__, value.__self__]
     if isinstance(value, FunctionType):
-        cells = value.__closure__ or () if is_users(value) else ()
+        cells = value.__closure__ or () if not is_installed(value.__module__) else ()
         return [cell.cell_contents for cell in cells if cell != CellType()]
     if isinstance(value, Tensor) or is_of_library(value):
         return []

@@ -18,7 +18,7 @@ from maml_lightning.algorithms.inner_loop import InnerLoop
 from maml_lightning.algorithms.prototypes import labels_of
 from maml_lightning.algorithms.statistics import called
 from maml_lightning.devices import has_values
-from maml_lightning.engine.trials import copies_to_try, same_random_numbers
+from maml_lightning.engine.trials import same_random_numbers, trying
 from maml_lightning.episodes import Episode, InputSpec
 from maml_lightning.errors import SettingError
 from maml_lightning.structures import describe, first_task, leaves, mapped
@@ -64,17 +64,18 @@ def check_fit(loop: InnerLoop, metric: Any, episode: Episode, inner_steps: int, 
     loss = loop.loss
     for all_inputs, all_targets in (episode[2:],) if pretraining else (episode[:2], episode[2:]):
         inputs, targets = map(first_task, (all_inputs, all_targets))
-        for net, tried in (copies_to_try(loop.net, loss), (loop.net, loss)):
-            outputs = _outputs(net, loop.running or (), inputs, pretraining)
-            if is_computed(tried, outputs, targets):
-                break  # else the loss may read what the network itself keeps as it runs
-        if loop.head == "prototypes":
-            outputs = outputs.new_zeros(*outputs.shape[:-1], len(labels_of(episode.support_targets, all_targets)))
-        elif is_of_classes(loss) and isinstance(targets, Tensor) and has_values(targets):
-            check_classes(loss, outputs, targets, all_targets, pretraining, trainer)
-        elif is_of_labels(loss) and isinstance(targets, Tensor) and has_values(targets):
-            check_labels(loss, all_targets)
-        check_loss(tried, outputs, targets)
+        with trying(loop.net, loss) as copies:
+            for net, tried in (copies, (loop.net, loss)):
+                outputs = _outputs(net, loop.running or (), inputs, pretraining)
+                if is_computed(tried, outputs, targets):
+                    break  # else the loss may read what the network itself keeps as it runs
+            if loop.head == "prototypes":
+                outputs = outputs.new_zeros(*outputs.shape[:-1], len(labels_of(episode.support_targets, all_targets)))
+            elif is_of_classes(loss) and isinstance(targets, Tensor) and has_values(targets):
+                check_classes(loss, outputs, targets, all_targets, pretraining, trainer)
+            elif is_of_labels(loss) and isinstance(targets, Tensor) and has_values(targets):
+                check_labels(loss, all_targets)
+            check_loss(tried, outputs, targets)
     if metric is not None:
         with without_broadcasting():
             metric_scores(metric, [outputs[None]], mapped(lambda tensor: tensor[None], targets))

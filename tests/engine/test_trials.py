@@ -125,3 +125,44 @@ def test_a_network_that_clips_its_weights_keeps_those_of_its_own():
     before = net.layer.weight.detach().clone()
     gradient(MAML(net, inner_lr=0.1, inner_steps=1))
     assert torch.equal(net.layer.weight, before)
+
+
+LATE = {"attribute": counted, "buffer": averaged, "Python's random numbers": lambda net, outputs: random.random()}
+
+
+@pytest.mark.parametrize("begins", ["at a step", "with longer inputs"])
+@pytest.mark.parametrize("effect", LATE)
+def test_effects_that_begin_late_are_those_of_a_loop(effect, begins):
+    def late(net, outputs):
+        begun = net.kept.value > 9 if begins == "at a step" else len(outputs) > 20
+        return LATE[effect](net, outputs) if begun else 1 + 0 * net.kept.value
+
+    net = Net(late).double()
+    plain = copy.deepcopy(net)
+    maml = MAML(net, inner_lr=0.1, inner_steps=2, tasks_per_chunk=1)
+    for step in range(12) if begins == "at a step" else range(4):
+        each = episode()
+        if begins == "at a step":  # more states than are traced
+            net.kept.value = plain.kept.value = step
+        else:
+            each = Episode(*(part.repeat(1, 1 + step, *[1] * (part.dim() - 2)) for part in each))
+        state = random.getstate()
+        _, expected = reference(plain, each, 0.1, 2, F.cross_entropy)
+        random.setstate(state)
+        maml.zero_grad()
+        maml.training_step(each, 0).backward()
+        assert relative_error({name: value.grad for name, value in net.named_parameters()}, expected) < 1e-9
+    assert net.calls == plain.calls
+
+
+def test_what_a_network_keeps_is_no_tensor_of_a_transform_however_often_its_attributes_change():
+    def kept(net, outputs):
+        net.last = outputs if net.kept.value > 9 else None
+        return 1.0
+
+    net = Net(kept).double()
+    maml = MAML(net, inner_lr=0.1, inner_steps=1)
+    for step in range(11):
+        net.kept.value = step
+        gradient(maml)
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(net.last)

@@ -12,6 +12,7 @@ from tests.zoo.test_zoo import TOLERANCE
 def test_the_page_has_a_row_for_each_network(tmp_path, monkeypatch, capsys):
     cases = [Case("perceptron", Perceptron, VECTOR), Case("broken", lambda: torch.nn.Linear(5, 3), VECTOR)]
     monkeypatch.setattr(networks.test_zoo, "CASES", cases)
+    monkeypatch.setattr(networks, "GROUPS", {"Small": ("perceptron", "broken")})
     monkeypatch.setattr(networks.logging, "disable", lambda level: None)
     networks.networks("^(perceptron|broken)$", tasks=4, rounds=1, out=tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()
@@ -24,6 +25,28 @@ def test_the_page_has_a_row_for_each_network(tmp_path, monkeypatch, capsys):
     assert broken[1].startswith("**fails**")
     assert "1 of 1 that run are exact" in page
     assert perceptron[0] in capsys.readouterr().out
+
+
+def test_a_network_whose_calls_change_its_buffers_is_compared_with_each_usual_loop():
+    case = networks.test_zoo.BY_NAME["running mean in use"]
+    assert case.stateful
+    assert networks.error(case) < TOLERANCE
+
+
+def test_complex_parameters_stay_complex_and_real_ones_real():
+    net, episode = networks.single(networks.test_zoo.BY_NAME["complex parameters"], False, 2)
+    assert net.weight.dtype == torch.complex128
+    assert net.head.weight.dtype == episode.query_inputs.dtype == torch.float64
+
+
+def test_a_refused_network_is_listed_with_the_remedy():
+    rows = [networks.Row("scripted", note="refused: it has TorchScript; give the module.")]
+    assert "- scripted: it has TorchScript; give the module." in networks.page(rows, 4, "a day")
+
+
+def test_each_row_of_the_page_is_a_network_that_is_measured():
+    names = {case.name for case, _ in networks.chosen("")} | {case.name for case in networks.families.CASES}
+    assert {name for group in networks.GROUPS.values() for name in group} <= names
 
 
 def test_an_inexact_network_is_shown_as_such():

@@ -195,3 +195,20 @@ def test_lazy_layers_are_initialized_or_refused_with_the_remedy():
     assert not message or re.search("(?i)lazy.*call it once", message)
     expected = loop(PERCEPTRON, copy.deepcopy(net), episode, **QUICK)
     assert step_error(maml, episode, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("execution", ["traced", "vectorized"])
+def test_torchscript_that_cannot_be_vectorized_is_named_with_the_remedy(execution):
+    case = Case("scripted", python_state.scripted, VECTOR)
+    maml = module(case, case.network(), execution=execution, first_order=True, **QUICK)
+    with pytest.raises(
+        SettingError, match=rf"^model.execution {execution} .*\(act\).*give the module .*set it to loop"
+    ):
+        maml.training_step(case.episode(), 0)
+
+
+def test_torchscript_runs_in_first_order():
+    case = Case("scripted", python_state.scripted, VECTOR)
+    maml, episode = module(case, case.network(), first_order=True, **QUICK), case.episode()
+    expected = loop(case, case.network(), episode, first_order=True, **QUICK)
+    assert step_error(maml, episode, expected) < TOLERANCE

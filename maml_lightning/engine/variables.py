@@ -1,0 +1,132 @@
+"""The variables that code reads beside its arguments: global ones, those of modules that it imports, of its class.
+
+Which names code reads is known without running it; a few more than it reads are taken for read. Variables of installed
+packages count where they hold plain values: the rest of them is not the user's to change.
+"""
+
+import dis
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
+from functools import cache
+from types import CodeType, FunctionType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+PLAIN = {int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
+_FIXED = {"torch", "torchvision", "numpy", "maml_lightning", *sys.stdlib_module_names} - {"__main__"}
+_INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+
+
+class Variable(NamedTuple):
+    """Where a value is that code reads.
+
+    Args:
+        owner: a dictionary of variables, an object with attributes, or a variable of the context.
+        name: in it.
+        value: now.
+    """
+
+    owner: Any
+    name: str
+    value: Any
+
+    def set(self, value: Any) -> None:
+        """Put another value in its place, where it does not have that one."""
+        if isinstance(self.owner, ContextVar):
+            self.owner.set(value)
+        elif isinstance(self.owner, dict):
+            self.owner[self.name] = value
+        elif getattr(self.owner, self.name, None) is not value:
+            setattr(self.owner, self.name, value)
+
+
+def read_by(function: FunctionType) -> Iterator[Variable]:
+    """The variables that a function reads: default arguments, its attributes, global variables, those of modules."""
+    yield Variable(function, "__defaults__", function.__defaults__)
+    yield Variable(function, "__kwdefaults__", function.__kwdefaults__)
+    if _root(function.__module__) in _FIXED:
+        return
+    yield Variable(function, "__dict__", vars(function))
+    installed = is_installed(function.__module__)
+    names, modules = names_of(function.__code__), _imported(function)
+    yield from _found(names, function.__globals__, installed, modules)
+    for module in modules:  # grows: `settings.training.temperature`
+        yield from _found(names, vars(module), is_installed(module.__name__), modules)
+
+
+def _found(names: Iterable[str], owner: dict[str, Any], plain: bool, modules: list[ModuleType]) -> Iterator[Variable]:
+    for name in names:
+        if name not in owner:
+            continue
+        value = owner[name]
+        if isinstance(value, ModuleType):
+            if value not in modules and _root(value.__name__) not in _FIXED:
+                modules.append(value)
+        elif not plain or type(value) in PLAIN:
+            yield Variable(owner, name, value)
+
+
+def of_class(kind: type) -> Iterator[Variable]:
+    """The attributes of a class and its bases that are neither functions nor Python's own."""
+    for cls in own_classes(kind):
+        for name, value in vars(cls).items():
+            own = _root(type(value).__module__) not in _FIXED or not hasattr(type(value), "__get__")
+            if own and not name.startswith("__"):
+                yield Variable(cls, name, value)
+
+
+def functions_of(kind: type) -> Iterator[tuple[str, FunctionType]]:
+    """The functions of a class and its bases: methods, and those of properties and other descriptors."""
+    for cls in own_classes(kind):
+        for name, value in vars(cls).items():
+            for attribute in ("", "__func__", "fget", "func"):
+                if isinstance(found := getattr(value, attribute, None) if attribute else value, FunctionType):
+                    yield name, found
+                    break
+
+
+def own_classes(kind: type) -> list[type]:
+    """The class and its bases, but for those of PyTorch, NumPy, Python and this package."""
+    return [cls for cls in kind.__mro__ if _root(cls.__module__) not in _FIXED]
+
+
+@cache
+def names_of(code: CodeType) -> tuple[str, ...]:
+    """The names that code reads, and the strings in it that could be names; that of functions inside it included."""
+    strings = [const for const in code.co_consts if isinstance(const, str) and const.isidentifier()]
+    inner = [name for const in code.co_consts if isinstance(const, CodeType) for name in names_of(const)]
+    return tuple(dict.fromkeys((*code.co_names, *strings, *inner)))
+
+
+def _imported(function: FunctionType) -> list[ModuleType]:
+    """The modules that a function imports as it runs, as far as they are imported."""
+    package = (function.__globals__.get("__package__") or "").split(".")
+    packages = [".".join(package[:length]) for length in range(len(package), 0, -1)]
+    paths = [
+        f"{parent}.{name}".strip(".")
+        for name in _import_names(function.__code__)
+        for parent in ("", *packages)
+        if name or parent
+    ]
+    modules = [sys.modules[path] for path in dict.fromkeys(paths) if path in sys.modules]
+    return [module for module in modules if _root(module.__name__) not in _FIXED]
+
+
+@cache
+def _import_names(code: CodeType) -> tuple[str, ...]:
+    inner = [name for const in code.co_consts if isinstance(const, CodeType) for name in _import_names(const)]
+    return (*(step.argval for step in dis.get_instructions(code) if step.opname == "IMPORT_NAME"), *inner)
+
+
+@cache
+def is_installed(module: str | None) -> bool:
+    """Whether a module is of an installed package, not of the user's own code."""
+    file = getattr(sys.modules.get(module or ""), "__file__", None) or ""
+    return _root(module) in _FIXED or file.startswith(_INSTALLED)
+
+
+def _root(module: str | None) -> str:
+    return (module or "").partition(".")[0]
