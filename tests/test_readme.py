@@ -46,6 +46,8 @@ def shrunk(command):
             flags |= {"trainer.devices": 2}
     elif " test " in command:
         flags |= {"data.test_episodes": 4}
+    elif " calibrate " in command:
+        flags = {"episodes": 2, "data.val_episodes": 2, "data.ways": 4}
     elif " predict " not in command:
         return command
     if any(word in command for word in ("--help", ".help ", "--print_config")):
@@ -70,7 +72,9 @@ def prepare(command, folder, request):
     if "--data.root data" in command and not (folder / "data").exists():
         (folder / "data").symlink_to(request.getfixturevalue("omniglot_root"))
     if "CKPT" in command:
-        succeed(shrunk(command.replace(" test ", " fit ").replace("--ckpt_path CKPT", "")))
+        trained = command.replace(" calibrate ", " fit ").replace("--data.ways 20", "--data.ways 4")
+        trained = trained.replace(" --output calibrated.ckpt", "")
+        succeed(shrunk(trained.replace(" test ", " fit ").replace("--ckpt_path CKPT", "")))
         command = command.replace("CKPT", str(max(folder.rglob("best.ckpt"), key=os.path.getmtime)))
     folders = [f"ROOT/{split}/{split}" for split in ("train", "val", "test")] if "ROOT" in command else []
     folders += ["support/", "query/"] if "support support" in command else []
