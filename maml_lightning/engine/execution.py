@@ -130,8 +130,7 @@ class Executor:
         family = (*job.family, structure(spec))
         key = (*family, *signature(leaves))
         seen = self._signatures.setdefault(family, set())
-        # The first signature is traced at once, others when they come again: inputs of ever new lengths never pay for
-        # their traces.
+        # The first signature is traced at once, others when they come again: ever new lengths never pay for traces.
         pays = not seen or key in seen
         seen.add(key)
         before, compared, reference = RandomState(job.device()), False, None
@@ -142,7 +141,7 @@ class Executor:
                 compared, reference = True, self._last_task(job)
                 continue
             try:
-                outputs, pullback, effect = self._replay(job, key, leaves) if traced else self._untraced(job)
+                outputs, pullback, effect = self._replay(job, key, leaves) if traced else self._untraced(job, key)
                 why = effect or (reference and disagreement(outputs, reference[0]))
             except Exception as error:  # whatever a user's network raises where it cannot run this way
                 effect, why = "", _reason(error)
@@ -225,7 +224,7 @@ class Executor:
             self._lower(state, LOOP, f"it cannot be copied ({_reason(error)})")
             return None, False
         with before.restored():
-            result, changes = trial.run(lambda objects: _attempt(run, job.on(objects)))
+            result, changes = trial.watch(lambda objects: _attempt(run, job.on(objects)))
             deterministic = before.is_current()
         return_freed_memory()
         if changes:
@@ -263,14 +262,14 @@ class Executor:
         self._announce(job.function.state)
         return outputs, None if pullback is None else _naming_what_has_no_derivative()(pullback)
 
-    def _untraced(self, job: Job) -> tuple[Any, Callable | None, str]:
-        """Outputs and pullback by ``vmap``, and what running the function changes: it may do so at any time.
-
-        It runs on copies, so that what happens can still happen as in a loop.
-        """
+    def _untraced(self, job: Job, key: Hashable) -> tuple[Any, Callable | None, str]:
+        """Outputs and pullback by ``vmap``, on copies while effects, which have to happen in a loop, may begin."""
+        if job.function.state.number is not None and ("no effects", key) in self._checked:
+            return *job.untraced(), ""
         if why := needs_loop(job.function.state.objects):
             return None, None, why
         (outputs, pullback), changes = job.function.state.trial().run(lambda objects: job.on(objects).untraced())
+        self._checked |= set() if changes else {("no effects", key)}
         return outputs, pullback, changes and f"it {changes}"
 
     def _replay(self, job: Job, key: Hashable, leaves: list[Tensor]) -> tuple[Any, Callable | None, str]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from maml_lightning.devices import has_values
 from maml_lightning.engine.fingerprints import attributes_of, fingerprint, is_of_library, variables_of
+from maml_lightning.engine.outside import calls_outside
 from maml_lightning.engine.variables import Variable, is_installed
 
 
@@ -46,6 +47,12 @@ class Trial:
         """
         with same_random_numbers(), replaced(self.variables):
             return function(self.objects), self._changes()
+
+    def watch(self, function: Callable[[Any], Any]) -> tuple[Any, str]:
+        """The same; and what it asks of the world outside counts, too."""
+        with calls_outside() as found:
+            result, changes = self.run(function)
+        return result, changes or next(iter(found), "")
 
     def _buffers(self) -> list[Tensor]:
         modules = (part for part in self.objects if isinstance(part, nn.Module))

@@ -1,7 +1,9 @@
 """Which variables code reads: whatever of them changes, a graph that was recorded before is not replayed."""
 
 import array
+import datetime
 import sys
+import time
 import weakref
 from contextvars import ContextVar
 from types import ModuleType, SimpleNamespace
@@ -236,3 +238,45 @@ def test_what_is_written_to_variables_is_written_as_in_a_loop(scale):
     maml = MAML(net, inner_lr=0.1, inner_steps=2)
     for each in expected:
         assert relative_error(gradient(maml), each) < 1e-9
+
+
+def of_clock(net, outputs):
+    return 1 + 0 * time.perf_counter()
+
+
+def of_date(net, outputs):
+    return 1 + 0 * datetime.datetime.now().year
+
+
+def printing(net, outputs):
+    print("called", end="")
+    return 1
+
+
+@pytest.mark.parametrize(
+    ("scale", "why"),
+    [
+        (of_clock, "reads the clock"),
+        (of_date, "reads the clock"),
+        (printing, "prints"),
+        (listed, "changes its own"),
+        (scaled, ""),
+    ],
+)
+def test_what_is_asked_of_the_world_outside_is_asked_at_each_call(scale, why, caplog):
+    scaled.scale = 1.0
+    net = Written((lambda net, outputs: scaled()) if scale is scaled else scale).double()
+    maml = MAML(net, inner_lr=0.1, inner_steps=1)
+    gradient(maml)
+    lines = [record.message for record in caplog.records if "slower" in record.message]
+    assert [why in line for line in lines] == [True] * bool(why)
+
+
+def test_a_file_is_read_anew(tmp_path):
+    file = tmp_path / "scale.txt"
+    net = Written(lambda net, outputs: float(file.read_text())).double()
+    maml = MAML(net, inner_lr=0.1, inner_steps=1)
+    for scale in ("1.0", "3.0"):
+        file.write_text(scale)
+        _, expected = reference(net, episode(), 0.1, 1, F.cross_entropy)
+        assert relative_error(gradient(maml), expected) < 1e-9
