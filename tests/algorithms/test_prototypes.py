@@ -119,8 +119,10 @@ def test_it_is_exact_for_any_number_of_classes_and_shots(make, episode):
         (2, {"execution": "loop", "first_order": True}, False),
         (2, {"execution": "loop", "query_statistics": "support"}, False),
     ],
-    ids=["chunks of 1", "5 steps", "flat memory", "first order", "untraced", "each step", "none", "head", "support"]
-    + ["loop, each step", "loop, first order", "loop, support"],
+    ids=[
+        *("chunks of 1", "5 steps", "flat memory", "first order", "untraced", "each step", "none", "head", "support"),
+        *("loop, each step", "loop, first order", "loop, support"),
+    ],
 )
 def test_it_is_exact_however_it_is_run(steps, settings, hooked):
     net, episode = perturbed(Convolutional()), unequal()
