@@ -135,6 +135,7 @@ class FunctionDataModule(TaskDataModule):
             seed=seed,
             num_workers=num_workers,
         )
+        self.shots = self.query_shots = None  # type: ignore[assignment]  # the function alone knows: no report names them
         self.functions: dict[Split, Callable[[int, int], Any] | None] = {
             "train": function,
             "val": val_function,

@@ -1,5 +1,6 @@
 """Tasks that a function gives: batched, deterministic, shared among processes; from Python and the command line."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from maml_lightning import FunctionDataModule, SettingError
 from maml_lightning.data.functions import FunctionDataset
 from maml_lightning.data.loading import EpisodeSampler
 from maml_lightning.structures import by_place
+from maml_lightning.training.reports import protocol_text
 from tests.data.numbers import equal, joined
 from tests.own_tasks import Centers, Classes, line
 from tests.runs import TINY, words
@@ -138,3 +140,8 @@ def test_from_the_command_line_by_class_path(folder: Path):
     assert fit.datamodule.datasets["train"][0].support_inputs.shape == (1, 6, 3)
     assert fit.trainer.checkpoint_callback.monitor == "val/accuracy"
     assert fit.trainer.logged_metrics["val/accuracy"] > 0.6
+    checkpoint = fit.trainer.checkpoint_callback.best_model_path
+    test = main(words("test", **{**flags, "ckpt_path": checkpoint}))
+    results = json.loads((Path(test.trainer.log_dir) / "test_results.json").read_text())
+    assert results["shots"] is results["query_shots"] is None  # which the function alone knows
+    assert "-shot" not in protocol_text(results)
