@@ -33,7 +33,10 @@ from maml_lightning.engine.variables import (
 
 _CONTAINERS = {dict, OrderedDict, list, tuple, set}
 # Their objects hold much that has nothing to do with what a network computes.
-_LIBRARIES = {"torch", "lightning", "pytorch_lightning", "torchmetrics", "numpy", "logging", "threading", "builtins"}
+_LIBRARIES = {
+    *("torch", "lightning", "pytorch_lightning", "torchmetrics", "numpy", "logging", "threading", "builtins"),
+    "maml_lightning",  # what keeps fingerprints would grow with each that it is part of
+}
 _SMALL = 64  # numbers of a tensor that is compared by value: its `.data` may change without a new version
 _TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -120,17 +123,17 @@ def _of(value: Any, seen: _Seen) -> Hashable:
     if kind in PLAIN:
         return value if kind is str else (kind, value)  # 1 == 1.0 == True
     if isinstance(value, tuple):
-        return (kind, *[_of(v, seen) for v in value])
+        return (kind, *[_of(v, seen) for v in value], *_of_kind(value, seen))
     if not seen.first_time(value):
         return ("seen", seen[id(value)])
     if isinstance(value, nn.Module):
         return _module(value, seen)
     if isinstance(value, Mapping):
-        return (kind, *[(_of(k, seen), _of(v, seen)) for k, v in value.items()])
+        return (kind, *[(_of(k, seen), _of(v, seen)) for k, v in value.items()], *_of_kind(value, seen))
     if isinstance(value, list | deque):
-        return (kind, *[_of(v, seen) for v in value])
+        return (kind, *[_of(v, seen) for v in value], *_of_kind(value, seen))
     if isinstance(value, set | frozenset):
-        return (kind, frozenset(_of(v, seen) for v in value))
+        return (kind, frozenset(_of(v, seen) for v in value), *_of_kind(value, seen))
     if kind is partial:
         return (kind, _of(value.func, seen), _of(value.args, seen), _of(value.keywords, seen))
     if isinstance(value, Tensor):
@@ -146,7 +149,9 @@ def _of(value: Any, seen: _Seen) -> Hashable:
     if isinstance(value, weakref.ReferenceType):
         return (kind, _of(value(), seen))
     if isinstance(value, ContextVar):
-        return (_identity(value), *_values([Variable(value, value.name, value.get(None))], seen))
+        unset = object()
+        now = value.get(unset)
+        return (_identity(value), *_values([Variable(value, value.name, now)] if now is not unset else [], seen))
     if (state := generator_state(value)) is not None:
         return state
     if isinstance(value, type):
@@ -168,6 +173,14 @@ def _object(value: Any, seen: _Seen) -> Hashable:
         return object()  # whoever takes its next element changes it
     parts = [(name, _of(v, seen)) for name, v in attributes_of(value).items()]
     return (type(value) if is_dataclass(value) else _identity(value), *_class(type(value), seen), *parts)
+
+
+def _of_kind(value: Any, seen: _Seen) -> list[Hashable]:
+    """Of a container of the user's own kind: its attributes, and what its class depends on."""
+    kind = type(value)
+    if kind in _CONTAINERS or is_installed(kind.__module__):
+        return []
+    return [*_class(kind, seen), *[(name, _of(v, seen)) for name, v in attributes_of(value).items()]]
 
 
 def _checksum(value: Any) -> int | None:

@@ -8,6 +8,7 @@ import dis
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from contextvars import ContextVar
 from functools import cache
 from types import CodeType, FunctionType, ModuleType
@@ -17,6 +18,7 @@ import torch
 
 PLAIN = {int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
 _FIXED = {"torch", "torchvision", "numpy", "maml_lightning", *sys.stdlib_module_names} - {"__main__"}
+_BY_NAME = {"globals", "locals", "vars", "eval", "exec", "modules", "import_module"}  # may give any variable
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 
 
@@ -40,7 +42,8 @@ class Variable(NamedTuple):
         elif isinstance(self.owner, dict):
             self.owner[self.name] = value
         elif getattr(self.owner, self.name, None) is not value:
-            setattr(self.owner, self.name, value)
+            with suppress(AttributeError, TypeError):  # code cannot write to it either
+                setattr(self.owner, self.name, value)
 
 
 def read_by(function: FunctionType) -> Iterator[Variable]:
@@ -52,7 +55,7 @@ def read_by(function: FunctionType) -> Iterator[Variable]:
     yield Variable(function, "__dict__", vars(function))
     installed = is_installed(function.__module__)
     names, modules = names_of(function.__code__), _imported(function)
-    yield from _found(names, function.__globals__, installed, modules)
+    yield from _found(global_names_of(function.__code__), function.__globals__, installed, modules)
     for module in modules:  # grows: `settings.training.temperature`
         yield from _found(names, vars(module), is_installed(module.__name__), modules)
 
@@ -96,9 +99,22 @@ def own_classes(kind: type) -> list[type]:
 @cache
 def names_of(code: CodeType) -> tuple[str, ...]:
     """The names that code reads, and the strings in it that could be names; that of functions inside it included."""
-    strings = [const for const in code.co_consts if isinstance(const, str) and const.isidentifier()]
     inner = [name for const in code.co_consts if isinstance(const, CodeType) for name in names_of(const)]
-    return tuple(dict.fromkeys((*code.co_names, *strings, *inner)))
+    return tuple(dict.fromkeys((*code.co_names, *_strings(code), *inner)))
+
+
+@cache
+def global_names_of(code: CodeType) -> tuple[str, ...]:
+    """The names of global variables that code reads; all names in it, where it asks for ``globals()`` and the like."""
+    if _BY_NAME.intersection(code.co_names):
+        return names_of(code)
+    read = [step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    inner = [name for const in code.co_consts if isinstance(const, CodeType) for name in global_names_of(const)]
+    return tuple(dict.fromkeys((*read, *inner)))
+
+
+def _strings(code: CodeType) -> list[str]:
+    return [const for const in code.co_consts if isinstance(const, str) and const.isidentifier()]
 
 
 def _imported(function: FunctionType) -> list[ModuleType]:

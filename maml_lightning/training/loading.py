@@ -33,9 +33,8 @@ def load_module(
     if "net" not in given and not isinstance(saved.get("net"), dict):
         raise SettingError(f"{source} does not name its network; use MAML.load_from_checkpoint(path, net=...).")
     if not trust:
-        check_settings(
-            saved, source, remedy="give net=..., loss=..., metric=... by hand, or trust=True if you trust the file"
-        )
+        trusted = "trust=True (--trust_checkpoint true) if you trust the file"
+        check_settings(saved, source, remedy=f"give net=..., loss=..., metric=... by hand, or {trusted}")
     for kind in ("net", "loss", "metric"):
         if isinstance(saved.get(kind), dict):
             saved[kind] = build(kind, saved[kind], source)

@@ -38,7 +38,7 @@ def test_the_overview_fits_a_screen(capsys):
         "--help_all",
         "glyphs_5way_1shot",
         "variants/anil",
-        "omniglot, omniglot_20way_1shot, omniglot_5way_1shot\n",
+        "omniglot, omniglot_20way_1shot, omniglot_5way_1shot, omniglot_lake_20way\n",
     ):
         assert name in text
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from maml_lightning import MAML
+from maml_lightning import MAML, Episode
 from maml_lightning.engine.fingerprints import fingerprint
 from tests.engine.test_trials import episode, gradient
 from tests.reference import reference, relative_error
@@ -280,3 +280,86 @@ def test_a_file_is_read_anew(tmp_path):
         file.write_text(scale)
         _, expected = reference(net, episode(), 0.1, 1, F.cross_entropy)
         assert relative_error(gradient(maml), expected) < 1e-9
+
+
+UNSET: ContextVar[float] = ContextVar("UNSET")
+mean, model = 1.0, None  # globals named as what the code below reads of tensors and of itself
+
+
+class ReadsUnset(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.model(x) * UNSET.get(1.0) + x.mean()
+
+
+class Frozen(type):
+    def __setattr__(cls, name, value):
+        raise AttributeError("frozen")
+
+
+class Fixed(metaclass=Frozen):
+    layers = (1.0, [2.0])
+
+
+class ReadsFixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.layer(x) * Fixed.layers[1][0]
+
+
+class Scaled(dict):
+    scale = 1.0
+
+
+class ReadsScaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.settings = nn.Linear(4, 3), Scaled(a=1)
+
+    def forward(self, x):
+        return self.layer(x) * self.settings.scale
+
+
+def steps_of(net, steps=4):
+    torch.manual_seed(0)
+    x, y = torch.rand(2, 6, 4, dtype=torch.float64), torch.arange(3).repeat(2, 2)
+    maml = MAML(net.double(), inner_lr=0.3, inner_steps=2)
+    sizes = []
+    for _ in range(steps):
+        maml.training_step(Episode(x, y, x, y), 0).backward()
+        sizes.append(len(repr(fingerprint((net,)))))
+    return maml, sizes
+
+
+def test_a_variable_of_the_context_that_is_not_set_stays_so():
+    steps_of(ReadsUnset())
+    assert UNSET.get("unset") == "unset"
+
+
+def test_a_global_that_holds_the_module_or_is_named_like_a_method_does_not_count(monkeypatch):
+    monkeypatch.setitem(globals(), "model", steps_of(ReadsUnset())[0])
+    net = ReadsUnset()
+    before = fingerprint((net,))
+    monkeypatch.setitem(globals(), "mean", 2.0)
+    assert fingerprint((net,)) == before
+    _, sizes = steps_of(net, steps=6)
+    assert len(set(sizes)) == 1  # no fingerprint contains those before it
+
+
+def test_variables_that_cannot_be_written_stay():
+    maml, _ = steps_of(ReadsFixed())
+    assert Fixed.layers == (1.0, [2.0])
+    assert all(value.grad.isfinite().all() for value in maml.net.parameters())
+
+
+def test_attributes_of_a_container_of_the_users_own_kind_count():
+    net = ReadsScaled()
+    before = fingerprint((net,))
+    net.settings.scale = 2.0
+    assert fingerprint((net,)) != before
