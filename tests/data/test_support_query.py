@@ -202,7 +202,8 @@ def test_real_characters_as_folders_are_evaluated_as_in_a_test(
     assert accuracy == pytest.approx(tested.trainer.logged_metrics["test/accuracy"].item())
     same = main(words("predict", **flags))
     expected = same.trainer.predict_loop.predictions[0][0]
-    assert torch.allclose(torch.tensor([[float(value) for value in row[2:]] for row in rows[1:]]), expected, atol=2e-6)
+    written = torch.tensor([[float(value) for value in row[2:]] for row in rows[1:]])
+    assert (written - expected).abs().max() < 1e-4  # float32 rounds in another order; logits are as large as 80
     assert f"Accuracy: {accuracy:.4f}" in caplog.text
 
 
