@@ -5,6 +5,7 @@ import re
 import shlex
 import socket
 import sys
+import time
 
 import psutil
 import pytest
@@ -26,10 +27,14 @@ CLI = (sys.executable, str(ROOT / "cli.py"))
 
 
 def left_over(folder):
-    """Processes that still run in a folder, this one apart."""
-    return [
-        each.pid for each in psutil.process_iter(["cwd"]) if each.info["cwd"] == str(folder) and each.pid != os.getpid()
-    ]
+    """Processes that still run in a folder after some seconds, this one apart."""
+    for _ in range(100):
+        every = psutil.process_iter(["cwd"])
+        found = [each.pid for each in every if each.info["cwd"] == str(folder) and each.pid != os.getpid()]
+        if not found:
+            break
+        time.sleep(0.1)
+    return found
 
 
 def last_line(printed):

@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,9 @@ def prepare(command, folder, request):
         for kind in range(3):
             (folder / f"{name}{kind}").mkdir(parents=True)
             for picture in range(2):
-                symbol(kind, (40, 40), hash((name, picture)) % 1000).save(folder / f"{name}{kind}" / f"{picture}.png")
+                symbol(kind, (40, 40), zlib.crc32(f"{name}{picture}".encode())).save(
+                    folder / f"{name}{kind}" / f"{picture}.png"
+                )
     return command.replace("--data.download true", "")  # there is nothing to download from
 
 

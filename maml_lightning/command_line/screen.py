@@ -18,7 +18,8 @@ def header(config: dict[str, Any], net: nn.Module, trainer: Trainer) -> str:
         trainer: with devices and loggers.
     """
     sizes = [value.numel() for value in net.parameters()]
-    folders = [str(logger.log_dir) for logger in trainer.loggers if getattr(logger, "log_dir", None)]
+    # The first logger's folder alone: the next one takes the next number, once this one is there.
+    folder = getattr(trainer.logger, "log_dir", None)
     processes = trainer.num_devices * trainer.num_nodes
     return "; ".join(
         [
@@ -26,6 +27,6 @@ def header(config: dict[str, Any], net: nn.Module, trainer: Trainer) -> str:
             task_text(config),
             f"{type(net).__name__}, {sum(sizes):,} parameters in {len(sizes)} tensors",
             f"on {trainer.strategy.root_device.type}" + (f", {processes} processes" if processes > 1 else ""),
-            f"logs in {os.path.relpath(folders[0])}" if folders else "no logs",
+            f"logs in {os.path.relpath(folder)}" if folder else "no logs",
         ]
     )

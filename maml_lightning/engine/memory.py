@@ -69,12 +69,14 @@ class FlatMemory:
 
     def __init__(self, setting: bool | Literal["auto"]) -> None:
         self.setting, self.active = setting, setting is True
-        self._fits = 0  # bytes that a meta-batch kept: asking a GPU for its free memory takes time
+        self._fits = 0  # bytes that a GPU had room for: asking it again takes time
 
     def decide(self, bytes_per_step: int, steps: int, device: torch.device) -> None:
         """Decide, after the first of ``steps`` inner steps, for it and those after it."""
-        if self.setting == "auto" and not self.active and steps > 1 and bytes_per_step * steps > self._fits:
-            self.active, self._fits = bytes_per_step * steps > free_bytes(device) / 4, bytes_per_step * steps
+        needed = bytes_per_step * steps
+        fitted = needed <= self._fits and device.type == "cuda"
+        if self.setting == "auto" and not self.active and steps > 1 and not fitted:
+            self.active, self._fits = needed > free_bytes(device) / 4, needed
 
 
 @functools.cache
