@@ -1,38 +1,17 @@
 """``maml-lightning calibrate``: a checkpoint whose confidence, for ``data.reject``, is calibrated on validation."""
 
+from functools import partial
 from pathlib import Path
 
-from jsonargparse import auto_cli
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 
-from maml_lightning.command_line import help
-from maml_lightning.command_line.help import COMMANDS
-from maml_lightning.command_line.parser import Parser
+from maml_lightning.command_line.functions import run
 from maml_lightning.errors import SettingError
 from maml_lightning.files import shown
 from maml_lightning.trained import load, packaged
 from maml_lightning.training.checkpoints import WholeCheckpointIO, read_checkpoint
 from maml_lightning.training.confidence import calibrate
-
-
-def main(words: list[str]) -> None:
-    """Run the command.
-
-    Args:
-        words: after ``maml-lightning calibrate``.
-
-    Raises:
-        SettingError: a setting or a file cannot be used.
-    """
-    auto_cli(
-        calibrate_checkpoint,
-        args=words,
-        as_positional=False,
-        parser_class=Parser,
-        prog=f"{help.command()} calibrate",
-        description=COMMANDS["calibrate"],
-    )
 
 
 def calibrate_checkpoint(
@@ -61,3 +40,6 @@ def calibrate_checkpoint(
     queries = calibrate(maml, data.val_dataloader(), episodes)
     WholeCheckpointIO().save_checkpoint({**content, "calibration": maml.calibration}, file)
     rank_zero_info(f"Calibrated on {queries} queries. Written: {shown(file)}")
+
+
+main = partial(run, calibrate_checkpoint, "calibrate")  # takes the words after ``maml-lightning calibrate``

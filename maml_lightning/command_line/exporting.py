@@ -1,37 +1,16 @@
 """``maml-lightning export``: a network adapted to a support set, as a file that runs without this package."""
 
+from functools import partial
 from pathlib import Path
 
-from jsonargparse import auto_cli
 from lightning.pytorch.utilities import rank_zero_info
 
 from maml_lightning.analysis.export import check_output, export
-from maml_lightning.command_line import help
-from maml_lightning.command_line.help import COMMANDS
-from maml_lightning.command_line.parser import Parser
+from maml_lightning.command_line.functions import run
 from maml_lightning.data.support_sets import preprocessing
 from maml_lightning.errors import SettingError
 from maml_lightning.files import shown
 from maml_lightning.trained import Classifier, load
-
-
-def main(words: list[str]) -> None:
-    """Run the command.
-
-    Args:
-        words: after ``maml-lightning export``.
-
-    Raises:
-        SettingError: a setting or a file cannot be used.
-    """
-    auto_cli(
-        export_network,
-        args=words,
-        as_positional=False,
-        parser_class=Parser,
-        prog=f"{help.command()} export",
-        description=COMMANDS["export"],
-    )
 
 
 def export_network(
@@ -63,3 +42,6 @@ def export_network(
     source = {**prepared, "checkpoint": ckpt_path, "support": support, **settings}
     written = export(classifier.network.cpu(), file, classifier.names, classifier.inputs, source)
     rank_zero_info(f"{len(classifier.names)} classes. Written: {', '.join(map(shown, written))}")
+
+
+main = partial(run, export_network, "export")  # takes the words after ``maml-lightning export``
