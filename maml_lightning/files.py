@@ -34,3 +34,15 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], temporary: str)
 def shown(name: object) -> str:
     """A name that prints in one line anywhere: characters that are not printable are escaped."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(name))
+
+
+def short(path: str | os.PathLike[str]) -> str:
+    """A path as it is shortest: from the current folder or from the root.
+
+    Args:
+        path: the path.
+    """
+    try:
+        return min(os.path.relpath(path), str(path), key=len)
+    except (OSError, ValueError):  # the current folder is gone, or another drive
+        return str(path)

@@ -1,6 +1,5 @@
 """LightningCLI with MAML's links and defaults, short help and errors of one line."""
 
-import os
 import re
 import subprocess
 from argparse import ArgumentParser
@@ -21,9 +20,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from maml_lightning import __version__
-from maml_lightning.command_line import abstract_numbers, class_paths, help, links, resuming, shipped
+from maml_lightning.command_line import abstract_numbers, class_paths, help, links, progress, resuming, screen, shipped
 from maml_lightning.command_line.ensembles import ensemble_of
-from maml_lightning.command_line.screen import header
 from maml_lightning.errors import SettingError
 from maml_lightning.trained import packaged
 from maml_lightning.training import resume
@@ -85,6 +83,7 @@ class MAMLCommandLine(LightningCLI):
     run_folder: Path | None = None  # of the run that ckpt_path last resumes
     given: Namespace = Namespace()  # by hand
     optimizer_follows = False  # from model.outer_lr
+    tables = False  # of the scores, at the end
 
     def init_parser(self, **kwargs: Any) -> Parser:
         """LightningCLI's, whose ``--config`` finds the configs of the package by name."""
@@ -245,16 +244,13 @@ class MAMLCommandLine(LightningCLI):
             setting = next((cause for cause in chain if isinstance(cause, SettingError)), None)
             raise setting or (chain[-1] if "does not validate" in str(error).lower() else error) from None
 
-    def before_fit(self) -> None:
-        """Print what will run."""
-        rank_zero_info(f"{header(self.config_dump, self.model.net, self.trainer)}.")
-
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Without the callbacks that the trainer's settings rule out."""
         if config.get("barebones"):
             callbacks, self.save_config_callback = [], None
         elif config.get("enable_checkpointing") is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
+        callbacks = progress.with_bar(callbacks, config)
         return super()._instantiate_trainer(config, callbacks)
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -263,6 +259,7 @@ class MAMLCommandLine(LightningCLI):
             self._check(TrainerFn(subcommand))
         loggers = [logger for logger in self.trainer.loggers if isinstance(logger, CSVLogger | TensorBoardLogger)]
         there = {place for logger in loggers for place in Path(logger.root_dir).glob("*")}
+        rank_zero_info(f"{screen.header(self.config_dump, self.model, self.trainer, subcommand)}.")
         try:
             super()._run_subcommand(subcommand)
             if dist.is_available() and dist.is_initialized():
@@ -296,18 +293,23 @@ class MAMLCommandLine(LightningCLI):
 
     def after_fit(self) -> None:
         """Print the best score, and the command that tests its checkpoint."""
-        best = next((c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
-        if best is None or not best.best_model_path or best.best_model_score is None:
-            last = next((c.path for c in self.trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)), None)
-            if last is not None and last.is_file():
-                rank_zero_info(f"No validation yet. The last weights are in {os.path.relpath(last)}.")
-            return
-        config, path = Path(self.trainer.log_dir or "") / "config.yaml", os.path.relpath(best.best_model_path)
-        data = f"--config {os.path.relpath(config)}" if config.is_file() else "with the same --data"
-        rank_zero_info(
-            f"Best {best.monitor}: {best.best_model_score:.4f} ({path}). "
-            f"Test it: {help.command()} test {data} --ckpt_path {path}"
-        )
+        screen.say(screen.end_of_fit(self.trainer))
+
+    def after_validate(self) -> None:
+        """Print the scores as a table."""
+        if self.tables:
+            screen.print_scores(self.trainer)
+
+    def after_test(self) -> None:
+        """Print the scores, and the command that predicts."""
+        self.after_validate()
+        screen.say(screen.end_of_test(self.config_dump, self.model))
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Without Lightning's own table, of numbers with 16 digits."""
+        settings = super()._prepare_subcommand_kwargs(subcommand)
+        self.tables = settings.get("verbose", False)
+        return {**settings, "verbose": False} if "verbose" in settings else settings
 
     def after_instantiate_classes(self) -> None:
         """Save the network's settings in the checkpoint; check the checkpoint that is loaded before a run begins."""

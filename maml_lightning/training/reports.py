@@ -18,6 +18,7 @@ from maml_lightning.analysis.tables import csv_bytes, write_file
 from maml_lightning.engine.state import RandomState
 from maml_lightning.engine.trials import same_random_numbers
 from maml_lightning.episodes import Episode
+from maml_lightning.files import short
 from maml_lightning.structures import call, first_task, mapped, plain
 from maml_lightning.training import tensorboard
 from maml_lightning.training.confidence import task_outputs
@@ -157,10 +158,10 @@ class TestReport(Callback):
         scale, unit = (100, " %") if name == "accuracy" else (1, "")
         interval = "" if results["ci95"] is None else f" ± {scale * results['ci95']:.2f}"
         left += "".join(f"; {metric} {results[metric]}" for metric, _ in others)
-        said = f"{words}; " if (words := protocol_text(results)) else ""
+        said = (f"{words}; " if (words := protocol_text(results)) else "") + short(file)
         rank_zero_info(
             f"Test {name}{of} after {steps} inner step{'s' * (steps != 1)}: "
-            f"{scale * results[name]:.2f}{interval}{unit} over {results['episodes']} episodes{left} ({said}{file})"
+            f"{scale * results[name]:.2f}{interval}{unit} over {results['episodes']} episodes{left} ({said})"
         )
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(results, indent=2) + "\n")
@@ -279,7 +280,7 @@ class PredictionReport(BasePredictionWriter):
         rows, broken = prediction_rows(predicted, pl_module.scoring.score)
         file = write_file(folder / "predictions.csv", csv_bytes(rows))
         left = f"; of {broken} the outputs are not finite, nothing is predicted there" if broken else ""
-        rank_zero_info(f"Predictions of {len(predicted)} episodes, {len(rows) - 1} queries{left} ({file})")
+        rank_zero_info(f"Predictions of {len(predicted)} episodes, {len(rows) - 1} queries{left} ({short(file)})")
 
 
 def prediction_rows(predicted: Sequence[Predicted], score: Score | None) -> tuple[list[list[object]], int]:

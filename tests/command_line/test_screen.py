@@ -1,10 +1,17 @@
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import nn
 
+from maml_lightning import MAML, TestReport
+from maml_lightning.cli import main
+from maml_lightning.command_line.progress import OneLine, with_bar
 from maml_lightning.command_line.screen import header
+from maml_lightning.trained import packaged
 from tests.runs import ROOT, TINY, in_terminal, words
 
 
@@ -15,17 +22,26 @@ def test_the_header_names_what_will_run(tmp_path, monkeypatch):
         "data": {"class_path": "maml_lightning.GlyphsDataModule", "init_args": {"ways": 7, "shots": 2}},
     }
     trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path)
-    assert header(config, nn.Linear(4, 2), trainer) == (
+    assert header(config, MAML(nn.Linear(4, 2)), trainer) == (
         "FOMAML, 3 inner steps, head prototypes; 7-way 2-shot of GlyphsDataModule; Linear, 10 parameters in 2 tensors; "
         "on cpu; logs in lightning_logs/version_0"
     )
     trainer = Trainer(accelerator="cpu", logger=False, devices=2)
     sinusoids = {"class_path": "maml_lightning.SinusoidsDataModule", "init_args": {"shots": 10}}
-    assert header({"model": {"inner_steps": 1}, "data": sinusoids}, nn.Linear(1, 1), trainer) == (
+    assert header({"model": {"inner_steps": 1}, "data": sinusoids}, MAML(nn.Linear(1, 1)), trainer) == (
         "MAML, 1 inner step; 10-shot of SinusoidsDataModule; Linear, 2 parameters in 2 tensors; on cpu, 2 processes; "
         "no logs"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_packaged_checkpoint_goes_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer, config = Trainer(accelerator="cpu", logger=False), {"ckpt_path": str(packaged("omniglot"))}
+    text = "Linear, 2 parameters in 2 tensors; checkpoint omniglot; on cpu; no logs"
+    assert header(config, MAML(nn.Linear(1, 1)), trainer, "test") == text
+    other = {"ckpt_path": tmp_path / "runs" / "last.ckpt"}
+    assert "; checkpoint runs/last.ckpt; " in header(other, MAML(nn.Linear(1, 1)), trainer)
 
 
 @pytest.mark.long
@@ -36,3 +52,59 @@ def test_fit_begins_with_the_header_in_a_terminal(tmp_path):
     line = next(line for line in printed.splitlines() if "parameters in" in line)
     assert line.startswith("MAML, 1 inner step; 3-way 1-shot of GlyphsDataModule; ConvNet, ")
     assert Path(line.rpartition("logs in ")[2].rstrip(".\r")).name == "version_0"
+
+
+NOISE = ("Seed set", "GPU available", "TPU available", "Restoring states", "stopped:", "logging interval", "v_num")
+
+
+def rows(printed):
+    """What a terminal's rows held one after another, without colors."""
+    plain = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "\n", re.sub(r"\x1b\[[\d;]*m", "", printed))
+    return [row for row in re.split(r"[\r\n]+", plain) if row.strip()]
+
+
+@pytest.mark.long
+def test_each_command_begins_with_a_header_and_ends_with_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    program = ["python", str(ROOT / "cli.py")]
+    status, printed = in_terminal([*program, *words("fit", **TINY)])
+    assert status == 0, printed
+    assert [noise for noise in NOISE if noise in printed] == []
+    header_row, *_, last = rows(printed)
+    assert header_row.startswith("MAML, 1 inner step; 3-way 1-shot of GlyphsDataModule; ConvNet, ")
+    bars = [row for row in rows(printed) if "\N{BOX DRAWINGS HEAVY HORIZONTAL}" in row]
+    assert any(re.match(r"Epoch 1/1 \S+ \d/2 \S+ train/loss \d\.\d+, train/accuracy \d\.\d+", bar) for bar in bars)
+    assert max(map(len, bars)) <= 80
+    assert any(
+        re.match(r"Epoch 1/1, 2 meta-steps: val/accuracy \d\.\d{4}, val/loss \d\.\d{3}$", r) for r in rows(printed)
+    )
+    following = shlex.split(last.partition("Test it: ")[2])
+    assert following[2] == "test"
+    status, printed = in_terminal(following)
+    assert status == 0, printed
+    assert [noise for noise in NOISE if noise in printed] == []
+    header_row, *_, last = rows(printed)
+    assert header_row.startswith("MAML, 2 inner steps; 3-way 1-shot of GlyphsDataModule; ConvNet, ")
+    assert (
+        "; checkpoint lightning_logs/version_0/checkpoints/best.ckpt; on cpu; logs in lightning_logs/version_1."
+        in header_row
+    )
+    assert len([row for row in rows(printed) if "test/accuracy_step_2" in row]) == 1
+    assert f" predict --ckpt_path {following[-1]} --data SupportQueryDataModule " in last
+
+
+def test_own_bars_and_none_are_left_as_they_are():
+    own, other = OneLine(), TQDMProgressBar()
+    assert [type(each) for each in with_bar([TestReport()], {})] == [OneLine, TestReport]
+    assert with_bar([], {"callbacks": [other]}) == with_bar([], {"callbacks": other}) == []
+    assert with_bar([own], {"enable_progress_bar": False}) == [own]
+    assert with_bar([], {"barebones": True}) == []
+
+
+def test_scores_are_a_table_that_verbose_switches_off(folder, capsys):
+    short = {**TINY, "data.test_episodes": 4, "trainer.logger": False, "trainer.enable_progress_bar": False}
+    maml = main(words("test", **short)).model
+    (row,) = [row for row in capsys.readouterr().out.splitlines() if " test/accuracy " in row]
+    assert float(row.split("│")[2]) == pytest.approx(maml.test_scores["accuracy"][:, -1].mean().item(), rel=1e-3)
+    main(words("test", **short, verbose=False))
+    assert "test/accuracy" not in capsys.readouterr().out
