@@ -1,8 +1,12 @@
 """The Python code of the documents runs as it stands there, links lead somewhere, and flags exist."""
 
+import importlib.util
 import inspect
 import json
 import re
+import sys
+import types
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -174,3 +178,36 @@ def test_the_site_lists_every_page_and_every_public_name():
 
 def test_no_page_is_without_a_title():
     assert [page.name for page in PAGES + NOTEBOOKS if not text_of(page).startswith("# ")] == []
+
+
+@pytest.fixture
+def hooks(monkeypatch):
+    """docs/hooks.py, with a stand-in for the converter of the extra "docs"."""
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    converter = types.ModuleType("latex2mathml.converter")
+    converter.convert = lambda latex, display: f"<math {display}>{latex}</math>"
+    monkeypatch.setitem(sys.modules, "latex2mathml", types.ModuleType("latex2mathml"))
+    monkeypatch.setitem(sys.modules, "latex2mathml.converter", converter)
+    return module
+
+
+def test_equations_outside_code_become_mathml(hooks):
+    page = "<p>$a &lt; b$ costs 5 $.</p>\n<p>$$\\theta'\n= 1$$</p><pre>$x $y</pre><code>$z$</code> $K$"
+    assert hooks.with_mathml(page) == (
+        "<p><math inline>a < b</math> costs 5 $.</p>\n<p><math block>\\theta'\n= 1</math></p>"
+        "<pre>$x $y</pre><code>$z$</code> <math inline>K</math>"
+    )
+
+
+def test_a_notebook_loads_nothing_from_elsewhere(hooks):
+    notebook = SimpleNamespace(file=SimpleNamespace(src_uri="a.ipynb"))
+    loaders = '<!-- Load mathjax --><script src="a.js"> </script><!-- End of mathjax configuration -->'
+    loaders += '<script type="module">x(".jp-Mermaid"); import("https://a/b.mjs")</script>'
+    page = f'{loaders}<a href="data.md#arrays">$1$</a>'
+    assert hooks.on_page_content(page, notebook) == '<a href="../data/#arrays"><math inline>1</math></a>'
+    other = SimpleNamespace(file=SimpleNamespace(src_uri="a.md"))
+    assert hooks.on_page_content(page, other) == page
+    with pytest.raises(ValueError, match=r"a\.ipynb loads from elsewhere"):
+        hooks.on_page_content('<script async src="https://a/b.js"></script>', notebook)
