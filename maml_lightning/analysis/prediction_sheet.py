@@ -139,6 +139,8 @@ def _card(query: Query, classes: Sequence[str], pictures: Pictures) -> Image.Ima
     top += LINE
     if head is not None:
         draw.text((0, top), head, color, font(12, bold=True))
+        if query.rejected:
+            draw.text((CARD - 1, top), f"confidence {query.confidence:.2f}", color, font(11), anchor="ra")
         top += LINE
     for place, ((_, probability), text) in enumerate(zip(bars, texts, strict=True)):
         first = place == 0 and head is None

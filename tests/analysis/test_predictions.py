@@ -135,6 +135,15 @@ def test_the_sheet_shows_original_and_seen_in_the_colors_of_the_predictions():
     assert of(unknown, UNKNOWN) > of(right, UNKNOWN) + 400
 
 
+def test_a_rejected_query_shows_its_confidence():
+    def sheet(confidence):
+        return np.asarray(drawn(queries_of(["a"], [0], PROBABILITIES[:1], 0.5, torch.tensor([confidence]))))
+
+    assert (sheet(0.14) != sheet(0.43)).any()
+    assert (sheet(0.14) == sheet(0.144)).all()  # two digits
+    assert (sheet(0.61) == sheet(0.93)).all()  # not rejected
+
+
 def test_names_are_whole_however_long():
     long = ["a" * 250, "b", "c"]
     rows = rows_of(queries()[:1], long, list(torch.zeros(3, 2, 1, 4, 4)))
