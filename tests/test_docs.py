@@ -4,15 +4,18 @@ import importlib.util
 import inspect
 import json
 import re
+import shlex
 import sys
 import types
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 import maml_lightning
 from maml_lightning import MAML
+from maml_lightning.command_line.exporting import main as export
 from tests.data.test_support_query import symbol
 from tests.runs import ROOT
 
@@ -42,14 +45,15 @@ def prose(page):
     return re.sub(r"```.*?```", "", text_of(page), flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("code", blocks(ROOT / "docs" / "data.md"))
-def test_code_of_the_data_page_gives_episodes(code, monkeypatch, tmp_path):
+def test_code_of_the_data_page_gives_episodes(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(code, names)
-    names["data"].setup("fit")
-    episode = next(iter(names["data"].train_dataloader()))
-    assert episode.tasks == len(episode.query_targets)
+    for code in blocks(ROOT / "docs" / "data.md"):
+        exec(code, names)
+        names["data"].setup("fit")
+        episode = next(iter(names["data"].train_dataloader()))
+        assert episode.tasks == len(episode.query_targets)
+    assert names["classifier"](torch.from_numpy(names["series"][10, 5:6])).shape == (1, 4)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -59,6 +63,8 @@ def executed(name, folder):
         (folder / "support" / f"{kind}").mkdir(parents=True)
         symbol(kind, (40, 40), kind).save(folder / "support" / f"{kind}" / "picture.png")
     symbol(1, (40, 40), 7).save(folder / "drawing.png")
+    for command in re.findall(r"^maml-lightning export (.*)$", (ROOT / name).read_text(), re.MULTILINE):
+        export(shlex.split(command))
     names = {}
     for code in blocks(ROOT / name):
         exec(code.replace("Trainer(", "Trainer(fast_dev_run=True, enable_progress_bar=False, "), names)
@@ -74,16 +80,29 @@ def test_code_of_the_readme_runs(folder, capsys):
     assert names["data"].ways == 4
 
 
-@pytest.mark.parametrize("name", ["docs/usage.md", "docs/your-images.md", "docs/faq.md"])
+# Of other pages, the code is run by the tests that are named here.
+OWN_TESTS = {"README.md": "here", "data.md": "here", "finetuning.md": "tests/zoo/test_lora.py"}
+
+
+@pytest.mark.parametrize("name", [page.name for page in PAGES if page.name not in OWN_TESTS and blocks(page)])
 def test_code_of_a_page_runs(name, folder):
-    names = executed(name, folder)
-    if name.endswith("usage.md"):
+    names = executed(f"docs/{name}", folder)
+    if name == "usage.md":
         assert all(value.grad is not None for value in names["maml"].net.parameters())
-    elif name.endswith("faq.md"):
+    elif name == "faq.md":
         adapted, again = names["classifier"].state_dict(), names["again"].state_dict()
         assert all(value.equal(again[key]) for key, value in adapted.items())
-    else:
-        assert names["classifier"]("drawing.png").name == "1"
+    elif name == "your-images.md":
+        predicted = names["classifier"]("drawing.png")
+        assert predicted.name == "1"
+        assert names["probabilities"] == pytest.approx(predicted.probabilities, abs=1e-6)
+
+
+def test_all_code_is_of_a_kind_that_tests_run():
+    fence = re.compile(r"^```(\w*)\n.*?^```$", re.MULTILINE | re.DOTALL)
+    kinds = {(page.name, kind) for page in PAGES for kind in fence.findall(page.read_text())}
+    assert {kind for _, kind in kinds} <= {"bash", "python", ""}
+    assert [name for name, kind in kinds if not kind] == ["architecture.md"]  # a drawing
 
 
 def anchor(heading):

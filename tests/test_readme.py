@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import sys
+import textwrap
 import zlib
 from pathlib import Path
 
@@ -15,22 +16,31 @@ from tests.runs import ROOT, in_terminal
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("folder")]
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCKS = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)\n```", page.read_text(), re.DOTALL)]
 PROGRAMS = ("python cli.py", "maml-lightning", "python -m maml_lightning")
+INDENTED = r"(?:^    (?:python|maml-lightning|pip|tensorboard) .*\n)+"
+
+
+def blocks(text):
+    """The blocks of commands of a page, fenced or indented."""
+    fenced = re.findall(r"```bash\n(.*?)\n```", text, re.DOTALL)
+    return fenced + [textwrap.dedent(block).rstrip() for block in re.findall(INDENTED, text, re.MULTILINE)]
+
+
+BLOCKS = [block for page in PAGES for block in blocks(page.read_text())]
 # What is not run here, and where it is.
 ELSEWHERE = {
     "pip install": "by .ci/run",
     "python -m pytest": "this is it",
     "tensorboard": "it ends when it is told to",
-    "python -m benchmarks": "tests/test_accuracy.py: it trains for long",
+    "python -m benchmarks": "it trains for long: its words are parsed below, what it does is in tests/test_accuracy.py",
 }
 
 
-def commands(block):
+def commands(block, programs=PROGRAMS):
     """The command lines of a block, those that begin with another program left out."""
     lines = [line.split(" && ")[-1].split("  #")[0].strip() for line in block.replace("\\\n", " ").splitlines()]
     assert all(line.startswith((*PROGRAMS, *ELSEWHERE)) for line in lines if line), lines
-    return [line for line in lines if line.startswith(PROGRAMS)]
+    return [line for line in lines if line.startswith(programs)]
 
 
 def shrunk(command):
@@ -48,7 +58,7 @@ def shrunk(command):
     elif " test " in command:
         flags |= {"data.test_episodes": 4}
     elif " calibrate " in command:
-        flags = {"episodes": 2, "data.val_episodes": 2, "data.ways": 4}
+        flags = {"episodes": 2, "data.val_episodes": 2, "data.ways": 4, "data.query_shots": 1}
     elif " predict " not in command:
         return command
     if any(word in command for word in ("--help", ".help ", "--print_config")):
@@ -72,20 +82,20 @@ def prepare(command, folder, request):
     """The command with what it names made: data, pictures, a checkpoint."""
     if "--data.root data" in command and not (folder / "data").exists():
         (folder / "data").symlink_to(request.getfixturevalue("omniglot_root"))
-    if "CKPT" in command:
-        trained = command.replace(" calibrate ", " fit ").replace("--data.ways 20", "--data.ways 4")
-        trained = trained.replace(" --output calibrated.ckpt", "")
-        succeed(shrunk(trained.replace(" test ", " fit ").replace("--ckpt_path CKPT", "")))
-        command = command.replace("CKPT", str(max(folder.rglob("best.ckpt"), key=os.path.getmtime)))
     folders = [f"ROOT/{split}/{split}" for split in ("train", "val", "test")] if "ROOT" in command else []
     folders += ["support/", "query/"] if "support support" in command else []
     for name in folders:
-        for kind in range(3):
-            (folder / f"{name}{kind}").mkdir(parents=True)
+        for kind in range(4):
+            (folder / f"{name}{kind}").mkdir(parents=True, exist_ok=True)
             for picture in range(2):
                 symbol(kind, (40, 40), zlib.crc32(f"{name}{picture}".encode())).save(
                     folder / f"{name}{kind}" / f"{picture}.png"
                 )
+    if "CKPT" in command:
+        trained = command.replace(" calibrate ", " fit ").replace("--data.ways 20", "")
+        trained = trained.replace(" --output calibrated.ckpt", "")
+        succeed(shrunk(trained.replace(" test ", " fit ").replace("--ckpt_path CKPT", "")))
+        command = command.replace("CKPT", str(max(folder.rglob("best.ckpt"), key=os.path.getmtime)))
     return command.replace("--data.download true", "")  # there is nothing to download from
 
 
@@ -97,6 +107,24 @@ def test_the_commands_of_a_block_run_one_after_another(block, folder, request):
         succeed(shrunk("python cli.py fit --config configs/glyphs_5way_1shot.yaml"))
     for command in commands(block):
         succeed(shrunk(prepare(command, folder, request)))
+
+
+BENCHMARKS = [command for block in BLOCKS for command in commands(block, "python -m benchmarks")]
+
+
+@pytest.mark.parametrize("command", BENCHMARKS, ids=lambda command: command[21:])
+def test_the_words_of_a_benchmark_are_parsed(command):
+    for file in re.findall(r"(?:configs|docs)/[\w/.]+", command):
+        assert (ROOT / file).is_file()
+    status, printed = shell(f"cd {ROOT} && {command} --print_config")
+    assert status == 0, printed
+    for value in re.findall(r" --\w+ ([\w/.]+)", command):
+        assert value in printed
+
+
+def test_blocks_are_found():
+    page = "a\n```bash\npip x\ny\n```\n- b\n    c\n\n    python -m z\n\n    t(n) = 1\n"
+    assert blocks(page) == ["pip x\ny", "python -m z"]
 
 
 def test_the_documents_have_commands():
