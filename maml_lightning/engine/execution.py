@@ -277,7 +277,7 @@ class Executor:
         if key not in self._graphs:
             with quiet():
                 self._graphs[key] = (
-                    traced_pair(job.vectorized(), job.joint(), job.args, self.compile)
+                    traced_pair(job.joint_of_any(), job.args, self.compile)
                     if job.pullback
                     else traced_call(job.vectorized(), job.args, self.compile)
                 )
