@@ -143,7 +143,7 @@ def depending_on(sources: Iterable[fx.Node], nodes: Iterable[fx.Node]) -> dict[f
 def subgraph(
     nodes: Iterable[fx.Node], placeholders: Iterable[fx.Node], outputs: Any, owner: nn.Module
 ) -> fx.GraphModule:
-    """A part of a graph, whose constants ``owner`` has: ``nodes``, of ``placeholders``, which may be any of its nodes."""
+    """A part of a graph, whose constants ``owner`` has: ``nodes``, of ``placeholders``, which may be any nodes."""
     graph, copies = fx.Graph(), {}
     for node in placeholders:
         copies[node] = graph.placeholder(node.name)
