@@ -22,7 +22,7 @@ from maml_lightning.engine.fingerprints import fingerprint, needs_loop
 from maml_lightning.engine.graphs import structure
 from maml_lightning.engine.hoisting import Hoisted
 from maml_lightning.engine.jobs import Job, recomputed_pullback
-from maml_lightning.engine.memory import memory_of, out_of_memory, return_freed_memory
+from maml_lightning.engine.memory import memory_of, out_of_memory
 from maml_lightning.engine.state import Bound, RandomState, State, without_state
 from maml_lightning.engine.tracing import TracedPair, quiet, signature, traced_call, traced_pair
 from maml_lightning.engine.trials import Trial
@@ -226,7 +226,6 @@ class Executor:
         with before.restored():
             result, changes = trial.watch(lambda objects: _attempt(run, job.on(objects)))
             deterministic = before.is_current()
-        return_freed_memory()
         if changes:
             self._lower(state, LOOP, f"it {changes}")
         return result, deterministic and not changes
@@ -246,7 +245,6 @@ class Executor:
             except Exception as error:
                 why = _reason(error)
             del expected
-            return_freed_memory()
             if not why:
                 return gradients
             self._lower(job.function.state, way + 1, why)
@@ -277,7 +275,7 @@ class Executor:
         if key not in self._graphs:
             with quiet():
                 self._graphs[key] = (
-                    traced_pair(job.vectorized(), job.joint(), job.args, self.compile)
+                    traced_pair(job.joint_of_any(), job.args, self.compile)
                     if job.pullback
                     else traced_call(job.vectorized(), job.args, self.compile)
                 )

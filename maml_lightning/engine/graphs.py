@@ -4,7 +4,7 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from maml_lightning.engine.kernels.convolution import COL2IM
@@ -141,9 +141,9 @@ def depending_on(sources: Iterable[fx.Node], nodes: Iterable[fx.Node]) -> dict[f
 
 
 def subgraph(
-    nodes: Iterable[fx.Node], placeholders: Iterable[fx.Node], outputs: Any, owner: fx.GraphModule
+    nodes: Iterable[fx.Node], placeholders: Iterable[fx.Node], outputs: Any, owner: nn.Module
 ) -> fx.GraphModule:
-    """A part of a graph as a module: ``nodes``, of ``placeholders``, which may be any nodes of the graph."""
+    """A part of a graph, whose constants ``owner`` has: ``nodes``, of ``placeholders``, which may be any nodes."""
     graph, copies = fx.Graph(), {}
     for node in placeholders:
         copies[node] = graph.placeholder(node.name)
@@ -155,11 +155,24 @@ def subgraph(
     return fx.GraphModule(owner, graph)
 
 
-def cut(joint: fx.GraphModule, cotangents: int, outputs: int) -> tuple[fx.GraphModule, fx.GraphModule]:
+def take_as_inputs(target: Any, graph: fx.Graph) -> None:
+    """Make the results of all calls of ``target`` further inputs of a graph, in the order of the calls."""
+    last = next(node for node in reversed(graph.nodes) if node.op == "placeholder")
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is target:
+            with graph.inserting_after(last):
+                last = graph.placeholder(node.name)
+            last.meta = node.meta
+            node.replace_all_uses_with(last)
+            graph.erase_node(node)
+
+
+def cut(joint: fx.Graph, constants: nn.Module, count: int) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Cut a joint graph into what does not depend on the cotangents and what does.
 
     Args:
-        joint: its last ``cotangents`` inputs are cotangents; its first ``outputs`` outputs belong to the forward half.
+        joint: its last ``count`` inputs are cotangents; its first ``count`` outputs belong to the forward half.
+        constants: of the graph.
 
     Returns:
         ``forward(*primals) -> (outputs, residuals)`` and ``backward(*residuals, *cotangents) -> gradients``.
@@ -167,19 +180,19 @@ def cut(joint: fx.GraphModule, cotangents: int, outputs: int) -> tuple[fx.GraphM
     Raises:
         ValueError: the backward half writes in place, so that the order of the two halves would matter.
     """
-    nodes = [node for node in joint.graph.nodes if node.op != "output"]
+    nodes = [node for node in joint.nodes if node.op != "output"]
     inputs = [node for node in nodes if node.op == "placeholder"]
-    primals, cotangent_inputs = inputs[: len(inputs) - cotangents], inputs[len(inputs) - cotangents :]
+    primals, cotangent_inputs = inputs[: len(inputs) - count], inputs[len(inputs) - count :]
     dependent = depending_on(cotangent_inputs, nodes)
     if any(is_mutable(node) for node in dependent):
         raise ValueError("the backward half writes in place")
-    results: Any = output_of(joint.graph).args[0]
-    values, gradients = list(results[:outputs]), list(results[outputs:])
+    results: Any = output_of(joint).args[0]
+    values, gradients = list(results[:count]), list(results[count:])
     independent = [node for node in nodes if node not in dependent]
     residuals = [n for n in independent if n in gradients or any(user in dependent for user in n.users)]
     forward_nodes, backward_nodes = (
         [node for node in half if node.op != "placeholder"] for half in (independent, dependent)
     )
-    forward = subgraph(forward_nodes, primals, [values, residuals], joint)
-    backward = subgraph(backward_nodes, [*residuals, *cotangent_inputs], gradients, joint)
+    forward = subgraph(forward_nodes, primals, [values, residuals], constants)
+    backward = subgraph(backward_nodes, [*residuals, *cotangent_inputs], gradients, constants)
     return forward, backward

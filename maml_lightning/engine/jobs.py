@@ -7,10 +7,31 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.func import vjp, vmap
+from torch.library import custom_op
 from torch.utils import _pytree as pytree
 
 from maml_lightning.engine import loop
+from maml_lightning.engine.kernels.layout import tasks_first
 from maml_lightning.engine.state import Bound, RandomState, State
+
+
+@custom_op("maml_lightning::cotangent", mutates_args=())
+def _cotangent(output: Tensor, anchor: Tensor) -> Tensor:
+    """In a recording: a tensor like an output, dense and with a dimension over tasks as the ``anchor`` has it."""
+    return torch.empty_like(output)
+
+
+@_cotangent.register_fake
+def _(output: Tensor, anchor: Tensor) -> Tensor:
+    return torch.empty_like(output)
+
+
+@_cotangent.register_vmap
+def _(info: Any, in_dims: tuple, output: Tensor, anchor: Tensor) -> tuple[Tensor, int]:
+    return COTANGENT(tasks_first(output, in_dims[0], info.batch_size), anchor), 0
+
+
+COTANGENT = torch.ops.maml_lightning.cotangent.default
 
 
 class Job(NamedTuple):
@@ -54,6 +75,21 @@ class Job(NamedTuple):
             return outputs, pullback(cotangents)[0]
 
         return _vmap(joint, (0, *self.in_dims))
+
+    def joint_of_any(self) -> Callable:
+        """``joint`` of the arguments alone, for a recording: the cotangents are results of :data:`COTANGENT`."""
+
+        def joint(anchor: Tensor, *args: Any) -> tuple:
+            outputs, pullback, *_ = vjp(lambda primal: self.function(primal, *args[1:]), args[0])
+            return outputs, pullback(pytree.tree_map(lambda output: COTANGENT(output, anchor), outputs))[0]
+
+        return lambda *args: _vmap(joint, (0, *self.in_dims))(self._batched(args), *args)
+
+    def _batched(self, args: tuple) -> Tensor:
+        """One of the arguments that has a dimension over tasks."""
+        leaves, spec = pytree.tree_flatten(args)
+        dims: Any = pytree._broadcast_to_and_flatten(self.in_dims, spec)
+        return next(leaf for leaf, dim in zip(leaves, dims, strict=True) if dim is not None)
 
     def last_task(self) -> "Job":
         """The same of the last task alone."""

@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.func import functionalize
 from torch.utils import _pytree as pytree
 
 from maml_lightning.devices import autocast_dtype
-from maml_lightning.engine.graphs import cut, is_mutable, simplify
+from maml_lightning.engine.graphs import cut, is_mutable, simplify, take_as_inputs
 from maml_lightning.engine.hoisting import Hoisted
+from maml_lightning.engine.jobs import COTANGENT
 from maml_lightning.engine.kernels.mode import COMPILED
 from maml_lightning.engine.recording import record
 
@@ -46,8 +47,8 @@ def _restride(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.new_empty_strided(like.shape, like.stride()).copy_(tensor)
 
 
-def trace(function: Callable[..., list], leaves: list[Tensor], compiled: bool) -> fx.GraphModule:
-    """The graph of a function of tensors, simplified.
+def trace(function: Callable[..., list], leaves: list[Tensor], compiled: bool) -> tuple[fx.Graph, nn.Module]:
+    """The graph of a function of tensors, simplified, and a module of its constants.
 
     Args:
         function: returns a list of tensors.
@@ -55,13 +56,18 @@ def trace(function: Callable[..., list], leaves: list[Tensor], compiled: bool) -
         compiled: whether the graph is handed to a compiler.
     """
     replacements = COMPILED if compiled else {}
-    graph, constants = record(function, leaves, replacements)
-    graph.eliminate_dead_code()
+    graph, constants = _recorded(function, leaves, replacements)
     if any(is_mutable(node) for node in graph.nodes):  # such as the second derivative of mse_loss
-        graph, constants = record(functionalize(function, remove="mutations"), leaves, replacements)
-        graph.eliminate_dead_code()
+        graph, constants = _recorded(functionalize(function, remove="mutations"), leaves, replacements)
     simplify(graph)
-    return fx.GraphModule(constants, graph)
+    return graph, constants
+
+
+def _recorded(function: Callable[..., list], leaves: list[Tensor], replacements: dict) -> tuple[fx.Graph, nn.Module]:
+    graph, constants = record(function, leaves, replacements)
+    take_as_inputs(COTANGENT, graph)
+    graph.eliminate_dead_code()
+    return graph, constants
 
 
 def _ready(graph: fx.GraphModule, compiled: bool) -> Callable[..., Any]:
@@ -104,8 +110,8 @@ def traced_call(function: Callable, args: tuple, compiled: bool) -> TracedCall:
         out, out_spec = pytree.tree_flatten(function(*pytree.tree_unflatten(leaves, spec)))
         return out
 
-    graph = trace(flat, leaves, compiled)
-    return TracedCall(_forward(graph, compiled), out_spec)
+    graph, constants = trace(flat, leaves, compiled)
+    return TracedCall(_forward(fx.GraphModule(constants, graph), compiled), out_spec)
 
 
 class TracedPair(NamedTuple):
@@ -137,28 +143,27 @@ class TracedPair(NamedTuple):
         return pytree.tree_unflatten(gradients, self.primal_spec)
 
 
-def traced_pair(function: Callable, joint: Callable, args: tuple, compiled: bool) -> TracedPair:
+def traced_pair(joint: Callable, args: tuple, compiled: bool) -> TracedPair:
     """The replay of a function and its pullback.
 
     Args:
-        function: of ``(primal, *args)``, vectorized over tasks.
-        joint: ``joint(cotangents, primal, *args) -> (outputs, gradients)``, vectorized over tasks.
+        joint: ``joint(primal, *args) -> (outputs, gradients)``, vectorized over tasks, of cotangents that it makes.
         args: example arguments, the primal first.
         compiled: run the graphs through ``torch.compile``.
     """
     leaves, spec = pytree.tree_flatten(args)
-    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = pytree.tree_unflatten([mode.from_tensor(leaf) for leaf in leaves], spec)
-        outputs, out_spec = pytree.tree_flatten(function(*fake))
-        outputs = [output.clone() for output in outputs]  # vmap may expand; cotangents are dense
-    cotangents = [torch.empty_strided(o.shape, o.stride(), dtype=o.dtype, device=o.device) for o in outputs]
-    count = len(cotangents)
+    out_spec: Any = None
 
     def flat(*leaves: Tensor) -> list:
-        args = pytree.tree_unflatten(leaves[: len(leaves) - count], spec)
-        return pytree.tree_leaves(joint(pytree.tree_unflatten(leaves[len(leaves) - count :], out_spec), *args))
+        nonlocal out_spec
+        outputs, gradients = joint(*pytree.tree_unflatten(leaves, spec))
+        outputs, out_spec = pytree.tree_flatten(outputs)
+        return [*outputs, *pytree.tree_leaves(gradients)]
 
-    halves = cut(trace(flat, [*leaves, *cotangents], compiled), count, count)
+    graph, constants = trace(flat, leaves, compiled)
+    inputs = [node.meta["val"] for node in graph.nodes if node.op == "placeholder"][len(leaves) :]
+    halves = cut(graph, constants, len(inputs))
     forward, backward = _forward(halves[0], compiled), _ready(halves[1], compiled)
-    strides = [cotangent.to("meta") for cotangent in cotangents]  # the graph is kept, and no memory with it
-    return TracedPair(forward, backward, strides, out_spec, pytree.tree_structure(args[0]))
+    # Their strides alone: the graph is kept, and no memory with it.
+    cotangents = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="meta") for v in inputs]
+    return TracedPair(forward, backward, cotangents, out_spec, pytree.tree_structure(args[0]))

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from maml_lightning.engine.tracing import trace
@@ -12,8 +12,13 @@ def targets(graph):
     return [node.target for node in graph.graph.nodes if node.op == "call_function"]
 
 
+def replay(function, *inputs):
+    graph, constants = trace(function, list(inputs), False)
+    return fx.GraphModule(constants, graph)
+
+
 def traced(function, *inputs):
-    graph = trace(lambda *leaves: [function(*leaves)], list(inputs), False)
+    graph = replay(lambda *leaves: [function(*leaves)], *inputs)
     assert torch.allclose(graph(*inputs)[0], function(*inputs))
     return targets(graph)
 
@@ -25,7 +30,7 @@ def test_equal_expressions_are_computed_once():
 
 def test_random_draws_are_left_alone():
     x = torch.rand(100)
-    draws = targets(trace(lambda x: [torch.rand_like(x), torch.rand_like(x)], [x], False))
+    draws = targets(replay(lambda x: [torch.rand_like(x), torch.rand_like(x)], x))
     assert draws == [aten.rand_like.default] * 2
 
 
@@ -63,7 +68,7 @@ def test_zeros_without_memory_are_recorded():
         outputs, pullback = torch.func.vjp(step, w)
         return pullback(outputs)[0]
 
-    graph = trace(lambda w, x: [torch.func.vmap(second_derivative)(w, x)], [w, x], False)
+    graph = replay(lambda w, x: [torch.func.vmap(second_derivative)(w, x)], w, x)
     assert torch.equal(graph(w, x)[0], torch.zeros(2, 4))
 
 
@@ -79,5 +84,5 @@ def test_numbers_that_are_known_without_values_are_recorded():
 
 def test_tensors_that_are_no_arguments_are_constants():
     scale = torch.rand(3)
-    graph = trace(lambda x: [x * scale], [torch.rand(3)], False)
+    graph = replay(lambda x: [x * scale], torch.rand(3))
     assert torch.equal(graph(torch.ones(3))[0], scale)

@@ -1,10 +1,20 @@
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.func import grad, vmap
 from torch.utils import _pytree as pytree
 
-from maml_lightning.engine.kernels import convolution, convolution_layers, layout, lstm, mode, normalization
+from maml_lightning.engine.kernels import (
+    convolution,
+    convolution_layers,
+    layout,
+    lstm,
+    mode,
+    normalization,
+    recurrent_unit,
+)
 
 
 def second_derivative(function, x, *parameters):
@@ -223,3 +233,44 @@ def test_gradgradcheck_of_an_lstm_layer():
     inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 2, 8), (2, 2), (2, 2), (8, 2))]
     assert torch.autograd.gradcheck(lstm.lstm_layer, inputs)
     assert torch.autograd.gradgradcheck(lstm.lstm_layer, inputs)
+
+
+UNITS = {"gru": torch.nn.GRU, "rnn_tanh": torch.nn.RNN, "rnn_relu": lambda *a: torch.nn.RNN(*a, nonlinearity="relu")}
+
+
+@pytest.mark.parametrize("kind", UNITS)
+def test_recurrent_layer_is_torchs_twice_differentiated(kind):
+    torch.manual_seed(0)
+    size = 15 if kind == "gru" else 5
+    tasks = [torch.randn(2, *s, dtype=torch.float64) for s in ((4, 3, size), (3, 5), (size, 5), (size,))]
+    layer = UNITS[kind](size, 5)
+
+    def theirs(x, h, weight, bias):
+        own = {"weight_ih_l0": torch.eye(size, dtype=x.dtype), "bias_ih_l0": x.new_zeros(size)}
+        own |= {"weight_hh_l0": weight, "bias_hh_l0": bias}
+        return torch.func.functional_call(layer, own, (x, h[None]))[0].flatten()
+
+    def ours(*args):
+        return recurrent_unit.recurrent_layer(kind, *args).flatten()
+
+    one = [task[1] for task in tasks]
+    assert torch.allclose(ours(*one), theirs(*one), rtol=1e-12)
+    derivatives = second_derivative(ours, *tasks)
+    for task in range(2):
+        one = [t[task].clone().requires_grad_() for t in tasks]
+        first = torch.autograd.grad(theirs(*one).sin().sum(), one, create_graph=True)
+        weights = [torch.linspace(1, 2, g.numel(), dtype=g.dtype).view_as(g) for g in first]
+        for a, e in zip(derivatives, torch.autograd.grad(first, one, weights), strict=True):
+            assert torch.allclose(a[task], e, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", UNITS)
+def test_gradgradcheck_of_a_recurrent_layer(kind):
+    torch.manual_seed(0)
+    size = 6 if kind == "gru" else 2
+    inputs = [
+        torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 2, size), (2, 2), (size, 2), (size,))
+    ]
+    layer = partial(recurrent_unit.recurrent_layer, kind)
+    assert torch.autograd.gradcheck(layer, inputs)
+    assert torch.autograd.gradgradcheck(layer, inputs)

@@ -26,17 +26,18 @@ from maml_lightning.engine.kernels.layout import all_tasks_first
 
 
 # Shapes: x, gates [T, L, B, 4H]; h, c [T, L, B, H]; h_0, c_0 [T, B, H]; weight R [T, 4H, H].
-def _before(values: Tensor, first: Tensor) -> Tensor:
+def before(values: Tensor, first: Tensor) -> Tensor:
     """The values one time step earlier."""
     return torch.cat([first[:, None], values[:, :-1]], 1)
 
 
-def _times(values: Tensor, weight: Tensor) -> Tensor:
+def times(values: Tensor, weight: Tensor) -> Tensor:
     """``[T, L, B, M] @ [T, M, N]`` for all time steps in one product."""
     return values.flatten(1, 2).bmm(weight).unflatten(1, values.shape[1:3])
 
 
-def _outer(a: Tensor, b: Tensor) -> Tensor:
+def outer(a: Tensor, b: Tensor) -> Tensor:
+    """The products ``a^T b``, ``[T, M, N]``, summed over time and batch."""
     return a.flatten(1, 2).mT.bmm(b.flatten(1, 2))
 
 
@@ -73,7 +74,7 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``da_t``, ``dh_0`` and ``dc_0`` of the gradients of all ``h_t`` and of the last ``c_t``."""
     s, (i, f, g, o) = c.tanh(), gates.chunk(4, -1)
-    to_c, factors = o * (1 - s * s), torch.cat([g, _before(c, c_0), i], -1)
+    to_c, factors = o * (1 - s * s), torch.cat([g, before(c, c_0), i], -1)
     slopes = _slopes(gates)
     d_a, d_h, d_c = torch.empty_like(gates), torch.zeros_like(c_0), g_c
     for t in reversed(range(g_h.shape[1])):
@@ -107,9 +108,9 @@ def _tangent_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The tangents along ``u`` of all ``h_t``, the last ``c_t``, ``da_t``, ``dh_0``, ``dc_0`` and ``dR``."""
     s, (i, f, g, o), slopes = c.tanh(), gates.chunk(4, -1), _slopes(gates)
-    h_before, c_before, to_s = _before(h, h_0), _before(c, c_0), 1 - s * s
+    h_before, c_before, to_s = before(h, h_0), before(c, c_0), 1 - s * s
     t_h, t_c, t_gates = torch.empty_like(h), torch.empty_like(c), torch.empty_like(gates)
-    known, at_h, at_c = u_x + _times(h_before, u_weight.mT), u_h, u_c
+    known, at_h, at_c = u_x + times(h_before, u_weight.mT), u_h, u_c
     for t in range(h.shape[1]):
         t_gates[:, t] = torch.baddbmm(known[:, t], at_h, weight.mT) * slopes[:, t]
         t_i, t_f, t_g, t_o = t_gates[:, t].chunk(4, -1)
@@ -141,11 +142,11 @@ def _tangent_backward(
     (i, f, g, o), (t_i, t_f, t_g, t_o) = gates.chunk(4, -1), t_gates.chunk(4, -1)
     t_s, to_c, zero = (1 - s * s) * t_c, o * (1 - s * s), torch.zeros_like(u_h)
     t_to_c = t_o * (1 - s * s) - 2 * o * s * t_s
-    factors, t_factors = torch.cat([g, c_before, i], -1), torch.cat([t_g, _before(t_c, u_c), t_i], -1)
+    factors, t_factors = torch.cat([g, c_before, i], -1), torch.cat([t_g, before(t_c, u_c), t_i], -1)
     # The tangent of slope(a) is that of its value: (1 - 2 i) t_i for a sigmoid, -2 g t_g for tanh.
     t_slopes = torch.cat([(1 - 2 * i) * t_i, (1 - 2 * f) * t_f, -2 * g * t_g, (1 - 2 * o) * t_o], -1)
-    d_h = g_h + torch.cat([_times(d_a, weight)[:, 1:], zero[:, None]], 1)
-    from_weight = _times(d_a, u_weight)
+    d_h = g_h + torch.cat([times(d_a, weight)[:, 1:], zero[:, None]], 1)
+    from_weight = times(d_a, u_weight)
     t_d_a, t_d_h, t_d_c, d_c = torch.empty_like(gates), zero, zero, g_c
     for t in reversed(range(s.shape[1])):
         d_c = torch.addcmul(d_c, d_h[:, t], to_c[:, t])
@@ -159,7 +160,7 @@ def _tangent_backward(
         t_d_c = t_d_c * f[:, t] + d_c * t_f[:, t]
         d_c = d_c * f[:, t]
         t_d_h = torch.baddbmm(from_weight[:, t], t_d_a[:, t], weight)
-    t_d_weight = _outer(t_d_a, h_before) + _outer(d_a, _before(t_h, u_h))
+    t_d_weight = outer(t_d_a, h_before) + outer(d_a, before(t_h, u_h))
     return t_d_a, t_d_h, t_d_c.clone(), t_d_weight
 
 
@@ -172,7 +173,8 @@ def _(
     return a, b, c, d, e, f
 
 
-def _of_one_task(op: Any, *tensors: Tensor) -> list[Tensor]:
+def of_one_task(op: Any, *tensors: Tensor) -> list[Tensor]:
+    """An operator of tensors with a dimension over tasks, of those of one task."""
     return [result[0].clone() for result in op(*(tensor.contiguous()[None] for tensor in tensors))]
 
 
@@ -185,7 +187,7 @@ def _backward(
     g_h: Tensor, g_c: Tensor, x: Tensor, h_0: Tensor, c_0: Tensor, weight: Tensor, h: Tensor, c: Tensor, gates: Tensor
 ) -> tuple[Tensor, ...]:
     d_a, d_h, d_c = _backward_op(g_h, g_c, c_0, weight, c, gates)
-    return d_a, d_h, d_c, _outer(d_a, _before(h, h_0))
+    return d_a, d_h, d_c, outer(d_a, before(h, h_0))
 
 
 class _Layer(Function):
@@ -193,7 +195,7 @@ class _Layer(Function):
 
     @staticmethod
     def forward(*inputs: Tensor) -> tuple:
-        return tuple(_of_one_task(_forward, *inputs))
+        return tuple(of_one_task(_forward, *inputs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -215,7 +217,7 @@ class _LayerBackward(Function):
 
     @staticmethod
     def forward(*inputs: Tensor) -> tuple:
-        return tuple(_of_one_task(_backward, *inputs))
+        return tuple(of_one_task(_backward, *inputs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -237,7 +239,7 @@ class _LayerTangent(Function):
 
     @staticmethod
     def forward(*inputs: Tensor) -> tuple:
-        return tuple(_of_one_task(_tangent_op, *inputs))
+        return tuple(of_one_task(_tangent_op, *inputs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maml_lightning.engine.kernels.lstm import lstm_layer
+from maml_lightning.engine.kernels.recurrent_unit import recurrent_layer
 
 State = tuple[Tensor, ...]
 Cell = Callable[[Tensor, State, Tensor, Tensor | None], State]
@@ -38,7 +39,7 @@ def _rnn_step(gates: Tensor, state: State, weight: Tensor, bias: Tensor | None, 
 
 
 def _direction(
-    cell: Cell, x: Tensor, state: State, weights: Sequence[Tensor], has_biases: bool, reverse: bool
+    kind: str, x: Tensor, state: State, weights: Sequence[Tensor], has_biases: bool, reverse: bool
 ) -> tuple[Tensor, State]:
     """One layer in one direction over ``[L, B, F]``: the outputs ``[L, B, H]`` and the last state.
 
@@ -48,22 +49,27 @@ def _direction(
     to_gates, to_state, *others = weights
     biases, projection = (others[:2], others[2:]) if has_biases else ((None, None), others)
     gates = F.linear(x, to_gates, biases[0])
-    if cell is _lstm_step and not projection and x.dim() == 3:
-        gates = gates if biases[1] is None else gates + biases[1]
-        h, c, weight = (value.to(gates.dtype) for value in (*state, to_state))  # autocast
-        outputs, *last = lstm_layer(gates.flip(0) if reverse else gates, h, c, weight)
+    if not projection and x.dim() == 3:
+        bias = gates.new_zeros(len(to_state)) if biases[1] is None else biases[1]
+        bias, weight, h, *c = (value.to(gates.dtype) for value in (bias, to_state, *state))  # autocast
+        gates = gates.flip(0) if reverse else gates
+        if kind == "lstm":
+            outputs, *last = lstm_layer(gates + bias, h, *c, weight)
+        else:
+            outputs = recurrent_layer(kind, gates, h, weight, bias)
+            last = [outputs[-1]]
         return outputs.flip(0) if reverse else outputs, tuple(last)
     each = gates.unbind(0)
     results = []
     for now in reversed(each) if reverse else each:
-        h, *rest = cell(now, state, to_state, biases[1])
+        h, *rest = _STEPS[kind](now, state, to_state, biases[1])
         state = (F.linear(h, projection[0]) if projection else h, *rest)
         results.append(state[0])
     return torch.stack(results[::-1] if reverse else results), state
 
 
 def _layers(
-    cell: Cell,
+    kind: str,
     own: Callable[..., Any],
     input: Tensor,
     hx: Any,
@@ -88,7 +94,7 @@ def _layers(
         for direction in range(directions):
             number = layer * directions + direction
             weights, state = params[number * count :][:count], tuple(s[number] for s in states)
-            output, state = _direction(cell, x, state, weights, has_biases, bool(direction))
+            output, state = _direction(kind, x, state, weights, has_biases, bool(direction))
             outputs.append(output)
             last.append(state)
         x = torch.cat(outputs, -1) if bidirectional else outputs[0]
@@ -116,5 +122,5 @@ _STEPS: dict[str, Cell] = {
 
 def recurrences() -> dict[Callable[..., Any], Callable[..., Any]]:
     """What replaces torch's recurrent layers and cells."""
-    layers = {getattr(torch, name): partial(_layers, step, getattr(torch, name)) for name, step in _STEPS.items()}
+    layers = {getattr(torch, name): partial(_layers, name, getattr(torch, name)) for name in _STEPS}
     return {**layers, **{getattr(torch, f"{name}_cell"): partial(_cell, step) for name, step in _STEPS.items()}}
