@@ -4,7 +4,10 @@ Tensors on torch's ``meta`` device have shapes and no values: everything that is
 reads a number raises. A GPU gives its numbers, but each reading waits until it has done all that it was given.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+import operator
+from collections.abc import Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -38,14 +41,31 @@ def on_device(values: Any, device: torch.device, dtype: torch.dtype | None = Non
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
+_NONE_DRAWN = ContextVar("none_drawn", default=False)
+
+
+@contextmanager
+def no_random_numbers() -> Iterator[None]:
+    """While active, states of random numbers are neither asked nor set: nothing is drawn, and a capture forbids it."""
+    token = _NONE_DRAWN.set(True)
+    try:
+        yield
+    finally:
+        _NONE_DRAWN.reset(token)
+
+
 def random_states(device: torch.device) -> list[Tensor]:
     """The states of torch's random numbers, on the CPU and on the device."""
+    if _NONE_DRAWN.get():
+        return []
     own = _random_numbers(device)
     return [torch.get_rng_state(), *([own.get_rng_state(*_index(device))] if own else [])]
 
 
 def set_random_states(device: torch.device, states: list[Tensor]) -> None:
     """Draw again from :func:`random_states` on."""
+    if _NONE_DRAWN.get():
+        return
     torch.set_rng_state(states[0])
     if (own := _random_numbers(device)) and len(states) > 1:  # one device less where they are of a run on a CPU
         own.set_rng_state(states[1], *_index(device))
@@ -58,6 +78,27 @@ def _random_numbers(device: torch.device) -> Any:
 
 def _index(device: torch.device) -> tuple:
     return () if device.type == "mps" else (device,)  # there is one
+
+
+_SWITCHES = (
+    *(("cudnn", name) for name in ("enabled", "benchmark", "deterministic", "allow_tf32")),
+    *(("cuda.matmul", f"allow_{name}") for name in ("tf32", "fp16_reduced_precision_reduction")),
+    *(("cuda.matmul", f"allow_{name}") for name in ("bf16_reduced_precision_reduction", "fp16_accumulation")),
+    *((name, "fp32_precision") for name in ("cuda.matmul", "cudnn.conv", "cudnn.rnn")),
+)
+
+
+def kernel_settings() -> tuple[Hashable, ...]:
+    """The switches of this process by which torch chooses kernels, and what type it makes."""
+    switches = (_switch(module, name) for module, name in _SWITCHES)
+    return (*switches, torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype())
+
+
+def _switch(module: str, name: str) -> Hashable:
+    try:
+        return operator.attrgetter(f"{module}.{name}")(torch.backends)
+    except (AttributeError, RuntimeError):  # torch has no such switch yet, or raises where old and new ones are mixed
+        return None
 
 
 def synchronize(device: torch.device) -> None:

@@ -39,6 +39,8 @@ class Algorithm(NamedTuple):
             the sentence "model.algorithm NAME …".
         min_inner_steps: fewest inner steps in training.
         proximal: whether the inner loop has the proximal term, of strength ``model.proximal``.
+        capturable: whether ``meta_gradient`` has no effects and depends on its arguments alone, so that a GPU may
+            replay what it launched (:mod:`~maml_lightning.engine.captures`).
         measured_as: name of the chosen chunk size in checkpoints; the algorithm's own where it is empty.
     """
 
@@ -46,6 +48,7 @@ class Algorithm(NamedTuple):
     unsupported: Mapping[str, str] = {}
     min_inner_steps: int = 0
     proximal: bool = False
+    capturable: bool = False
     measured_as: str = ""
 
 

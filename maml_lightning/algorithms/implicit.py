@@ -73,5 +73,6 @@ ALGORITHM = Algorithm(
     unsupported={**OF_UNROLLED_STEPS, "head": "pulls each task to a shared initialization"},
     min_inner_steps=1,
     proximal=True,
+    capturable=True,
     measured_as="implicit",
 )

@@ -13,10 +13,12 @@ from maml_lightning.algorithms.optimizers import InnerOptimizer, Parameters, sgd
 from maml_lightning.algorithms.prototypes import labels_of, of_task, of_tasks
 from maml_lightning.algorithms.registry import find_algorithm
 from maml_lightning.algorithms.statistics import adapted_copy, deciding, uses_running_statistics
+from maml_lightning.engine.captures import Captures
 from maml_lightning.engine.chunks import MetaGradient, chunk_size, detached, mean_over_tasks, split
 from maml_lightning.engine.differentiation import by_autograd
 from maml_lightning.engine.execution import Execution, Executor
 from maml_lightning.engine.memory import FlatMemory
+from maml_lightning.engine.state import State
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
 
@@ -84,6 +86,7 @@ class InnerLoop:
         self.proximal = proximal
         self._flat_memory = FlatMemory(flat_memory)
         self._executor = Executor(execution, compile)
+        self._captures = Captures(self._executor)
 
     @property
     def flat(self) -> bool:
@@ -134,19 +137,27 @@ class InnerLoop:
         settings: Settings,
     ) -> MetaGradient:
         method = find_algorithm(algorithm)
-        setup = self._setup(params, rates, steps, episode.support_targets, episode.query_targets)
         if steps < (least := method.min_inner_steps):
             raise SettingError(
                 f"model.inner_steps must be at least {least} with model.algorithm {algorithm} (got {steps})."
             )
-        learned = {n: r for n, r in rates.items() if r.requires_grad} if isinstance(rates, dict) else {}
-
-        def run(chunk: Episode, total: MetaGradient) -> tuple[Tensor, Tensor]:
-            return method.meta_gradient(setup, chunk, total, settings)
-
         name = "first order" if settings.first_order else method.measured_as or algorithm
-        size = self._size(setup, episode, name)
-        return mean_over_tasks(run, episode, params, learned, size)
+        state, labels = self._state(), self._labels(episode.support_targets, episode.query_targets)
+
+        def run(params: Parameters, buffers: Parameters, rates: Any, episode: Episode, labels: Any) -> MetaGradient:
+            setup = self._setup(state, params, buffers, rates, steps, labels)
+            learned = {n: r for n, r in rates.items() if r.requires_grad} if isinstance(rates, dict) else {}
+
+            def of_chunk(chunk: Episode, total: MetaGradient) -> tuple[Tensor, Tensor]:
+                return method.meta_gradient(setup, chunk, total, settings)
+
+            return mean_over_tasks(of_chunk, episode, params, learned, self._size(setup, episode, name))
+
+        arguments = (params, dict(self.net.named_buffers()), rates, episode, labels)
+        if not method.capturable:
+            return run(*arguments)
+        key = self._key(method.meta_gradient, steps, settings._replace(weights=tuple(settings.weights)))
+        return self._captures(run, key, state, *arguments)
 
     def meta_gradient(
         self,
@@ -190,17 +201,24 @@ class InnerLoop:
             ``steps + 1`` tensors ``[T, N*Q, ...]``.
         """
         with self._evaluating():
-            every, chunks = self._setup(params, rates, steps, episode.support_targets), []
-            for chunk in self._evaluation_chunks(episode):
-                setup = of_tasks(every, chunk)
-                path = inner.descend(setup, chunk.support_inputs, chunk.support_targets)
-                chunks.append([inner.predict(setup, fast, k, chunk) for k, fast in enumerate(path)])
-            return [torch.cat(outputs) for outputs in zip(*chunks, strict=True)]
+            state, labels = self._state(), self._labels(episode.support_targets)
+
+            def run(params: Parameters, buffers: Parameters, rates: Any, episode: Episode, labels: Any) -> list[Tensor]:
+                every, chunks = self._setup(state, params, buffers, rates, steps, labels), []
+                for chunk in self._evaluation_chunks(episode):
+                    setup = of_tasks(every, chunk)
+                    path = inner.descend(setup, chunk.support_inputs, chunk.support_targets)
+                    chunks.append([inner.predict(setup, fast, k, chunk) for k, fast in enumerate(path)])
+                return [torch.cat(outputs) for outputs in zip(*chunks, strict=True)]
+
+            arguments = (params, dict(self.net.named_buffers()), rates, episode, labels)
+            return self._captures(run, self._key("trajectory", steps), state, *arguments)
 
     def moved(self, params: Parameters, episode: Episode, rates: float | Parameters, steps: int) -> Tensor:
         """How far ``steps`` inner steps move each task's parameters, in the Euclidean norm: ``[T]``."""
         with self._evaluating():
-            every, norms = self._setup(params, rates, steps, episode.support_targets), []
+            labels, buffers = self._labels(episode.support_targets), dict(self.net.named_buffers())
+            every, norms = self._setup(self._state(), params, buffers, rates, steps, labels), []
             for chunk in self._evaluation_chunks(episode):
                 setup = of_tasks(every, chunk)
                 fast = inner.adapt(setup, chunk.support_inputs, chunk.support_targets)
@@ -222,7 +240,8 @@ class InnerLoop:
             steps: inner steps ``S``, at least 0.
         """
         with self._evaluating():
-            setup = self._setup(params, rates, steps, targets)
+            buffers = dict(self.net.named_buffers())
+            setup = self._setup(self._state(), params, buffers, rates, steps, self._labels(targets))
             setup = of_task(setup, detached(inputs), detached(targets))
             state, step = setup.initial_state(), setup.model.bind(inner.step)
             with by_autograd():  # one task by itself, which runs as any network does
@@ -248,11 +267,23 @@ class InnerLoop:
         finally:
             self._executor.release()
 
-    def _setup(self, params: Parameters, rates: float | Parameters, steps: int, *targets: Any) -> inner.Setup:
+    def _state(self) -> State:
+        """The network, loss and optimizer as they are now."""
         of_support = self.query_statistics == "support"
-        model = inner.Model(self.net, self.loss, self.optimizer, self.proximal, of_support)
-        setup = inner.prepare(model, self._executor, self._flat_memory, params, rates, steps)
-        return setup._replace(labels=labels_of(*targets)) if self.head == "prototypes" else setup
+        return self._executor.state(inner.Model(self.net, self.loss, self.optimizer, self.proximal, of_support))
+
+    def _labels(self, *targets: Any) -> Tensor | None:
+        return labels_of(*targets) if self.head == "prototypes" else None
+
+    def _setup(
+        self, state: State, params: Parameters, buffers: Parameters, rates: Any, steps: int, labels: Tensor | None
+    ) -> inner.Setup:
+        setup = inner.prepare(state, self._executor, self._flat_memory, params, buffers, rates, steps)
+        return setup._replace(labels=labels)
+
+    def _key(self, *settings: Any) -> tuple:
+        """Of all that a function of a meta-batch depends on beside tensors and the :meth:`_state`."""
+        return *settings, self.tasks_per_chunk, tuple(self.chosen.items()), self._flat_memory.active
 
     def _size(self, setup: inner.Setup, episode: Episode, name: str) -> int | None:
         """Tasks in a chunk; in a loop over tasks more than one would only take memory."""

@@ -34,5 +34,6 @@ ALGORITHM = Algorithm(
         "adapted_parameters": "moves only adapted parameters, so that the others would not be learned",
     },
     min_inner_steps=1,
+    capturable=True,
     measured_as="reptile",
 )

@@ -203,27 +203,29 @@ class Setup(NamedTuple):
 
 
 def prepare(
-    model: Model,
+    model: State,
     executor: Executor,
     flat_memory: FlatMemory,
     params: Parameters,
+    buffers: Parameters,
     rates: float | Parameters,
     steps: int,
 ) -> Setup:
     """Sort the parameters into adapted and shared ones, and lay out both for the kernels.
 
     Args:
-        model: network, loss and optimizer.
+        model: network, loss and optimizer, as they are now.
         executor: runs the functions of one task over all tasks of a chunk.
         flat_memory: whether the backward pass recomputes the inner steps.
         params: by name, shaped like the network's or ``[S+1, ...]``, one value for each ``theta_k``; those are shared.
             Where some require a gradient, the others are frozen: they have none.
+        buffers: the network's, by name.
         rates: a number, or ``[1 or S, ...]`` by name of the adapted parameters; with them the curvature matrices.
         steps: inner steps ``S``, at least 0.
     """
     keep_freed_memory()
     values = {name: detached(value) for name, value in params.items()}
-    dims = {name: value.dim() for name, value in model.net.named_parameters()}
+    dims = {name: value.dim() for name, value in model.objects.net.named_parameters()}
     per_step = {name: value for name, value in values.items() if value.dim() > dims[name]}
     if not isinstance(rates, dict):
         rates = {name: rate_of(value, rates) for name, value in values.items() if name not in per_step}
@@ -238,8 +240,8 @@ def prepare(
     return Setup(
         executor,
         flat_memory,
-        executor.state(model),
-        {**{name: buffer.detach() for name, buffer in model.net.named_buffers()}, **frozen},
+        model,
+        {**{name: buffer.detach() for name, buffer in buffers.items()}, **frozen},
         {name: kernel_layout(value) for name, value in values.items() if name in rates},
         [{**shared, **_of_step(per_step, k)} for k in range(steps + 1)],
         [_of_step(fixed, k) for k in range(steps)],

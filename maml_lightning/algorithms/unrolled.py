@@ -151,4 +151,4 @@ def multi_step_weights(steps: int, epoch: int, epochs: int) -> list[float]:
     return [0.0, *[early] * (steps - 1), 1 - early * (steps - 1)]
 
 
-ALGORITHM = Algorithm(meta_gradient, measured_as="exact")
+ALGORITHM = Algorithm(meta_gradient, capturable=True, measured_as="exact")

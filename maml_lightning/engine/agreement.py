@@ -13,7 +13,7 @@ _ROUNDING = {torch.float64: 1e-6, torch.complex128: 1e-6, torch.float32: 1e-2, t
 _HALF = 0.2
 
 
-def disagreement(results: Any, expected: Any) -> str:
+def disagreement(results: Any, expected: Any, share: float = 1.0) -> str:
     """In which way the results of the last task are not the expected ones, in a few words; empty where they are.
 
     Tensors with values that are not finite are left out.
@@ -21,6 +21,7 @@ def disagreement(results: Any, expected: Any) -> str:
     Args:
         results: a pytree of tensors ``[T, ...]``.
         expected: the same ``[1, ...]``.
+        share: of the differences that rounding explains, how much is accepted.
     """
     pairs = list(zip(pytree.tree_leaves(results), pytree.tree_leaves(expected), strict=True))
     for result, value in pairs:
@@ -33,7 +34,7 @@ def disagreement(results: Any, expected: Any) -> str:
     errors = torch.stack([_norm(r - v) for r, v in pairs])
     sizes = torch.stack([_norm(v) for _, v in pairs])
     size = sizes.norm()
-    tolerance = max(_tolerance(value) for _, value in pairs)
+    tolerance = share * max(_tolerance(value) for _, value in pairs)
     relative = (errors.norm() / size.clamp_min(torch.finfo(size.dtype).tiny)).item()
     each = (errors / (sizes + size / 100).clamp_min(torch.finfo(size.dtype).tiny)).max().item()
     if relative <= tolerance and each <= 10 * tolerance:

@@ -48,7 +48,8 @@ class Executor:
 
     def __init__(self, execution: Execution = "auto", compile: bool = False) -> None:
         self.execution, self.compile = execution, compile
-        self.kept_bytes = 0  # by the pullbacks made since this was last set to 0
+        # Since they were last set: bytes that pullbacks keep; whether all runs replayed graphs checked before.
+        self.kept_bytes, self.settled = 0, True
         self._forget()
 
     def _forget(self) -> None:
@@ -62,8 +63,7 @@ class Executor:
         self._said: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: getattr(self, name) for name in ("execution", "compile")}
-        return {**kept, "kept_bytes": 0}
+        return {"execution": self.execution, "compile": self.compile, "kept_bytes": 0, "settled": True}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -148,6 +148,7 @@ class Executor:
             if not why and traced and compared and fingerprint(state.objects) != state.key:
                 effect = why = "it changes its own attributes or variables as it runs"
             if not why:
+                self.settled &= traced and not compared
                 self._checked.add(checked)
                 self._announce(state)
                 return outputs, self._check_once(job, pullback, reference[1]) if pullback and reference else pullback
@@ -255,6 +256,7 @@ class Executor:
         return checked
 
     def _looped(self, job: Job) -> tuple[Any, Callable | None]:
+        self.settled = False
         with _naming_what_has_no_derivative():
             outputs, pullback = job.in_loop()
         self._announce(job.function.state)

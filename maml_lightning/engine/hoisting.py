@@ -10,7 +10,7 @@ from maml_lightning.engine.graphs import depending_on, is_mutable, output_of, su
 _aten = torch.ops.aten
 _COSTLY = {
     op.default for op in (_aten.mm, _aten.bmm, _aten.addmm, _aten.baddbmm, _aten.convolution, _aten.embedding)
-} | {torch.ops.maml_lightning.convolution.default}
+} | {torch.ops.maml_lightning.convolution.default, torch.ops.maml_lightning.grouped_convolution.default}
 
 
 class Hoisted:

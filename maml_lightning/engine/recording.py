@@ -142,14 +142,15 @@ def record(
     inputs = [mode.from_tensor(leaf) for leaf in own]
     for number, value in enumerate(inputs):
         recorder.name(value, recorder.graph.placeholder(f"input_{number}"))
-    with torch.no_grad(), _without_autocast_cache(), mode, recorder:
+    with torch.no_grad(), without_autocast_cache(), mode, recorder:
         outputs = function(*inputs)
     recorder.graph.output(recorder.argument(outputs))
     return recorder.graph, recorder.root
 
 
 @contextmanager
-def _without_autocast_cache() -> Iterator[None]:
+def without_autocast_cache() -> Iterator[None]:
+    """While active, autocast keeps no tensor that it has made."""
     enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

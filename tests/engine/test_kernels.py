@@ -51,9 +51,13 @@ CONVOLUTIONS = [
 ]
 
 
-@pytest.fixture(params=[2**20, 0], ids=["within a cache", "beyond a cache"])
+@pytest.fixture(params=[2**20, 0, "GPU"], ids=["within a cache", "beyond a cache", "grouped as on a GPU"])
 def cache(request, monkeypatch):
-    monkeypatch.setattr(layout, "CACHE_BYTES", request.param)
+    if request.param == "GPU":
+        monkeypatch.setattr(convolution, "MEASURED", {"cpu"})
+        monkeypatch.setattr(convolution, "fastest", lambda what, ways, a, b: list(ways)[-1])
+    else:
+        monkeypatch.setattr(layout, "CACHE_BYTES", request.param)
 
 
 def with_settings(function, settings):

@@ -2,13 +2,13 @@
 
 For ``y = x * w`` these are the convolution, its transpose in the input (which takes ``y``'s gradient to ``x``'s) and
 its transpose in the weight. Under :func:`torch.func.vmap` all three become matrix products of gathered patches
-(im2col, Chellapilla, Puri and Simard 2006), batched over tasks, or torch's own convolutions task by task where the
-patches would not fit a cache; never a grouped convolution. Data stays channels-last between layers.
+(im2col, Chellapilla, Puri and Simard 2006), batched over tasks, or torch's own convolutions: on a CPU task by task
+where patches leave a cache; on a GPU what is fastest (``measured.py``). Data stays channels-last between layers.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,18 +16,19 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.library import custom_op
 
-from maml_lightning.engine.kernels.layout import HWIO, NCHW, NHWC, OIHW, Ints, leaves_cache, permute_each, tasks_first
-
-
-def _spans(
-    size: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int] = (1, 1),
-) -> Ints:
-    each = zip(size, kernel, stride, padding, dilation, strict=True)
-    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in each]
+from maml_lightning.engine.kernels.grouped import grouped, grouped_input, grouped_weight
+from maml_lightning.engine.kernels.layout import (
+    HWIO,
+    NCHW,
+    NHWC,
+    OIHW,
+    Ints,
+    leaves_cache,
+    permute_each,
+    spans,
+    tasks_first,
+)
+from maml_lightning.engine.kernels.measured import MEASURED, Way, fastest
 
 
 # Opaque operators: one node each in a traced graph, and free to loop and to work in place inside. All is channels-last:
@@ -35,7 +36,7 @@ def _spans(
 @custom_op("maml_lightning::im2col", mutates_args=())
 def _im2col(x: Tensor, kernel: Ints, stride: Ints, padding: Ints) -> Tensor:
     x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0])).contiguous()
-    rows, cols = _spans(x.shape[1:3], kernel, stride, [0, 0])
+    rows, cols = spans(x.shape[1:3], kernel, stride, [0, 0])
     batch, height, width, channels = x.shape
     row, col = width * channels, channels  # x.stride() says anything of a dimension of size 1
     # A row of the window lies in one piece in memory: one long run to copy instead of kernel[1] short ones.
@@ -47,7 +48,7 @@ def _im2col(x: Tensor, kernel: Ints, stride: Ints, padding: Ints) -> Tensor:
 
 @_im2col.register_fake
 def _(x: Tensor, kernel: Ints, stride: Ints, padding: Ints) -> Tensor:
-    return x.new_empty(x.shape[0], *_spans(x.shape[1:3], kernel, stride, padding), kernel[0] * kernel[1] * x.shape[3])
+    return x.new_empty(x.shape[0], *spans(x.shape[1:3], kernel, stride, padding), kernel[0] * kernel[1] * x.shape[3])
 
 
 @custom_op("maml_lightning::col2im", mutates_args=())
@@ -104,7 +105,7 @@ def _direct(x: Tensor, w: Tensor, stride: Ints, padding: Ints, dilation: Ints, g
 
 @_direct.register_fake
 def _(x: Tensor, w: Tensor, stride: Ints, padding: Ints, dilation: Ints, groups: int) -> Tensor:
-    return x.new_empty(*x.shape[:2], *_spans(x.shape[2:4], w.shape[1:3], stride, padding, dilation), w.shape[4])
+    return x.new_empty(*x.shape[:2], *spans(x.shape[2:4], w.shape[1:3], stride, padding, dilation), w.shape[4])
 
 
 def _direct_gradients(
@@ -158,7 +159,7 @@ def _patches(x: Tensor, kernel: Ints, stride: Ints, padding: Ints) -> Tensor:
 def _product(x: Tensor, w: Tensor, stride: Ints, padding: Ints) -> Tensor:
     kernel = list(w.shape[1:3])
     y = _patches(x, kernel, stride, padding).bmm(w.flatten(1, 3))
-    return y.reshape(*x.shape[:2], *_spans(x.shape[2:4], kernel, stride, padding), -1)
+    return y.reshape(*x.shape[:2], *spans(x.shape[2:4], kernel, stride, padding), -1)
 
 
 def _product_input(g: Tensor, w: Tensor, size: Ints, stride: Ints, padding: Ints) -> Tensor:
@@ -171,6 +172,27 @@ def _product_weight(x: Tensor, g: Tensor, kernel: Ints, stride: Ints, padding: I
     return _patches(x, kernel, stride, padding).mT.bmm(g.flatten(1, 3)).unflatten(1, (*kernel, -1))
 
 
+class _Map(NamedTuple):
+    """One of the three maps, channels-last, in three ways.
+
+    Args:
+        product: of patches, for convolutions that are neither grouped nor dilated; without those two settings.
+        direct: torch's convolution, task by task.
+        grouped: torch's convolution, a group for each task.
+    """
+
+    product: Callable[..., Tensor]
+    direct: Callable[..., Tensor]
+    grouped: Callable[..., Tensor]
+
+
+_MAPS = {
+    "convolution": _Map(_product, _direct, grouped),
+    "input": _Map(_product_input, _direct_input, grouped_input),
+    "weight": _Map(_product_weight, _direct_weight, grouped_weight),
+}
+
+
 def _over_tasks(
     info: Any,
     in_dims: tuple,
@@ -178,28 +200,36 @@ def _over_tasks(
     orders: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
     window: tuple[Any, ...],
     patch_elements: Callable[[Tensor, Tensor], int],
-    product: Callable[..., Tensor],
-    direct: Callable[..., Tensor],
+    name: str,
 ) -> tuple[Tensor, int]:
-    """The ``vmap`` rule of all three maps.
+    """The ``vmap`` rule of all three maps, in the way that is fastest.
 
     Args:
         info: and ``in_dims`` as :class:`torch.autograd.Function` gives them.
         operands: images and weight, or two images; ``window`` are the other arguments.
         orders: to channels-last of each operand, and back from it of the result.
         patch_elements: how many numbers one task's patches are.
-        product: the map as a product of patches; grouped and dilated convolutions are always direct.
-        direct: the map by torch's convolution, task by task.
+        name: of the map.
     """
     a, b = (tasks_first(operands[i], in_dims[i], info.batch_size, orders[i]) for i in range(2))
-    *plain, dilation, groups = window
-    if groups == 1 and dilation == [1, 1] and not leaves_cache(a, patch_elements(a, b)):
-        result = product(a, b, *plain)
-    elif in_dims[1] is None and orders[1] == HWIO:  # one weight for all tasks: their images are one batch
-        result = direct(a.flatten(0, 1)[None], b[:1], *window)[0].unflatten(0, a.shape[:2])
+    (*plain, dilation, groups), ways, elements = window, _MAPS[name], patch_elements(a, b)
+
+    def together(a: Tensor, b: Tensor) -> Tensor:
+        return ways.direct(a.flatten(0, 1)[None], b[:1], *window)[0].unflatten(0, a.shape[:2])
+
+    runs: dict[str, Way] = {}
+    if groups == 1 and dilation == [1, 1]:
+        runs["patches"] = Way(lambda a, b: ways.product(a, b, *plain), len(a) * elements * a.element_size())
+    if in_dims[1] is None and orders[1] == HWIO:  # one weight for all tasks: their images are one batch
+        runs["one batch"] = Way(together, 0)
     else:
-        result = direct(a, b, *window)
-    return permute_each(result, orders[2]), 0
+        runs["task by task"] = Way(lambda a, b: ways.direct(a, b, *window), 0)
+        runs["grouped"] = Way(lambda a, b: ways.grouped(a, b, *window), a.nbytes + b.nbytes)
+    if a.device.type in MEASURED:
+        way = fastest((name, repr(window)), runs, a, b)
+    else:
+        way = next(way for way in runs if way != "patches" or not leaves_cache(a, elements))
+    return permute_each(runs[way].run(a, b), orders[2]), 0
 
 
 class _Convolution(Function):
@@ -224,10 +254,10 @@ class _Convolution(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple, x: Tensor, w: Tensor, *window: Any) -> tuple:
         def patch_elements(x: Tensor, w: Tensor) -> int:
-            spans = _spans(x.shape[2:4], w.shape[1:3], *window[:2])
-            return x.shape[1] * math.prod(spans) * math.prod(w.shape[1:4])
+            windows = math.prod(spans(x.shape[2:4], w.shape[1:3], *window[:2]))
+            return x.shape[1] * windows * math.prod(w.shape[1:4])
 
-        return _over_tasks(info, in_dims, (x, w), (NHWC, HWIO, NCHW), window, patch_elements, _product, _direct)
+        return _over_tasks(info, in_dims, (x, w), (NHWC, HWIO, NCHW), window, patch_elements, "convolution")
 
 
 class _InputGradient(Function):
@@ -255,7 +285,7 @@ class _InputGradient(Function):
             return math.prod(g.shape[1:4]) * math.prod(w.shape[1:4])
 
         orders = (NHWC, HWIO, NCHW)
-        return _over_tasks(info, in_dims, (g, w), orders, window, patch_elements, _product_input, _direct_input)
+        return _over_tasks(info, in_dims, (g, w), orders, window, patch_elements, "input")
 
 
 class _WeightGradient(Function):
@@ -283,7 +313,7 @@ class _WeightGradient(Function):
             return math.prod(g.shape[1:4]) * math.prod(window[0]) * x.shape[4]
 
         orders = (NHWC, NHWC, OIHW)
-        return _over_tasks(info, in_dims, (x, g), orders, window, patch_elements, _product_weight, _direct_weight)
+        return _over_tasks(info, in_dims, (x, g), orders, window, patch_elements, "weight")
 
 
 def convolve(input: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints, groups: int) -> Tensor:

@@ -1,5 +1,6 @@
 """What all kernels share: where the task dimension lies, the order of dimensions in memory, and what fits a cache."""
 
+from collections.abc import Sequence
 from typing import Any, List  # noqa: UP035
 
 from torch import Tensor
@@ -12,6 +13,18 @@ CACHE_BYTES = 2**20
 
 NHWC, NCHW = (0, 2, 3, 1), (0, 3, 1, 2)  # [B, C, H, W] to channels-last, and back
 HWIO, OIHW = (2, 3, 1, 0), (3, 2, 0, 1)  # weights [O, C, kh, kw] to [kh, kw, C, O], and back
+
+
+def spans(
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int] = (1, 1),
+) -> Ints:
+    """How many windows there are along each dimension."""
+    each = zip(size, kernel, stride, padding, dilation, strict=True)
+    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in each]
 
 
 def leaves_cache(tensor: Tensor, elements: int) -> bool:
