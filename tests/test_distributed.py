@@ -80,6 +80,18 @@ def test_processes_give_what_one_gives(folder, alone, devices):
     assert json.loads(results.read_text()) == alone[1]
 
 
+def test_two_processes_learn_the_curvature_matrices_that_one_learns(folder):
+    settings = {**WHOLE, "model.meta_curvature": True, "trainer.max_epochs": 1}
+    matrices = []
+    for name, spread in (("alone", {}), ("two", ddp(2))):
+        ended = run(*words("fit", **settings, **spread, **{"trainer.default_root_dir": name}))
+        assert ended.returncode == 0, ended.stderr
+        state = torch.load(checkpoint(name), weights_only=True)["state_dict"]
+        matrices.append(torch.cat([value.flatten() for key, value in state.items() if "curvature" in key]))
+    assert matrices[0].unique().numel() > 1000  # learned, no identities
+    assert (matrices[1] - matrices[0]).norm() / matrices[0].norm() < 1e-6
+
+
 def test_two_nodes_give_what_one_process_gives(folder, alone):
     port = str(find_free_network_port())
     flags = words("fit", **WHOLE, **ddp(1, **{"trainer.num_nodes": 2, "trainer.default_root_dir": folder}))
