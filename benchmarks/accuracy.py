@@ -32,8 +32,8 @@ def accuracy(
         experiment: a config, such as configs/omniglot_5way_1shot_best.yaml.
         root: the folder of the data, for data on disk.
         seed: the seed of the network and of the episodes.
-        flags: flags that override the config, such as ``["--trainer.max_epochs=4"]``; an ``--initial_checkpoint`` that is
-            a record stands for the best checkpoint of its run, which is trained first if need be.
+        flags: flags that override the config, such as ``["--trainer.max_epochs=4"]``; an ``--initial_checkpoint`` that
+            is a record stands for the best checkpoint of its run, which is trained first if need be.
         tests: flags of each additional test, such as ``["--data.query_shots=1 --data.within_alphabet=true"]``.
     """
     _keep(run(experiment, root, seed, flags or [], tests or [], Path("lightning_logs")))
@@ -175,7 +175,7 @@ def _folder(config: Path, seed: int | list[int], flags: list[str], logs: Path) -
 
 
 def _begun(flag: str, root: str | None, logs: Path) -> str:
-    """The flag; one that begins with a record names the best checkpoint of its run, trained if it is not in ``logs``."""
+    """The flag; if it begins with a record, with the best checkpoint of its run, trained if it is not in ``logs``."""
     name, _, value = flag.partition("=")
     if name != "--initial_checkpoint" or not value.endswith(".json"):
         return flag

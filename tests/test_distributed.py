@@ -82,14 +82,17 @@ def test_processes_give_what_one_gives(folder, alone, devices):
 
 def test_two_processes_learn_the_curvature_matrices_that_one_learns(folder):
     settings = {**WHOLE, "model.meta_curvature": True, "trainer.max_epochs": 1}
-    matrices = []
-    for name, spread in (("alone", {}), ("two", ddp(2))):
-        ended = run(*words("fit", **settings, **spread, **{"trainer.default_root_dir": name}))
-        assert ended.returncode == 0, ended.stderr
-        state = torch.load(checkpoint(name), weights_only=True)["state_dict"]
-        matrices.append(torch.cat([value.flatten() for key, value in state.items() if "curvature" in key]))
-    assert matrices[0].unique().numel() > 1000  # learned, no identities
-    assert (matrices[1] - matrices[0]).norm() / matrices[0].norm() < 1e-6
+    main(words("fit", **settings, **{"trainer.default_root_dir": "alone"}))
+    ended = run(*words("fit", **settings, **ddp(2), **{"trainer.default_root_dir": "two"}))
+    assert ended.returncode == 0, ended.stderr
+    one, two = (curvature(name) for name in ("alone", "two"))
+    assert one.unique().numel() > 20  # learned: no identities
+    assert (two - one).norm() / one.norm() < 1e-6
+
+
+def curvature(name):
+    state = torch.load(checkpoint(name), weights_only=True)["state_dict"]
+    return torch.cat([value.flatten() for key, value in state.items() if "curvature" in key])
 
 
 def test_two_nodes_give_what_one_process_gives(folder, alone):
