@@ -32,7 +32,8 @@ def accuracy(
         experiment: a config, such as configs/omniglot_5way_1shot_best.yaml.
         root: the folder of the data, for data on disk.
         seed: the seed of the network and of the episodes.
-        flags: flags that override the config, such as ``["--trainer.max_epochs=4"]``.
+        flags: flags that override the config, such as ``["--trainer.max_epochs=4"]``; an ``--initial_checkpoint`` that
+            is a record stands for the best checkpoint of its run, which is trained first if need be.
         tests: flags of each additional test, such as ``["--data.query_shots=1 --data.within_alphabet=true"]``.
     """
     _keep(run(experiment, root, seed, flags or [], tests or [], Path("lightning_logs")))
@@ -152,7 +153,7 @@ def run_ensemble(
     """
     records = [run(config, root, seed, flags, [], logs) for seed in seeds]
     checkpoints = [record["tests"][0]["results"]["checkpoint"] for record in records]
-    settings = _settings(config, root, seeds[0], flags, logs / named(config, seeds, flags))
+    settings = [*_settings(config, root, seeds[0], flags, logs), _folder(config, seeds, flags, logs)]
     last = (record["validation"][-1][1] for record in records[1:])
     first, others = records[0], sum(last)
     return {
@@ -163,9 +164,29 @@ def run_ensemble(
     }
 
 
-def _settings(config: Path, root: str | None, seed: int, flags: list[str], folder: Path) -> list[str]:
-    settings = [f"--config={config}", f"--seed_everything={seed}", f"--data.seed={seed}", *flags]
-    return [*settings, f"--trainer.default_root_dir={folder}", *([] if root is None else [f"--data.root={root}"])]
+def _settings(config: Path, root: str | None, seed: int, flags: list[str], logs: Path) -> list[str]:
+    settings = [f"--config={config}", f"--seed_everything={seed}", f"--data.seed={seed}"]
+    settings += [_begun(flag, root, logs) for flag in flags]
+    return [*settings, _folder(config, seed, flags, logs), *([] if root is None else [f"--data.root={root}"])]
+
+
+def _folder(config: Path, seed: int | list[int], flags: list[str], logs: Path) -> str:
+    return f"--trainer.default_root_dir={logs / named(config, seed, flags)}"
+
+
+def _begun(flag: str, root: str | None, logs: Path) -> str:
+    """The flag; if it begins with a record, with the best checkpoint of its run, trained if it is not in ``logs``."""
+    name, _, value = flag.partition("=")
+    if name != "--initial_checkpoint" or not value.endswith(".json"):
+        return flag
+    first = json.loads(Path(value).read_text())
+    return f"{name}={_trained(_settings(Path(first['config']), root, first['seed'], first['flags'], logs))[1]}"
+
+
+def _trained(settings: list[str]) -> tuple[Path, str]:
+    """Train, or resume training; return the run's folder and its best checkpoint."""
+    trainer = main(["fit", *settings, "--ckpt_path=last"]).trainer
+    return Path(trainer.log_dir), trainer.checkpoint_callback.best_model_path
 
 
 def _tested(words: list[str], flags: str) -> dict[str, Any]:
@@ -175,10 +196,8 @@ def _tested(words: list[str], flags: str) -> dict[str, Any]:
 
 def run(config: Path, root: str | None, seed: int, flags: list[str], tests: list[str], logs: Path) -> dict[str, Any]:
     """Train, or resume training, and test; return what `accuracy` records."""
-    settings = _settings(config, root, seed, flags, logs / named(config, seed, flags))
-    trained = main(["fit", *settings, "--ckpt_path=last"])
-    log = Path(trained.trainer.log_dir)
-    best = trained.trainer.checkpoint_callback.best_model_path
+    settings = _settings(config, root, seed, flags, logs)
+    log, best = _trained(settings)
     results = [_tested([*settings, f"--ckpt_path={best}", *test.split()], test) for test in ["", *tests]]
     history = read_run(log, config.stem)
     return {

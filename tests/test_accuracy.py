@@ -47,6 +47,25 @@ def test_a_record_is_what_the_runs_wrote_and_comes_again(folder, trained, monkey
         again(file)
 
 
+def test_a_record_that_begins_with_another_comes_again_from_the_start(folder, trained, monkeypatch, capsys):
+    monkeypatch.setattr(module, "RECORDS", folder / "records")
+    first = f"records/{named(trained / 'config.yaml', 1, [])}.json"
+    accuracy(trained / "config.yaml", seed=1)
+    flags = [f"--initial_checkpoint={first}", "--model.outer_lr=1e-30"]
+    accuracy(trained / "config.yaml", seed=1, flags=flags)
+    file = folder / "records" / f"{named(trained / 'config.yaml', 1, flags)}.json"
+    began, ended = (json.loads((folder / name).read_text()) for name in (first, file))
+    assert ended["flags"] == flags
+    runs = [Path(record["tests"][0]["results"]["checkpoint"]).parts[-5] for record in (began, ended)]
+    assert runs == ["config_1", file.stem]
+    assert ended["tests"][0]["results"]["accuracy"] == began["tests"][0]["results"]["accuracy"]  # it learns nothing
+    again(file)  # trains both
+    assert sorted(path.parts[-4] for path in folder.glob("lightning_logs/again/*/*/*/checkpoints")) == runs
+    recorded, now = capsys.readouterr().out.split("now:")[-2:]
+    found = [re.findall(r".*test episodes", part)[-1] for part in (recorded, now)]
+    assert found[0] == found[1]
+
+
 def test_an_ensembles_record_comes_again(folder, trained, monkeypatch, capsys):
     monkeypatch.setattr(module, "RECORDS", folder / "records")
     ensemble(trained / "config.yaml", seeds=[1, 2], tests=["--data.shots=2"])

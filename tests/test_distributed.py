@@ -80,6 +80,21 @@ def test_processes_give_what_one_gives(folder, alone, devices):
     assert json.loads(results.read_text()) == alone[1]
 
 
+def test_two_processes_learn_the_curvature_matrices_that_one_learns(folder):
+    settings = {**WHOLE, "model.meta_curvature": True, "trainer.max_epochs": 1}
+    main(words("fit", **settings, **{"trainer.default_root_dir": "alone"}))
+    ended = run(*words("fit", **settings, **ddp(2), **{"trainer.default_root_dir": "two"}))
+    assert ended.returncode == 0, ended.stderr
+    one, two = (curvature(name) for name in ("alone", "two"))
+    assert one.unique().numel() > 20  # learned: no identities
+    assert (two - one).norm() / one.norm() < 1e-6
+
+
+def curvature(name):
+    state = torch.load(checkpoint(name), weights_only=True)["state_dict"]
+    return torch.cat([value.flatten() for key, value in state.items() if "curvature" in key])
+
+
 def test_two_nodes_give_what_one_process_gives(folder, alone):
     port = str(find_free_network_port())
     flags = words("fit", **WHOLE, **ddp(1, **{"trainer.num_nodes": 2, "trainer.default_root_dir": folder}))
