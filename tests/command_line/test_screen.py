@@ -9,7 +9,7 @@ from torch import nn
 
 from maml_lightning import MAML, TestReport
 from maml_lightning.cli import main
-from maml_lightning.command_line.progress import OneLine, with_bar
+from maml_lightning.command_line.progress import Bar, with_bar
 from maml_lightning.command_line.screen import header
 from maml_lightning.trained import packaged
 from tests.runs import ROOT, TINY, in_terminal, words
@@ -73,10 +73,10 @@ def test_each_command_begins_with_a_header_and_ends_with_the_next_one(tmp_path, 
     header_row, *_, last = rows(printed)
     assert header_row.startswith("MAML, 1 inner step; 3-way 1-shot of GlyphsDataModule; ConvNet, ")
     bars = [row for row in rows(printed) if "\N{BOX DRAWINGS HEAVY HORIZONTAL}" in row]
-    assert any(re.match(r"Epoch 1/1 \S+ \d/2 \S+ train/loss \d\.\d+, train/accuracy \d\.\d+", bar) for bar in bars)
+    assert any(re.match(r"Epoch 0/0 +\S+ \d/2 \S+ loss: \d\.\d+, accuracy: \d\.\d+", bar) for bar in bars)
     assert max(map(len, bars)) <= 80
     assert any(
-        re.match(r"Epoch 1/1, 2 meta-steps: val/accuracy \d\.\d{4}, val/loss \d\.\d{3}$", r) for r in rows(printed)
+        re.match(r"Epoch 0, 2 meta-steps: val/accuracy \d\.\d{4}, val/loss \d\.\d{3}$", r) for r in rows(printed)
     )
     following = shlex.split(last.partition("Test it: ")[2])
     assert following[2] == "test"
@@ -94,8 +94,8 @@ def test_each_command_begins_with_a_header_and_ends_with_the_next_one(tmp_path, 
 
 
 def test_own_bars_and_none_are_left_as_they_are():
-    own, other = OneLine(), TQDMProgressBar()
-    assert [type(each) for each in with_bar([TestReport()], {})] == [OneLine, TestReport]
+    own, other = Bar(), TQDMProgressBar()
+    assert [type(each) for each in with_bar([TestReport()], {})] == [Bar, TestReport]
     assert with_bar([], {"callbacks": [other]}) == with_bar([], {"callbacks": other}) == []
     assert with_bar([own], {"enable_progress_bar": False}) == [own]
     assert with_bar([], {"barebones": True}) == []
