@@ -87,7 +87,7 @@ OWN_TESTS = {"README.md": "here", "data.md": "here", "finetuning.md": "tests/zoo
 @pytest.mark.parametrize("name", [page.name for page in PAGES if page.name not in OWN_TESTS and blocks(page)])
 def test_code_of_a_page_runs(name, folder):
     names = executed(f"docs/{name}", folder)
-    if name == "usage.md":
+    if name == "your-network.md":
         assert all(value.grad is not None for value in names["maml"].net.parameters())
     elif name == "faq.md":
         adapted, again = names["classifier"].state_dict(), names["again"].state_dict()
@@ -220,8 +220,30 @@ def test_equations_outside_code_become_mathml(hooks):
     )
 
 
-def test_a_notebook_loads_nothing_from_elsewhere(hooks):
-    notebook = SimpleNamespace(file=SimpleNamespace(src_uri="a.ipynb"))
+def test_a_notebooks_stored_figures_agree_with_those_of_a_run(hooks, tmp_path):
+    text = "MAML 55.7% in 34 s, error 2.1e-15\n"
+    assert hooks.agree(text, "MAML 57.3% in 200 s, error 1e-12\n")
+    assert not hooks.agree(text, "MAML 75.7% in 34 s, error 2.1e-15\n")
+    assert not hooks.agree(text, "MAML 55.7% in 34 s, error 2.1e-5\n")
+    assert not hooks.agree(text, "ANIL 55.7% in 34 s, error 2.1e-15\n")
+    assert not hooks.agree(text, "")
+    picture = {"output_type": "display_data", "data": {"image/png": "", "text/plain": ["<Figure>"]}}
+    value = {"output_type": "execute_result", "data": {"text/plain": ["3"]}}
+    stream = {"output_type": "stream", "text": ["a 1\n", "b\n"]}
+    stored = {"cells": [{"cell_type": "code", "outputs": [stream, picture, value]}, {"cell_type": "markdown"}]}
+    (tmp_path / "a.ipynb").write_text(json.dumps(stored))
+    assert hooks.printed(tmp_path / "a.ipynb") == "a 1\nb\n3"
+    file = SimpleNamespace(src_uri="a.ipynb", abs_src_path=tmp_path / "a.ipynb")
+    shown = '<div class="jp-RenderedText jp-OutputArea-output" data-mime-type="a">\n<pre>{}</pre>'
+    page = "<p>1</p>" + shown.format("a 1\nb\n") + shown.format("3")
+    assert hooks.on_page_content(page, SimpleNamespace(file=file)) == page
+    with pytest.raises(ValueError, match=r"a\.ipynb printed\na 2\n"):
+        hooks.on_page_content(page.replace("a 1", "a 2"), SimpleNamespace(file=file))
+
+
+def test_a_notebook_loads_nothing_from_elsewhere(hooks, tmp_path):
+    (tmp_path / "a.ipynb").write_text('{"cells": []}')
+    notebook = SimpleNamespace(file=SimpleNamespace(src_uri="a.ipynb", abs_src_path=tmp_path / "a.ipynb"))
     loaders = '<!-- Load mathjax --><script src="a.js"> </script><!-- End of mathjax configuration -->'
     loaders += '<script type="module">x(".jp-Mermaid"); import("https://a/b.mjs")</script>'
     page = f'{loaders}<a href="data.md#arrays">$1$</a>'

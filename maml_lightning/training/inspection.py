@@ -164,17 +164,18 @@ def _adaptation_figure(first: Episode, outputs: list[Tensor], maml: MAML) -> Fig
 
 
 def _regression_figure(first: Episode, outputs: list[Tensor], episodes: int, steps: int) -> Figure:
-    """True and predicted values against inputs, a panel for each episode."""
+    """True and predicted values against inputs, a panel for each episode; TensorBoard shrinks wide figures."""
     shown = min(episodes, first.tasks)
-    figure = Figure(figsize=(4 * shown, 3.5), layout="constrained")
+    figure = Figure(figsize=(4, 2.8 * shown + 0.4), layout="constrained")
     support, values, query, targets, before, after = (
         part[:shown].flatten(1).cpu().numpy() for part in (*first, outputs[0], outputs[steps])
     )
-    for task, axes in enumerate(figure.subplots(1, shown, squeeze=False)[0]):
+    for task, axes in enumerate(figure.subplots(shown, 1, squeeze=False)[:, 0]):
         order = query[task].argsort()
         for predicted, style, label in ((targets, "-", "true"), (before, ":", "before"), (after, "--", "after")):
             axes.plot(query[task][order], predicted[task][order], style, label=label)
         axes.plot(support[task], values[task], "o", color="black", label="support")
         axes.set(title=f"episode {task}: before and after {steps} steps", xlabel="input", ylabel="target")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4, columnspacing=1, handlelength=1.5)
     return figure

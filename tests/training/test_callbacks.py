@@ -225,6 +225,7 @@ def test_regression_is_shown_as_curves(tmp_path, monkeypatch):
     assert set(events.Tags()["images"]) == {"inspect/adaptation", "inspect/episodes"}
     ((first, outputs, episodes, steps), figure) = figures[-1]
     assert len(figure.axes) == episodes == 2
+    assert [axes.get_subplotspec().colspan.start for axes in figure.axes] == [0, 0]  # TensorBoard shrinks wide figures
     for task, axes in enumerate(figure.axes):
         true, before, after, support = ({*zip(*line.get_data(), strict=True)} for line in axes.lines)
         inputs = first.query_inputs[task, :, 0].tolist()
