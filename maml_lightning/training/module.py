@@ -51,7 +51,8 @@ class MAML(LightningModule):
             grow with the inner steps. auto does so where memory would run short.
         compile: run the meta-gradient through torch.compile; takes minutes at the start, worth it for long runs.
         execution: how tasks are run: traced, as a recorded graph, vectorized over tasks; vectorized, without a graph;
-            loop, one after the other by autograd, which runs any network. auto takes the first that works.
+            loop, one after the other by autograd, which runs any network. auto takes the first that works, and on a
+            GPU replays recorded graphs as a CUDA graph.
         loss: of (outputs, targets), mean over examples, the same in inner and outer loop: a function or a class.
         metric: evaluated beside accuracy or mean squared error, for each episode afresh: a class of torchmetrics, or a
             function of (outputs, targets) that returns a number; null evaluates none.
