@@ -137,8 +137,8 @@ def network(case: Case) -> nn.Module:
     return case.make(case.ways)
 
 
-def episodes(case: Case, device: str = "cpu") -> Episode:
-    generator = torch.Generator().manual_seed(0)
+def episodes(case: Case, device: str = "cpu", seed: int = 0) -> Episode:
+    generator = torch.Generator().manual_seed(seed)
 
     def part(count: int) -> tuple[Tensor, Tensor]:
         x = torch.rand(case.tasks, case.ways * count, *case.shape, generator=generator)

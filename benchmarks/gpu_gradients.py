@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,7 +18,8 @@ from benchmarks.gpu_bench import Bench
 from benchmarks.measure import LR, ours, seconds
 from benchmarks.peers import Run, peers_of, plain_loop
 from maml_lightning import ConvNet, Episode, ResNet12
-from maml_lightning.engine.kernels import convolution
+from maml_lightning.algorithms.inner_loop import InnerLoop
+from maml_lightning.engine.kernels import convolution, measured
 
 
 def _resnet(ways: int) -> nn.Module:
@@ -101,6 +103,8 @@ def speed(bench: Bench) -> None:
             run = make(net, batch, LR, case.steps)
             if bench.attempt(f"{case.name}: {name}, first", "s", partial(seconds, run, bench.device)) is not None:
                 runs[name] = run
+        for _ in range(0 if bench.quick else 6):  # after which it is captured as a CUDA graph
+            runs["maml_lightning"]()
         taken: dict[str, list[float]] = {name: [] for name in runs}
         start = time.perf_counter()
         while len(taken["maml_lightning"]) < 3 or (time.perf_counter() - start < 8 and not bench.quick):
@@ -133,7 +137,9 @@ def memory(bench: Bench) -> None:
         for steps in (1, 5, 10):
             (case,) = _cases(bench, POOLED._replace(steps=steps))
             net, batch = network(case).to(bench.device), episodes(case, str(bench.device))
-            run = ours(net, batch, LR, case.steps, flat_memory=flat, tasks_per_chunk=None)
+            # A CUDA graph's memory is held by no tensor: graphs are replayed operator by operator here.
+            own: Any = {"flat_memory": flat, "tasks_per_chunk": None, "execution": "traced"}
+            run = ours(net, batch, LR, case.steps, **own)
             run()
             peaks[steps] = _peak(run, bench.device)
             bench.add(f"{'flat memory' if flat else 'plain'}, {steps} steps", peaks[steps] / 2**20, "MiB")
@@ -162,11 +168,10 @@ def kernels(bench: Bench) -> None:
             return gradients, torch.ops.maml_lightning.convolution_weight(x, y, kernel, stride, padding, dilation, 1)
 
         def grouped(x: Tensor = x, w: Tensor = w) -> Any:
-            images = x.permute(1, 0, 4, 2, 3).flatten(1, 2).contiguous()
-            weight = w.permute(0, 4, 3, 1, 2).flatten(0, 1).contiguous()
-            y = F.conv2d(images, weight, padding=1, groups=len(w))
-            arguments = (None, stride, padding, dilation, False, [0, 0], len(w), [True, True, False])
-            return torch.ops.aten.convolution_backward(y, images, weight, *arguments)
+            y = torch.ops.maml_lightning.grouped_convolution(x, w, stride, padding, dilation, 1)
+            size, window = list(x.shape[2:4]), (stride, padding, dilation, 1)
+            gradients = torch.ops.maml_lightning.grouped_convolution_input(y, w, size, *window)
+            return gradients, torch.ops.maml_lightning.grouped_convolution_weight(x, y, [3, 3], *window)
 
         for name, run in {"patches": patches, "task by task": direct, "grouped": grouped}.items():
             run()
@@ -174,6 +179,49 @@ def kernels(bench: Bench) -> None:
             what = f"{tasks} tasks, {side}x{side}, {channels} channels: {name}"
             bench.add(what, statistics.median(times) * 1e3, "ms")
             bench.add(f"{what}, peak", _peak(run, bench.device) / 2**20, "MiB")
+    for case in _cases(bench, CASES["1"], IMAGES_84):
+        net, batch = network(case).to(bench.device), episodes(case, str(bench.device))
+        before = dict(measured._chosen)
+        first = seconds(ours(net, batch, LR, case.steps), bench.device)
+        chosen = Counter(way for key, way in measured._chosen.items() if key not in before)
+        ways = ", ".join(f"{count} {way}" for way, count in chosen.most_common()) or "none measured"
+        bench.add(f"{case.name}: convolutions chosen", ways)
+        bench.add(f"{case.name}: first meta-batch, with its measurements", first, "s")
+
+
+def _memory_reserved(device: torch.device) -> float:
+    return torch.cuda.memory_reserved(device) / 2**20 if device.type == "cuda" else 0.0
+
+
+def captured(bench: Bench) -> None:
+    """The meta-gradient replayed as one CUDA graph against the same graphs operator by operator; and whether it is."""
+    for case in _cases(bench, *(CASES[key] for key in "1234")):
+        net, batches = network(case).to(bench.device), [episodes(case, str(bench.device), seed) for seed in range(3)]
+        parameters = dict(net.named_parameters())
+        loops = {name: InnerLoop(net, F.cross_entropy, execution=name) for name in ("auto", "traced")}
+
+        def run(name: str, batch: Episode, loops: Any = loops, parameters: Any = parameters, case: Case = case) -> Any:
+            return loops[name].meta_gradient(parameters, batch, LR, case.steps).gradient
+
+        for name in ("traced", "auto"):  # until it is captured, and compared
+            before = _memory_reserved(bench.device)
+            for i in range(8):
+                run(name, batches[i % 2])
+            bench.add(f"{case.name}: {name}, memory reserved", _memory_reserved(bench.device) - before, "MiB")
+        entries = loops["auto"]._captures._entries.values()
+        graphs = sum(entry.agrees for entry in entries)
+        why = "; ".join(dict.fromkeys(entry.why for entry in entries if entry.why))
+        bench.add(f"{case.name}: CUDA graphs in use", f"{graphs} {why}".strip())
+        kept = [run("auto", batch) for batch in batches]  # a result must outlive the next replay
+        exact = [{name: value.double() for name, value in run("traced", batch).items()} for batch in batches]
+        worst = max(map(_error, kept, exact))
+        bench.add(f"{case.name}: auto against traced, of three meta-batches the most", worst, "relative error")
+        taken: dict[str, list[float]] = {name: [] for name in loops}
+        for _ in range(3 if bench.quick else 30):
+            for name, times in taken.items():
+                times.append(seconds(partial(run, name, batches[0]), bench.device))
+        for name, times in taken.items():
+            bench.add(f"{case.name}: {name}", statistics.median(times) * 1e3, "ms")
 
 
 def compiled(bench: Bench) -> None:

@@ -28,6 +28,7 @@ PARTS = {
         gpu_training.accuracy_5way,
         gpu_training.accuracy_20way,
         gpu_training.collectives,
+        gpu_gradients.captured,
         gpu_gradients.compiled,
     )
 }

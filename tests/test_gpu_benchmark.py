@@ -70,6 +70,8 @@ def test_every_part_runs_in_small(tmp_path, pack):
     assert figures["throughput"]["meta-steps per second, 0 workers"] > 0
     assert 0 < figures["accuracy_5way"]["best validation accuracy, 16 meta-steps"] <= 1
     assert figures["collectives"].keys() == {"all-reduce of the gradient (448 kB)", "all-reduce of one number"}
+    same = [value for name, value in figures["captured"].items() if "auto against traced" in name]
+    assert same == [0, 0, 0, 0]
     assert len([name for name in figures["speed"] if name.endswith("as the fastest other")]) == 5
     assert "| correctness | 5-way 1-shot, 1 step, float64 |" in table
 

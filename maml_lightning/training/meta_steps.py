@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor
 
 from maml_lightning.engine.chunks import MetaGradient
@@ -32,20 +33,38 @@ class _Batch(NamedTuple):
     shared: Tensor
 
 
-class MetaSteps:
-    """What the meta-step that is being computed knows of its batches, and how many were skipped in this training."""
+class MetaSteps(Callback):
+    """What the meta-step that is being computed knows of its batches, and how many were skipped in this training.
+
+    A callback, so that a subclass of MAML has the hooks of the same names to itself.
+    """
 
     def __init__(self) -> None:
         self._batches: list[_Batch] = []
         self.skipped = self._first = 0
 
-    def begin(self, step: int) -> None:
-        """Count skipped meta-steps from here on."""
-        self._batches, self.skipped, self._first = [], 0, step
+    def join(self, trainer: Any) -> None:
+        """Be one of the trainer's callbacks."""
+        if self not in trainer.callbacks:
+            trainer.callbacks.append(self)
+            self.on_train_start(trainer, trainer.lightning_module)
 
-    def end(self, step: int) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Count skipped meta-steps from here on."""
+        self._batches, self.skipped, self._first = [], 0, trainer.global_step
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Say how many meta-steps were skipped; raise if all were."""
-        report_skipped(self.skipped, step - self._first)
+        report_skipped(self.skipped, trainer.global_step - self._first)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        """Log, and stop at a gradient that is not finite, or skip the step, as ``non_finite`` says."""
+        before = self.skipped
+        norm, means = self.check(pl_module)
+        pl_module.log_dict(means, prog_bar=True)
+        pl_module.log("train/gradient_norm", norm)
+        if self.skipped > before:
+            pl_module.log("train/skipped_steps", float(self.skipped))
 
     def add(self, numbers: Sequence[int], result: MetaGradient, names: list[str], shared: Tensor, module: Any) -> None:
         """Note a batch.

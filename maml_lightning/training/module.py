@@ -51,7 +51,8 @@ class MAML(LightningModule):
             grow with the inner steps. auto does so where memory would run short.
         compile: run the meta-gradient through torch.compile; takes minutes at the start, worth it for long runs.
         execution: how tasks are run: traced, as a recorded graph, vectorized over tasks; vectorized, without a graph;
-            loop, one after the other by autograd, which runs any network. auto takes the first that works.
+            loop, one after the other by autograd, which runs any network. auto takes the first that works, and on a
+            GPU replays recorded graphs as a CUDA graph.
         loss: of (outputs, targets), mean over examples, the same in inner and outer loop: a function or a class.
         metric: evaluated beside accuracy or mean squared error, for each episode afresh: a class of torchmetrics, or a
             function of (outputs, targets) that returns a number; null evaluates none.
@@ -228,6 +229,7 @@ class MAML(LightningModule):
 
     def _log(self, result: MetaGradient, episode: Episode, batch_idx: int) -> None:
         """Keep loss and score, means over all processes, and which episodes are finite, until the gradient is there."""
+        self._meta_steps.join(self.trainer)
         numbers = non_finite.episode_numbers(self, "train", batch_idx, episode)
         means = self.scoring.training_means(result.loss, result.predictions, episode.query_targets)
         # One collective answers all questions of a meta-step. Nothing is left for `sync_dist`: a metric that is
@@ -236,21 +238,9 @@ class MAML(LightningModule):
         self._meta_steps.add(numbers, result, [f"train/{name}" for name in means], shared, self)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log, and stop at a gradient that is not finite, or skip the step, as ``non_finite`` says."""
-        before = self._meta_steps.skipped
-        norm, means = self._meta_steps.check(self)
-        self.log_dict(means, prog_bar=True)
-        self.log("train/gradient_norm", norm)
-        if self._meta_steps.skipped > before:
-            self.log("train/skipped_steps", float(self._meta_steps.skipped))
-
-    def on_train_start(self) -> None:
-        """Count skipped meta-steps from here on."""
-        self._meta_steps.begin(self.global_step)
-
-    def on_train_end(self) -> None:
-        """Say how many meta-steps were skipped; raise if all were."""
-        self._meta_steps.end(self.global_step)
+        """Where ``training_step`` is one's own, stop at a gradient that is not finite; else the callback has."""
+        if self._meta_steps not in self.trainer.callbacks:  # type: ignore[attr-defined]
+            self._meta_steps.on_before_optimizer_step(self.trainer, self, optimizer)
 
     def validation_step(self, batch: Episode, batch_idx: int) -> None:
         """Adapt to each task, and evaluate before adaptation and after each inner step."""

@@ -88,6 +88,51 @@ def test_with_a_scaler_skip_leaves_out_a_gradient_that_it_did_not_break():
     assert scaler.get_scale() == 2.0**14  # as it does where it finds a gradient that is not finite
 
 
+class WithHooks(MAML):
+    """Has the hooks of a meta-step to itself, and calls none of MAML's."""
+
+    def on_before_optimizer_step(self, optimizer):
+        self.seen = [*getattr(self, "seen", []), self.net.weight.grad is not None]
+
+    def on_train_start(self):
+        self.started = True
+
+    def on_train_end(self):
+        self.ended = True
+
+
+def test_a_subclass_with_hooks_of_its_own_logs_as_others_do():
+    trainer = Trainer(max_steps=2, **QUIET)
+    maml = WithHooks(nn.Linear(4, 2), inner_lr=0.1)
+    trainer.fit(maml, batches(2))
+    assert {"train/loss", "train/accuracy", "train/gradient_norm"} <= trainer.callback_metrics.keys()
+    assert maml.seen == [True, True]
+    assert maml.started
+    assert maml.ended
+    trainer.fit_loop.epoch_loop.max_steps = 3
+    trainer.fit(maml, batches(2))
+    assert [type(callback).__name__ for callback in trainer.callbacks].count("MetaSteps") == 1
+
+
+def test_a_subclass_with_hooks_of_its_own_stops_and_skips_as_others_do():
+    with pytest.raises(NonFiniteError, match="meta-step 0 is not finite"):
+        Trainer(max_steps=1, **QUIET).fit(WithHooks(Overflowing(4, 2), inner_steps=0), batches())
+    maml = WithHooks(Overflowing(4, 2), inner_steps=0, non_finite="skip")
+    with pytest.raises(NonFiniteError, match="2 of 2 meta-steps were skipped"):
+        Trainer(max_steps=2, **QUIET).fit(maml, batches(2))
+    assert maml.seen == [False, False]
+
+
+class OwnStep(MAML):
+    def training_step(self, batch, batch_idx):
+        return self.net(batch[0]).sum() * float("nan")
+
+
+def test_a_training_step_of_ones_own_stops_at_a_gradient_that_is_not_finite():
+    with pytest.raises(NonFiniteError, match="gradient of step 0 is not finite"):
+        Trainer(max_steps=1, **QUIET).fit(OwnStep(nn.Linear(4, 2)), batches())
+
+
 READS = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero", "__contains__"}
 
 
