@@ -42,7 +42,8 @@ def first_task(part: Part) -> Part:
 
 def tasks_of(part: Part) -> list[Part]:
     """Each task's part of a structure of tensors ``[T, ...]``."""
-    return [mapped(lambda tensor, task=task: tensor[task], part) for task in range(len(leaves(part)[0]))]
+    tensors, spec = pytree.tree_flatten(part)
+    return [pytree.tree_unflatten(own, spec) for own in zip(*(tensor.unbind() for tensor in tensors), strict=True)]
 
 
 def joined(parts: Sequence[Part], dim: int) -> Part:

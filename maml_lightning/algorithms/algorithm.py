@@ -39,6 +39,8 @@ class Algorithm(NamedTuple):
             the sentence "model.algorithm NAME …".
         min_inner_steps: fewest inner steps in training.
         proximal: whether the inner loop has the proximal term, of strength ``model.proximal``.
+        loops: whether ``meta_gradient`` runs the tasks of a chunk one after another where they run in a loop, and keeps
+            nothing of a task that is done: then all of them are one chunk.
         measured_as: name of the chosen chunk size in checkpoints; the algorithm's own where it is empty.
     """
 
@@ -46,6 +48,7 @@ class Algorithm(NamedTuple):
     unsupported: Mapping[str, str] = {}
     min_inner_steps: int = 0
     proximal: bool = False
+    loops: bool = False
     measured_as: str = ""
 
 

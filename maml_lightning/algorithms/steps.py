@@ -42,7 +42,7 @@ class Model(NamedTuple):
     """The Python objects that the functions of one task depend on; their first argument.
 
     Args:
-        net: the network, run through ``functional_call``.
+        net: the network, whose own parameters are never written.
         loss: ``loss(outputs, targets)``, a scalar.
         optimizer: of the inner loop.
         proximal: strength ``mu`` of the proximal term, 0 for none.

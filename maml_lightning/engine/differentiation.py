@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 _AUTOGRAD = ContextVar("autograd", default=False)
@@ -18,10 +19,11 @@ _AUTOGRAD = ContextVar("autograd", default=False)
 
 @contextmanager
 def by_autograd() -> Iterator[None]:
-    """While active, gradients are taken by autograd."""
+    """While active, gradients are taken by autograd; attention is products, the only one with a second derivative."""
     token = _AUTOGRAD.set(True)
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
         _AUTOGRAD.reset(token)
 
@@ -54,18 +56,25 @@ def grad_and_value(function: Callable[[Any], tuple[Tensor, Any]]) -> Callable[[A
         return torch.func.grad_and_value(function, has_aux=True)
 
     def run(params: Any) -> tuple[Any, tuple[Tensor, Any]]:
-        leaves, spec = pytree.tree_flatten(params)
+        leaves, unflatten = _flattened(params)
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            # Each leaf a tensor of its own: elsewhere in the function the same one may count as a constant.
-            own = [leaf.view_as(leaf) if leaf.requires_grad else leaf.detach().requires_grad_() for leaf in leaves]
-            value, auxiliary = function(pytree.tree_unflatten(own, spec))
+            own = [leaf if leaf.requires_grad else leaf.detach().requires_grad_() for leaf in leaves]
+            value, auxiliary = function(unflatten(own))
             gradients = gradients_of([value], own, None, create_graph)
         if not create_graph:
-            value, auxiliary = pytree.tree_map_only(Tensor, torch.detach, (value, auxiliary))
-        return pytree.tree_unflatten(gradients, spec), (value, auxiliary)
+            value, auxiliary = value.detach(), pytree.tree_map_only(Tensor, torch.detach, auxiliary)
+        return unflatten(gradients), (value, auxiliary)
 
     return run
+
+
+def _flattened(params: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
+    """The tensors of a pytree, and what puts others in their places."""
+    if type(params) is dict and all(isinstance(value, Tensor) for value in params.values()):  # as most are: fast
+        return list(params.values()), lambda values: dict(zip(params, values, strict=True))
+    leaves, spec = pytree.tree_flatten(params)
+    return leaves, lambda values: pytree.tree_unflatten(values, spec)
 
 
 def gradients_of(

@@ -7,7 +7,6 @@ the last task also runs in the loop, and a way whose results differ is not taken
 """
 
 import logging
-import re
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -18,11 +17,13 @@ from torch.utils import _pytree as pytree
 
 from maml_lightning.engine import loop
 from maml_lightning.engine.agreement import disagreement
+from maml_lightning.engine.differentiation import by_autograd
+from maml_lightning.engine.failures import naming_what_has_no_derivative, reason_of
 from maml_lightning.engine.fingerprints import fingerprint, needs_loop
 from maml_lightning.engine.graphs import structure
 from maml_lightning.engine.hoisting import Hoisted
 from maml_lightning.engine.jobs import Job, recomputed_pullback
-from maml_lightning.engine.memory import memory_of, out_of_memory, return_freed_memory
+from maml_lightning.engine.memory import memory_of, return_freed_memory
 from maml_lightning.engine.state import Bound, RandomState, State, without_state
 from maml_lightning.engine.tracing import TracedPair, quiet, signature, traced_call, traced_pair
 from maml_lightning.engine.trials import Trial
@@ -144,7 +145,7 @@ class Executor:
                 outputs, pullback, effect = self._replay(job, key, leaves) if traced else self._untraced(job, key)
                 why = effect or (reference and disagreement(outputs, reference[0]))
             except Exception as error:  # whatever a user's network raises where it cannot run this way
-                effect, why = "", _reason(error)
+                effect, why = "", reason_of(error)
             if not why and traced and compared and fingerprint(state.objects) != state.key:
                 effect = why = "it changes its own attributes or variables as it runs"
             if not why:
@@ -221,7 +222,7 @@ class Executor:
         try:
             trial = Trial(state.objects)
         except Exception as error:  # whatever a part of a user's network raises
-            self._lower(state, LOOP, f"it cannot be copied ({_reason(error)})")
+            self._lower(state, LOOP, f"it cannot be copied ({reason_of(error)})")
             return None, False
         with before.restored():
             result, changes = trial.watch(lambda objects: _attempt(run, job.on(objects)))
@@ -244,7 +245,7 @@ class Executor:
                 last = pytree.tree_map(lambda cotangent: cotangent[-1:], cotangents)
                 why = expected and disagreement(gradients, expected(last))
             except Exception as error:
-                why = _reason(error)
+                why = reason_of(error)
             del expected
             return_freed_memory()
             if not why:
@@ -256,11 +257,22 @@ class Executor:
 
         return checked
 
+    @contextmanager
+    def looping(self, state: State) -> Iterator[None]:
+        """While active, functions of these objects run for one task after another, and are differentiated by autograd.
+
+        Raises:
+            SettingError: PyTorch has no derivative of an operator.
+        """
+        with naming_what_has_no_derivative(), by_autograd():
+            yield
+        self._announce(state)
+
     def _looped(self, job: Job) -> tuple[Any, Callable | None]:
-        with _naming_what_has_no_derivative():
+        with naming_what_has_no_derivative():
             outputs, pullback = job.in_loop()
         self._announce(job.function.state)
-        return outputs, None if pullback is None else _naming_what_has_no_derivative()(pullback)
+        return outputs, None if pullback is None else naming_what_has_no_derivative()(pullback)
 
     def _untraced(self, job: Job, key: Hashable) -> tuple[Any, Callable | None, str]:
         """Outputs and pullback by ``vmap``, on copies while effects, which have to happen in a loop, may begin."""
@@ -297,24 +309,12 @@ def _bound(function: Callable) -> Bound:
     return function if isinstance(function, Bound) else without_state(function)
 
 
-def _reason(error: Exception) -> str:
-    """The first line of an error; memory that ran out is no reason to run in another way.
-
-    Raises:
-        Exception: the error, if memory ran out.
-    """
-    if isinstance(error, RuntimeError) and out_of_memory(error):
-        raise error
-    line = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
-    return line if len(line) <= 120 else f"{line[:117]}..."
-
-
 def _attempt(run: Callable[[Job], Any], job: Job) -> Any:
     """None where it cannot run: what a loop cannot run, other ways may."""
     try:
         return run(job)
     except Exception as error:  # whatever a user's network raises
-        _reason(error)
+        reason_of(error)
         return None
 
 
@@ -327,22 +327,4 @@ def _untraced_disagreement(job: Job, expected: tuple[Any, Callable | None]) -> s
             return why
         return disagreement(pullback(outputs), expected[1](outputs))
     except Exception as error:
-        return _reason(error)
-
-
-@contextmanager
-def _naming_what_has_no_derivative() -> Iterator[None]:
-    """Raise an error of one line where PyTorch has no derivative of an operator.
-
-    Raises:
-        SettingError: it has none.
-    """
-    try:
-        yield
-    except RuntimeError as error:  # NotImplementedError is one
-        if not re.search("derivative .*not implemented|not implemented .*derivative", str(error)):
-            raise
-        raise SettingError(
-            f"PyTorch has no second derivative of a part of model.net or model.loss ({_reason(error)}), in no training "
-            "loop; replace that part, or set model.first_order to true."
-        ) from error
+        return reason_of(error)

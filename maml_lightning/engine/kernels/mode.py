@@ -110,8 +110,6 @@ _RECURRENT = {own: _off_the_cpu(own, kernel) for own, kernel in recurrences().it
 _ALONE = {**DIFFERENTIABLE, **_RECURRENT, F.instance_norm: _instance_norm_alone}
 
 
-@contextmanager
-def loop_operators() -> Iterator[None]:
+def loop_operators() -> TaskKernels:
     """The same for a task by itself: torch's own operators where they have a second derivative."""
-    with TaskKernels(_ALONE), sdpa_kernel(SDPBackend.MATH):
-        yield
+    return TaskKernels(_ALONE)
