@@ -15,7 +15,7 @@ Part = TypeVar("Part")
 
 def leaves(part: Any) -> list[Tensor]:
     """The tensors of a structure, in their order."""
-    return pytree.tree_leaves(part)
+    return [part] if isinstance(part, Tensor) else pytree.tree_leaves(part)
 
 
 def by_place(part: Any, whole: type | tuple[()] = ()) -> dict[str, Any]:
@@ -32,6 +32,8 @@ def mapped(function: Callable[..., Any], part: Part, *others: Any, whole: type |
         part, others: alike in structure.
         whole: a type that is not taken apart, such as list where lists are of numbers.
     """
+    if isinstance(part, Tensor):
+        return function(part, *others)
     return pytree.tree_map(function, part, *others, is_leaf=lambda node: isinstance(node, whole))
 
 

@@ -1,6 +1,6 @@
 """A network called with other tensors in place of its own, which then has its own again."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
@@ -34,15 +34,12 @@ class _Places:
                         name = names.setdefault(id(value), f"{prefix}.{local}".lstrip("."))
                         self.tensors.append((owner, local, name, value))
 
-    def of(self, names: Mapping[str, Tensor]) -> list[tuple[dict[str, Any], str, str, Tensor]]:
-        """The places of tensors with these names."""
-        return [place for place in self.tensors if place[2] in names]
-
-    def are_current(self, names: Mapping[str, Tensor]) -> bool:
-        """Whether the network has the layers that it had, and the tensors of these names."""
-        return all(list(layers.values()) == before for layers, before in self.layers) and all(
-            local in owner and owner[local] is value for owner, local, _, value in self.of(names)
-        )
+    def of(self, names: Container[str]) -> list[tuple[dict[str, Any], str, str, Tensor]]:
+        """The places of tensors with these names; empty where the network has other layers or tensors by now."""
+        found = [place for place in self.tensors if place[2] in names]
+        tensors = all([local in owner and owner[local] is value for owner, local, _, value in found])
+        layers = all([[*children.values()] == before for children, before in self.layers])
+        return found if tensors and layers else []
 
 
 _KNOWN: ContextVar[list[_Places]] = ContextVar("places", default=[])  # noqa: B039  # nobody writes to the default
@@ -58,15 +55,6 @@ def calling(net: nn.Module) -> Iterator[None]:
         _KNOWN.reset(token)
 
 
-def _places_of(net: nn.Module, names: Mapping[str, Tensor]) -> _Places:
-    known = _KNOWN.get()
-    if not known or known[0].net is not net:
-        return _Places(net)
-    if not known[0].are_current(names):
-        known[0] = _Places(net)
-    return known[0]
-
-
 def call_with(net: nn.Module, tensors: Mapping[str, Tensor], inputs: Any) -> Tensor:
     """The outputs of a network.
 
@@ -75,8 +63,13 @@ def call_with(net: nn.Module, tensors: Mapping[str, Tensor], inputs: Any) -> Ten
         tensors: in place of its parameters and buffers, by name; those without a name here stay.
         inputs: of the network, see :func:`~maml_lightning.structures.call_arguments`.
     """
-    places, (positional, named) = _places_of(net, tensors), call_arguments(inputs)
+    known = _KNOWN.get()
+    places = known[0] if known and known[0].net is net else _Places(net)
     swapped = places.of(tensors)
+    if not swapped and tensors:
+        places = _Places(net)
+        swapped, known[:] = places.of(tensors), [places] if known else []
+    positional, named = call_arguments(inputs)
     try:
         for owner, local, name, _ in swapped:
             owner[local] = tensors[name]

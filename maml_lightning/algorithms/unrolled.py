@@ -27,7 +27,7 @@ from maml_lightning.algorithms.optimizers import Parameters
 from maml_lightning.algorithms.prototypes import of_task, with_pullback
 from maml_lightning.algorithms.steps import Setup, first_order_step, query_gradient, query_outputs, step
 from maml_lightning.engine.chunks import MetaGradient, add_sum
-from maml_lightning.engine.differentiation import grad_and_value
+from maml_lightning.engine.differentiation import gradients_of
 from maml_lightning.episodes import Episode
 from maml_lightning.structures import tasks_of
 
@@ -69,35 +69,33 @@ def _by_loop(
     values = {id(v): v.contiguous() for part in parts for v in part.values()}  # what several steps share counts once
     sums, results = {key: torch.zeros_like(value) for key, value in values.items()}, []
 
-    def objective_of(task: Episode) -> Callable[[dict[int, Tensor]], tuple[Tensor, Tensor]]:
-        support, beside = (task.support_inputs, task.support_targets), setup.beside_queries(task)
-
-        def objective(values: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
-            initial, *others = ({name: values[id(value)] for name, value in part.items()} for part in parts)
-            shared, learned = others[: setup.steps + 1], others[setup.steps + 1 :]
-            own = of_task(setup._replace(initial=initial, shared=shared, learned=learned), *support)
-            state, arguments, losses = own.initial_state(), own.arguments(), []
-            for k, weight in enumerate(weights):
-                if weight or k == setup.steps:
-                    predictions = query_outputs(model, state[0], shared[k], constants, task.query_inputs, beside)
-                    loss = model.loss(predictions, task.query_targets)
-                    losses.append(loss if weight == 1 else weight * loss)
-                if k < setup.steps:
-                    state = run_step(model, (state, {}), arguments[k], constants, *support)
-            return sum(losses[1:], losses[0]), predictions
-
-        return objective
+    def objective(values: dict[int, Tensor], task: Episode) -> tuple[Tensor, Tensor]:
+        support, beside, losses = (task.support_inputs, task.support_targets), setup.beside_queries(task), []
+        initial, *others = ({name: values[id(value)] for name, value in part.items()} for part in parts)
+        shared, learned = others[: setup.steps + 1], others[setup.steps + 1 :]
+        own = of_task(setup._replace(initial=initial, shared=shared, learned=learned), *support)
+        state, arguments = own.initial_state(), own.arguments()
+        for k, weight in enumerate(weights):
+            if weight or k == setup.steps:
+                predictions = query_outputs(model, state[0], shared[k], constants, task.query_inputs, beside)
+                loss = model.loss(predictions, task.query_targets)
+                losses.append(loss if weight == 1 else weight * loss)
+            if k < setup.steps:
+                state = run_step(model, (state, {}), arguments[k], constants, *support)
+        return sum(losses[1:], losses[0]), predictions
 
     with setup.executor.looping(setup.model):
         for task in tasks_of(chunk):
-            gradients, result = grad_and_value(objective_of(task))(values)
-            torch._foreach_add_(list(sums.values()), list(gradients.values()))
-            results.append(result)
+            leaves = {key: value.detach().requires_grad_() for key, value in values.items()}
+            with torch.enable_grad():
+                loss, predictions = objective(leaves, task)
+            torch._foreach_add_([*sums.values()], gradients_of([loss], [*leaves.values()]))
+            results.append((loss.detach(), predictions.detach()))
     totals = [total.gradient] * (2 + setup.steps) + [total.rates] * setup.steps
     for part, target, k in zip(parts, totals, [0, *range(setup.steps + 1), *range(setup.steps)], strict=True):
         add_sum(target, {n: sums.pop(id(v))[None] for n, v in part.items() if id(v) in sums}, k)
-    loss, predictions = zip(*results, strict=True)
-    return torch.stack(loss), torch.stack(predictions)
+    losses, outputs = zip(*results, strict=True)
+    return torch.stack(losses), torch.stack(outputs)
 
 
 def _forward(

@@ -7,6 +7,7 @@ whatever a training loop can run, branches on values included.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import compress
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ def _flattened(params: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]
 def gradients_of(
     outputs: list[Tensor],
     inputs: list[Tensor],
-    cotangents: list[Tensor] | None,
+    cotangents: list[Tensor] | None = None,
     create_graph: bool = False,
     retain_graph: bool = False,
 ) -> list[Tensor]:
@@ -93,17 +94,20 @@ def gradients_of(
         create_graph: whether the gradients can be differentiated.
         retain_graph: whether it is called again.
     """
-    recorded = [i for i, output in enumerate(outputs) if output.requires_grad]
+    recorded = [output.requires_grad for output in outputs]
     wanted = [value for value in inputs if value.requires_grad]
-    found: dict[int, Tensor] = {}
-    if recorded and wanted:
-        gradients = torch.autograd.grad(
-            [outputs[i] for i in recorded],
-            wanted,
-            None if cotangents is None else [cotangents[i] for i in recorded],
-            create_graph=create_graph,
-            retain_graph=create_graph or retain_graph,
-            allow_unused=True,
-        )
-        found = {id(value): g for value, g in zip(wanted, gradients, strict=True) if g is not None}
-    return [found[id(value)] if id(value) in found else torch.zeros_like(value) for value in inputs]
+    if not wanted or not any(recorded):
+        return [torch.zeros_like(value) for value in inputs]
+    gradients = torch.autograd.grad(
+        list(compress(outputs, recorded)),
+        wanted,
+        None if cotangents is None else list(compress(cotangents, recorded)),
+        create_graph=create_graph,
+        retain_graph=create_graph or retain_graph,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    if len(wanted) == len(inputs):
+        return list(gradients)
+    found = iter(gradients)
+    return [next(found) if value.requires_grad else torch.zeros_like(value) for value in inputs]
