@@ -1,14 +1,15 @@
 """A network called with other tensors in place of its own, which then has its own again."""
 
 from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from maml_lightning.engine.kernels.mode import loop_operators
 from maml_lightning.engine.trials import same_random_numbers, trying
 from maml_lightning.structures import call_arguments, logits_of
 
@@ -24,7 +25,8 @@ class _Places:
         self.net = net
         self.tensors: list[tuple[dict[str, Any], str, str, Tensor]] = []  # owner, name in it, name of the tensor
         self.layers: list[tuple[dict[str, Any], list[Any]]] = []
-        self.compiled, names = False, {}
+        self.compiled = False
+        names: dict[int, str] = {}
         for prefix, layer in net.named_modules():
             self.layers.append((layer._modules, list(layer._modules.values())))
             self.compiled |= "_orig_mod" in layer._modules or layer._compiled_call_impl is not None
@@ -34,11 +36,16 @@ class _Places:
                         name = names.setdefault(id(value), f"{prefix}.{local}".lstrip("."))
                         self.tensors.append((owner, local, name, value))
 
+    @cached_property
+    def alone(self) -> AbstractContextManager[Any]:
+        """The operators that the network is called with in a loop over tasks."""
+        return loop_operators(self.net)
+
     def of(self, names: Container[str]) -> list[tuple[dict[str, Any], str, str, Tensor]]:
         """The places of tensors with these names; empty where the network has other layers or tensors by now."""
         found = [place for place in self.tensors if place[2] in names]
-        tensors = all([local in owner and owner[local] is value for owner, local, _, value in found])
-        layers = all([[*children.values()] == before for children, before in self.layers])
+        tensors = all(local in owner and owner[local] is value for owner, local, _, value in found)
+        layers = all([*children.values()] == before for children, before in self.layers)
         return found if tensors and layers else []
 
 
@@ -55,13 +62,14 @@ def calling(net: nn.Module) -> Iterator[None]:
         _KNOWN.reset(token)
 
 
-def call_with(net: nn.Module, tensors: Mapping[str, Tensor], inputs: Any) -> Tensor:
+def call_with(net: nn.Module, tensors: Mapping[str, Tensor], inputs: Any, alone: bool = False) -> Tensor:
     """The outputs of a network.
 
     Args:
         net: the network.
         tensors: in place of its parameters and buffers, by name; those without a name here stay.
         inputs: of the network, see :func:`~maml_lightning.structures.call_arguments`.
+        alone: of a task by itself: what has no second derivative is replaced.
     """
     known = _KNOWN.get()
     places = known[0] if known and known[0].net is net else _Places(net)
@@ -73,7 +81,7 @@ def call_with(net: nn.Module, tensors: Mapping[str, Tensor], inputs: Any) -> Ten
     try:
         for owner, local, name, _ in swapped:
             owner[local] = tensors[name]
-        with _eager() if places.compiled else nullcontext():
+        with places.alone if alone else nullcontext(), _eager() if places.compiled else nullcontext():
             return logits_of(net(*positional, **named))
     finally:
         for owner, local, _, value in swapped:

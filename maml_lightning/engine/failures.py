@@ -33,6 +33,6 @@ def naming_what_has_no_derivative() -> Iterator[None]:
         if not re.search("derivative .*not implemented|not implemented .*derivative", str(error)):
             raise
         raise SettingError(
-            f"PyTorch has no second derivative of a part of model.net or model.loss ({reason_of(error)}), in no training "
-            "loop; replace that part, or set model.first_order to true."
+            f"PyTorch has no second derivative of a part of model.net or model.loss ({reason_of(error)}), in no "
+            "training loop; replace that part, or set model.first_order to true."
         ) from error
