@@ -25,12 +25,12 @@ from maml_lightning.engine.hoisting import Hoisted
 from maml_lightning.engine.jobs import Job, recomputed_pullback
 from maml_lightning.engine.memory import memory_of, return_freed_memory
 from maml_lightning.engine.state import Bound, RandomState, State, without_state
+from maml_lightning.engine.states import MAX_STATES, WINDOW, States
 from maml_lightning.engine.tracing import TracedPair, quiet, signature, traced_call, traced_pair
 from maml_lightning.engine.trials import Trial
 from maml_lightning.errors import SettingError
 
 log = logging.getLogger(__name__)
-MAX_STATES = 8  # so many states of a network are traced; one that changes at each step runs untraced
 MAX_GRAPHS = 64  # so many graphs are kept; inputs of ever new shapes run untraced
 
 Execution = Literal["auto", "traced", "vectorized", "loop"]
@@ -53,14 +53,20 @@ class Executor:
         self._forget()
 
     def _forget(self) -> None:
-        self._graphs: dict[Hashable, Any] = {}
-        self._signatures: dict[Hashable, set[Hashable]] = {}  # seen of each family of calls
-        self._states: dict[Hashable, int] = {}
-        self._checked: set[Hashable] = set()  # graphs and families of calls that agree with the loop
+        self._graphs: dict[tuple, Any] = {}
+        self._signatures: dict[tuple, set[Hashable]] = {}  # seen of each family of calls
+        self._states = States(self._forget_state)
+        self._checked: set[tuple] = set()  # graphs and families of calls that agree with the loop
         self._examined: set[Hashable] = set()  # networks whose effects are known
         self._lowest: dict[Hashable, int] = {}  # the way that a network was found to need
         self._reasons: dict[Hashable, str] = {}  # why
         self._said: set[str] = set()
+
+    def _forget_state(self, number: int) -> None:
+        """Drop the graphs of a state; the second part of a :attr:`Job.family` is its number."""
+        self._graphs = {key: graph for key, graph in self._graphs.items() if key[1] != number}
+        self._signatures = {family: seen for family, seen in self._signatures.items() if family[1] != number}
+        self._checked = {key for key in self._checked if key[1] != number}
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: getattr(self, name) for name in ("execution", "compile")}
@@ -76,12 +82,10 @@ class Executor:
         if self._way(state) == LOOP and (self.execution == "loop" or self.knows(state)):
             return state  # nothing is replayed
         key = fingerprint(objects)
-        if key not in self._states and len(self._states) < MAX_STATES:
-            self._states[key] = len(self._states)
-        elif key not in self._states:
-            why = f"its attributes have changed {MAX_STATES} times"
+        if (number := self._states.number(key)) is None:
+            why = f"its attributes changed in more than {MAX_STATES} of {WINDOW} steps"
             self._say(f"The network runs without a recorded graph, which is slower: {why}")
-        return State(objects, key, self._states.get(key))
+        return State(objects, key, number)
 
     def release(self) -> None:
         """Forget what inner steps share: the tensors that they took may change from here on."""
@@ -277,17 +281,17 @@ class Executor:
         self._announce(job.function.state)
         return outputs, None if pullback is None else naming_what_has_no_derivative()(pullback)
 
-    def _untraced(self, job: Job, key: Hashable) -> tuple[Any, Callable | None, str]:
+    def _untraced(self, job: Job, key: tuple) -> tuple[Any, Callable | None, str]:
         """Outputs and pullback by ``vmap``, on copies while effects, which have to happen in a loop, may begin."""
-        if job.function.state.number is not None and ("no effects", key) in self._checked:
+        if job.function.state.number is not None and (*key, "no effects") in self._checked:
             return *job.untraced(), ""
         if why := needs_loop(job.function.state.objects):
             return None, None, why
         (outputs, pullback), changes = job.function.state.trial().run(lambda objects: job.on(objects).untraced())
-        self._checked |= set() if changes else {("no effects", key)}
+        self._checked |= set() if changes else {(*key, "no effects")}
         return outputs, pullback, changes and f"it {changes}"
 
-    def _replay(self, job: Job, key: Hashable, leaves: list[Tensor]) -> tuple[Any, Callable | None, str]:
+    def _replay(self, job: Job, key: tuple, leaves: list[Tensor]) -> tuple[Any, Callable | None, str]:
         """Outputs and pullback by a graph, which is recorded the first time; a replay changes nothing."""
         if key not in self._graphs:
             with quiet():
