@@ -84,12 +84,12 @@ class Episode(NamedTuple):
     @property
     def tasks(self) -> int:
         """``T``, the number of tasks in the batch."""
-        return len(leaves(self)[0])
+        return len(leaves(self.support_inputs)[0])
 
     @property
     def device(self) -> torch.device:
         """Where its tensors are."""
-        return leaves(self)[0].device
+        return leaves(self.support_inputs)[0].device
 
 
 class InputSpec(NamedTuple):

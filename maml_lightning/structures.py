@@ -15,7 +15,7 @@ Part = TypeVar("Part")
 
 def leaves(part: Any) -> list[Tensor]:
     """The tensors of a structure, in their order."""
-    return pytree.tree_leaves(part)
+    return [part] if isinstance(part, Tensor) else pytree.tree_leaves(part)
 
 
 def by_place(part: Any, whole: type | tuple[()] = ()) -> dict[str, Any]:
@@ -32,6 +32,8 @@ def mapped(function: Callable[..., Any], part: Part, *others: Any, whole: type |
         part, others: alike in structure.
         whole: a type that is not taken apart, such as list where lists are of numbers.
     """
+    if isinstance(part, Tensor):
+        return function(part, *others)
     return pytree.tree_map(function, part, *others, is_leaf=lambda node: isinstance(node, whole))
 
 
@@ -42,7 +44,8 @@ def first_task(part: Part) -> Part:
 
 def tasks_of(part: Part) -> list[Part]:
     """Each task's part of a structure of tensors ``[T, ...]``."""
-    return [mapped(lambda tensor, task=task: tensor[task], part) for task in range(len(leaves(part)[0]))]
+    tensors, spec = pytree.tree_flatten(part)
+    return [pytree.tree_unflatten(own, spec) for own in zip(*(tensor.unbind() for tensor in tensors), strict=True)]
 
 
 def joined(parts: Sequence[Part], dim: int) -> Part:

@@ -41,6 +41,8 @@ class Algorithm(NamedTuple):
         proximal: whether the inner loop has the proximal term, of strength ``model.proximal``.
         capturable: whether ``meta_gradient`` has no effects and depends on its arguments alone, so that a GPU may
             replay what it launched (:mod:`~maml_lightning.engine.captures`).
+        loops: whether ``meta_gradient`` runs the tasks of a chunk one after another where they run in a loop, and keeps
+            nothing of a task that is done: then all of them are one chunk.
         measured_as: name of the chosen chunk size in checkpoints; the algorithm's own where it is empty.
     """
 
@@ -49,6 +51,7 @@ class Algorithm(NamedTuple):
     min_inner_steps: int = 0
     proximal: bool = False
     capturable: bool = False
+    loops: bool = False
     measured_as: str = ""
 
 

@@ -1,29 +1,92 @@
 """A network called with other tensors in place of its own, which then has its own again."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from maml_lightning.engine.kernels.mode import loop_operators
 from maml_lightning.engine.trials import same_random_numbers, trying
 from maml_lightning.structures import call_arguments, logits_of
 
 
-def call_with(net: nn.Module, tensors: Mapping[str, Tensor], inputs: Any) -> Tensor:
+class _Places:
+    """Where a network keeps its parameters and buffers, and the name by which each is given.
+
+    A tensor that several layers share has one name, the first, and several places. A layer that is registered twice
+    has one place.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+        self.tensors: list[tuple[dict[str, Any], str, str, Tensor]] = []  # owner, name in it, name of the tensor
+        self.layers: list[tuple[dict[str, Any], list[Any]]] = []
+        self.compiled = False
+        names: dict[int, str] = {}
+        for prefix, layer in net.named_modules():
+            self.layers.append((layer._modules, list(layer._modules.values())))
+            self.compiled |= "_orig_mod" in layer._modules or layer._compiled_call_impl is not None
+            for owner in (layer._parameters, layer._buffers):
+                for local, value in owner.items():
+                    if value is not None:
+                        name = names.setdefault(id(value), f"{prefix}.{local}".lstrip("."))
+                        self.tensors.append((owner, local, name, value))
+
+    @cached_property
+    def alone(self) -> AbstractContextManager[Any]:
+        """The operators that the network is called with in a loop over tasks."""
+        return loop_operators(self.net)
+
+    def of(self, names: Container[str]) -> list[tuple[dict[str, Any], str, str, Tensor]]:
+        """The places of tensors with these names; empty where the network has other layers or tensors by now."""
+        found = [place for place in self.tensors if place[2] in names]
+        tensors = all(local in owner and owner[local] is value for owner, local, _, value in found)
+        layers = all([*children.values()] == before for children, before in self.layers)
+        return found if tensors and layers else []
+
+
+_KNOWN: ContextVar[list[_Places]] = ContextVar("places", default=[])  # noqa: B039  # nobody writes to the default
+
+
+@contextmanager
+def calling(net: nn.Module) -> Iterator[None]:
+    """While active, where the network keeps its tensors is found once, and anew after it was changed."""
+    token = _KNOWN.set([_Places(net)])
+    try:
+        yield
+    finally:
+        _KNOWN.reset(token)
+
+
+def call_with(net: nn.Module, tensors: Mapping[str, Tensor], inputs: Any, alone: bool = False) -> Tensor:
     """The outputs of a network.
 
     Args:
         net: the network.
         tensors: in place of its parameters and buffers, by name; those without a name here stay.
         inputs: of the network, see :func:`~maml_lightning.structures.call_arguments`.
+        alone: of a task by itself: what has no second derivative is replaced.
     """
-    own = {path: tensors[name] for path, name in tensor_paths(net).items() if name in tensors}
-    with _uncompiled(net):
-        return logits_of(functional_call(net, own, *call_arguments(inputs), tie_weights=False))
+    known = _KNOWN.get()
+    places = known[0] if known and known[0].net is net else _Places(net)
+    swapped = places.of(tensors)
+    if not swapped and tensors:
+        places = _Places(net)
+        swapped, known[:] = places.of(tensors), [places] if known else []
+    positional, named = call_arguments(inputs)
+    try:
+        for owner, local, name, _ in swapped:
+            owner[local] = tensors[name]
+        with places.alone if alone else nullcontext(), _eager() if places.compiled else nullcontext():
+            return logits_of(net(*positional, **named))
+    finally:
+        for owner, local, _, value in swapped:
+            if local in owner:
+                owner[local] = value
 
 
 def watched(
@@ -61,27 +124,8 @@ def watched(
     return True
 
 
-def tensor_paths(net: nn.Module) -> dict[str, str]:
-    """Where each parameter and buffer is kept, and the name by which it is given.
-
-    A tensor that several layers share has one name, the first, and several paths. A layer that is registered twice
-    has one path: ``functional_call`` would swap its tensors twice, and not back (``tie_weights`` does).
-    """
-    paths: dict[str, str] = {}
-    names: dict[int, str] = {}
-    for prefix, layer in net.named_modules():
-        for local, value in (*layer._parameters.items(), *layer._buffers.items()):
-            if value is not None:
-                path = f"{prefix}.{local}".lstrip(".")
-                paths[path] = names.setdefault(id(value), path)
-    return paths
-
-
 @contextmanager
-def _uncompiled(net: nn.Module) -> Iterator[None]:
+def _eager() -> Iterator[None]:
     """Run what ``torch.compile`` made of a network, which has no second derivatives, as it was."""
-    if not any("_orig_mod" in layer._modules or layer._compiled_call_impl for layer in net.modules()):
-        yield
-        return
     with torch.compiler.set_stance("force_eager"), torch._dynamo.config.patch(error_on_nested_fx_trace=False):
         yield

@@ -101,6 +101,8 @@ def transformed(gradient: Parameters, matrices: Parameters) -> Parameters:
         gradient: of one task, by name.
         matrices: ``[n, n]``, of vectors ``[n]``, by ``NAME.MODE``; what else it has is not read.
     """
+    if matrices.keys() <= gradient.keys():  # rates alone
+        return gradient
     return {name: _transformed(g, [matrices.get(f"{name}.{mode}") for mode in MODES]) for name, g in gradient.items()}
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from maml_lightning.algorithms import steps as inner
 from maml_lightning.algorithms.algorithm import DEFAULTS, Settings
+from maml_lightning.algorithms.calling import calling
 from maml_lightning.algorithms.optimizers import InnerOptimizer, Parameters, sgd
 from maml_lightning.algorithms.prototypes import labels_of, of_task, of_tasks
 from maml_lightning.algorithms.registry import find_algorithm
@@ -27,7 +28,7 @@ class InnerLoop:
     """The inner loop of one network, vectorized over tasks.
 
     Args:
-        net: any ``nn.Module``; run through ``functional_call``, its own parameters are never written.
+        net: any ``nn.Module``; its own parameters are never written.
         loss: ``loss(outputs, targets)``, a scalar mean over the examples.
         tasks_per_chunk: how many tasks are vectorized together, at least 1; None takes all; "auto" goes by the memory
             that a task of the first meta-batch needs, and keeps it in ``chosen``.
@@ -116,7 +117,7 @@ class InnerLoop:
         Raises:
             SettingError: there is no algorithm of that name, or it needs more steps.
         """
-        with deciding(self.net, self.running), self._releasing():
+        with deciding(self.net, self.running), calling(self.net), self._releasing():
             return self._gradient(algorithm, params, episode, rates, steps, settings)
 
     def adapted(
@@ -151,7 +152,7 @@ class InnerLoop:
             def of_chunk(chunk: Episode, total: MetaGradient) -> tuple[Tensor, Tensor]:
                 return method.meta_gradient(setup, chunk, total, settings)
 
-            return mean_over_tasks(of_chunk, episode, params, learned, self._size(setup, episode, name))
+            return mean_over_tasks(of_chunk, episode, params, learned, self._size(setup, episode, name, method.loops))
 
         arguments = (params, dict(self.net.named_buffers()), rates, episode, labels)
         if not method.capturable:
@@ -253,7 +254,7 @@ class InnerLoop:
     def _evaluating(self) -> Iterator[None]:
         # grad under inference mode silently returns zeros (pytorch #177318); clones are no inference tensors.
         decided = deciding(self.net, self._running_in_evaluation())
-        with torch.inference_mode(False), torch.no_grad(), decided, self._releasing():
+        with torch.inference_mode(False), torch.no_grad(), decided, calling(self.net), self._releasing():
             yield
 
     def _running_in_evaluation(self) -> frozenset[str]:
@@ -285,15 +286,15 @@ class InnerLoop:
         """Of all that a function of a meta-batch depends on beside tensors and the :meth:`_state`."""
         return *settings, self.tasks_per_chunk, tuple(self.chosen.items()), self._flat_memory.active
 
-    def _size(self, setup: inner.Setup, episode: Episode, name: str) -> int | None:
-        """Tasks in a chunk; in a loop over tasks more than one would only take memory."""
+    def _size(self, setup: inner.Setup, episode: Episode, name: str, loops: bool) -> int | None:
+        """Tasks in a chunk; one by one in a loop, which takes no more memory, but for an algorithm that ``loops``."""
         known = name in self.chosen or self.tasks_per_chunk != "auto"
         examined = self._executor.knows(setup.model)
         if not examined or not (known or self._executor.way(setup.model) == "loop"):
             first = next(split(episode, 1))
             kept = inner.bytes_per_task(of_tasks(setup, first), first)
         if self._executor.way(setup.model) == "loop":
-            return 1
+            return None if loops and not self.flat else 1
         if self.tasks_per_chunk != "auto":
             return self.tasks_per_chunk
         if not known:

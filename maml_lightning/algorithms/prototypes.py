@@ -154,4 +154,6 @@ def _with_prototypes(fast: Parameters, calls: _LinearCalls, targets: Tensor, lab
     count = of_class.sum(0)
     means = of_class.T @ features.to(of_class.dtype) / count.clamp(min=1)[:, None]
     absent = max(_NO_EXAMPLES, torch.finfo(of_class.dtype).min / 2)
+    # Each a tensor of its own: inner gradients hold the prototypes constant, which depend on the same parameters.
+    fast = {name: value.view_as(value) for name, value in fast.items()}
     return {**fast, weight: 2 * means, bias: torch.where(count > 0, -means.square().sum(1), absent)}

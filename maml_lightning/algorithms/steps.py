@@ -27,7 +27,7 @@ from maml_lightning.engine.chunks import detached
 from maml_lightning.engine.differentiation import grad, grad_and_value, is_by_autograd
 from maml_lightning.engine.execution import Executor
 from maml_lightning.engine.kernels.layout import kernel_layout, repeated
-from maml_lightning.engine.kernels.mode import loop_operators, task_operators
+from maml_lightning.engine.kernels.mode import task_operators
 from maml_lightning.engine.kernels.normalization import OfSupport
 from maml_lightning.engine.memory import FlatMemory, keep_freed_memory
 from maml_lightning.engine.state import State
@@ -42,7 +42,7 @@ class Model(NamedTuple):
     """The Python objects that the functions of one task depend on; their first argument.
 
     Args:
-        net: the network, run through ``functional_call``.
+        net: the network, whose own parameters are never written.
         loss: ``loss(outputs, targets)``, a scalar.
         optimizer: of the inner loop.
         proximal: strength ``mu`` of the proximal term, 0 for none.
@@ -60,12 +60,14 @@ def outputs(model: Model, fast: Parameters, shared: Parameters, constants: Param
     """The network's outputs with adapted parameters ``fast`` and those that all tasks share."""
     alone = is_by_autograd()  # in a loop over tasks the network keeps its own buffers, and may write to them
     tensors = {**fast, **shared} if alone else {**fast, **shared, **constants}
-    with loop_operators() if alone else task_operators():
-        tensors = {name: value.contiguous() for name, value in tensors.items()}  # torch's own layout, see kernel_layout
-        if not alone or torch.is_grad_enabled():
+    tensors = {name: value.contiguous() for name, value in tensors.items()}  # torch's own layout, see kernel_layout
+    if not alone:
+        with task_operators():
             return call_with(model.net, tensors, x)
-        with torch.enable_grad():  # it may take a gradient as it runs
-            return call_with(model.net, tensors, x).detach()
+    if torch.is_grad_enabled():
+        return call_with(model.net, tensors, x, alone=True)
+    with torch.enable_grad():  # it may take a gradient as it runs
+        return call_with(model.net, tensors, x, alone=True).detach()
 
 
 def query_outputs(

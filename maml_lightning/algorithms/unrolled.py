@@ -25,10 +25,11 @@ from torch.utils import _pytree as pytree
 from maml_lightning.algorithms.algorithm import Algorithm, Settings
 from maml_lightning.algorithms.optimizers import Parameters
 from maml_lightning.algorithms.prototypes import of_task, with_pullback
-from maml_lightning.algorithms.steps import Model, Setup, first_order_step, query_gradient, query_outputs, step
+from maml_lightning.algorithms.steps import Setup, first_order_step, query_gradient, query_outputs, step
 from maml_lightning.engine.chunks import MetaGradient, add_sum
-from maml_lightning.engine.differentiation import grad_and_value
+from maml_lightning.engine.differentiation import gradients_of
 from maml_lightning.episodes import Episode
+from maml_lightning.structures import tasks_of
 
 
 def meta_gradient(setup: Setup, chunk: Episode, total: MetaGradient, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -62,34 +63,39 @@ def _by_loop(
     setup: Setup, chunk: Episode, total: MetaGradient, first_order: bool, weights: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
     """The same in a loop over tasks, where autograd sweeps through all steps at once, as in any training loop."""
+    model, constants = setup.model.objects, setup.constants
     run_step = first_order_step if first_order else step
     parts = [setup.initial, *setup.shared, *setup.learned]
-    values = {id(value): value for part in parts for value in part.values()}  # what several steps share counts once
+    values = {id(v): v.contiguous() for part in parts for v in part.values()}  # what several steps share counts once
+    sums, results = {key: torch.zeros_like(value) for key, value in values.items()}, []
 
-    def of_one(model: Model, values: dict[int, Tensor], constants: Parameters, support: Any, queries: Any) -> Any:
-        def objective(values: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
-            initial, *others = ({name: values[id(value)] for name, value in part.items()} for part in parts)
-            shared, learned = others[: setup.steps + 1], others[setup.steps + 1 :]
-            own = of_task(setup._replace(initial=initial, shared=shared, learned=learned), *support)
-            state, arguments, losses = own.initial_state(), own.arguments(), []
-            for k, weight in enumerate(weights):
-                if weight or k == setup.steps:
-                    predictions = query_outputs(model, state[0], shared[k], constants, queries[0], queries[2])
-                    losses.append(weight * model.loss(predictions, queries[1]))
-                if k < setup.steps:
-                    state = run_step(model, (state, {}), arguments[k], constants, *support)
-            return torch.stack(losses).sum(), predictions
+    def objective(values: dict[int, Tensor], task: Episode) -> tuple[Tensor, Tensor]:
+        support, beside, losses = (task.support_inputs, task.support_targets), setup.beside_queries(task), []
+        initial, *others = ({name: values[id(value)] for name, value in part.items()} for part in parts)
+        shared, learned = others[: setup.steps + 1], others[setup.steps + 1 :]
+        own = of_task(setup._replace(initial=initial, shared=shared, learned=learned), *support)
+        state, arguments = own.initial_state(), own.arguments()
+        for k, weight in enumerate(weights):
+            if weight or k == setup.steps:
+                predictions = query_outputs(model, state[0], shared[k], constants, task.query_inputs, beside)
+                loss = model.loss(predictions, task.query_targets)
+                losses.append(loss if weight == 1 else weight * loss)
+            if k < setup.steps:
+                state = run_step(model, (state, {}), arguments[k], constants, *support)
+        return sum(losses[1:], losses[0]), predictions
 
-        return grad_and_value(objective)(values)
-
-    support = (chunk.support_inputs, chunk.support_targets)
-    queries = (chunk.query_inputs, chunk.query_targets, setup.beside_queries(chunk))
-    arguments = (values, setup.constants, support, queries)
-    gradients, (loss, predictions) = setup.executor(setup.model.bind(of_one), (None, None, 0, 0), *arguments)
-    sums = [total.gradient] * (2 + setup.steps) + [total.rates] * setup.steps
-    for part, target, k in zip(parts, sums, [0, *range(setup.steps + 1), *range(setup.steps)], strict=True):
-        add_sum(target, {n: gradients.pop(id(v)) for n, v in part.items() if id(v) in gradients}, k)
-    return loss, predictions
+    with setup.executor.looping(setup.model):
+        for task in tasks_of(chunk):
+            leaves = {key: value.detach().requires_grad_() for key, value in values.items()}
+            with torch.enable_grad():
+                loss, predictions = objective(leaves, task)
+            torch._foreach_add_([*sums.values()], gradients_of([loss], [*leaves.values()]))
+            results.append((loss.detach(), predictions.detach()))
+    totals = [total.gradient] * (2 + setup.steps) + [total.rates] * setup.steps
+    for part, target, k in zip(parts, totals, [0, *range(setup.steps + 1), *range(setup.steps)], strict=True):
+        add_sum(target, {n: sums.pop(id(v))[None] for n, v in part.items() if id(v) in sums}, k)
+    losses, outputs = zip(*results, strict=True)
+    return torch.stack(losses), torch.stack(outputs)
 
 
 def _forward(
@@ -151,4 +157,4 @@ def multi_step_weights(steps: int, epoch: int, epochs: int) -> list[float]:
     return [0.0, *[early] * (steps - 1), 1 - early * (steps - 1)]
 
 
-ALGORITHM = Algorithm(meta_gradient, capturable=True, measured_as="exact")
+ALGORITHM = Algorithm(meta_gradient, capturable=True, loops=True, measured_as="exact")

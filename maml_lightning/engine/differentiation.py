@@ -7,10 +7,12 @@ whatever a training loop can run, branches on values included.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 _AUTOGRAD = ContextVar("autograd", default=False)
@@ -18,10 +20,11 @@ _AUTOGRAD = ContextVar("autograd", default=False)
 
 @contextmanager
 def by_autograd() -> Iterator[None]:
-    """While active, gradients are taken by autograd."""
+    """While active, gradients are taken by autograd; attention is products, the only one with a second derivative."""
     token = _AUTOGRAD.set(True)
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
         _AUTOGRAD.reset(token)
 
@@ -54,24 +57,31 @@ def grad_and_value(function: Callable[[Any], tuple[Tensor, Any]]) -> Callable[[A
         return torch.func.grad_and_value(function, has_aux=True)
 
     def run(params: Any) -> tuple[Any, tuple[Tensor, Any]]:
-        leaves, spec = pytree.tree_flatten(params)
+        leaves, unflatten = _flattened(params)
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            # Each leaf a tensor of its own: elsewhere in the function the same one may count as a constant.
-            own = [leaf.view_as(leaf) if leaf.requires_grad else leaf.detach().requires_grad_() for leaf in leaves]
-            value, auxiliary = function(pytree.tree_unflatten(own, spec))
+            own = [leaf if leaf.requires_grad else leaf.detach().requires_grad_() for leaf in leaves]
+            value, auxiliary = function(unflatten(own))
             gradients = gradients_of([value], own, None, create_graph)
         if not create_graph:
-            value, auxiliary = pytree.tree_map_only(Tensor, torch.detach, (value, auxiliary))
-        return pytree.tree_unflatten(gradients, spec), (value, auxiliary)
+            value, auxiliary = value.detach(), pytree.tree_map_only(Tensor, torch.detach, auxiliary)
+        return unflatten(gradients), (value, auxiliary)
 
     return run
+
+
+def _flattened(params: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
+    """The tensors of a pytree, and what puts others in their places."""
+    if type(params) is dict and all(isinstance(value, Tensor) for value in params.values()):  # as most are: fast
+        return list(params.values()), lambda values: dict(zip(params, values, strict=True))
+    leaves, spec = pytree.tree_flatten(params)
+    return leaves, lambda values: pytree.tree_unflatten(values, spec)
 
 
 def gradients_of(
     outputs: list[Tensor],
     inputs: list[Tensor],
-    cotangents: list[Tensor] | None,
+    cotangents: list[Tensor] | None = None,
     create_graph: bool = False,
     retain_graph: bool = False,
 ) -> list[Tensor]:
@@ -84,17 +94,20 @@ def gradients_of(
         create_graph: whether the gradients can be differentiated.
         retain_graph: whether it is called again.
     """
-    recorded = [i for i, output in enumerate(outputs) if output.requires_grad]
+    recorded = [output.requires_grad for output in outputs]
     wanted = [value for value in inputs if value.requires_grad]
-    found: dict[int, Tensor] = {}
-    if recorded and wanted:
-        gradients = torch.autograd.grad(
-            [outputs[i] for i in recorded],
-            wanted,
-            None if cotangents is None else [cotangents[i] for i in recorded],
-            create_graph=create_graph,
-            retain_graph=create_graph or retain_graph,
-            allow_unused=True,
-        )
-        found = {id(value): g for value, g in zip(wanted, gradients, strict=True) if g is not None}
-    return [found[id(value)] if id(value) in found else torch.zeros_like(value) for value in inputs]
+    if not wanted or not any(recorded):
+        return [torch.zeros_like(value) for value in inputs]
+    gradients = torch.autograd.grad(
+        list(compress(outputs, recorded)),
+        wanted,
+        None if cotangents is None else list(compress(cotangents, recorded)),
+        create_graph=create_graph,
+        retain_graph=create_graph or retain_graph,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    if len(wanted) == len(inputs):
+        return list(gradients)
+    found = iter(gradients)
+    return [next(found) if value.requires_grad else torch.zeros_like(value) for value in inputs]

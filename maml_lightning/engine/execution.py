@@ -7,7 +7,6 @@ the last task also runs in the loop, and a way whose results differ is not taken
 """
 
 import logging
-import re
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -18,18 +17,20 @@ from torch.utils import _pytree as pytree
 
 from maml_lightning.engine import loop
 from maml_lightning.engine.agreement import disagreement
+from maml_lightning.engine.differentiation import by_autograd
+from maml_lightning.engine.failures import naming_what_has_no_derivative, reason_of
 from maml_lightning.engine.fingerprints import fingerprint, needs_loop
 from maml_lightning.engine.graphs import structure
 from maml_lightning.engine.hoisting import Hoisted
 from maml_lightning.engine.jobs import Job, recomputed_pullback
-from maml_lightning.engine.memory import memory_of, out_of_memory
+from maml_lightning.engine.memory import memory_of
 from maml_lightning.engine.state import Bound, RandomState, State, without_state
+from maml_lightning.engine.states import MAX_STATES, WINDOW, States
 from maml_lightning.engine.tracing import TracedPair, quiet, signature, traced_call, traced_pair
 from maml_lightning.engine.trials import Trial
 from maml_lightning.errors import SettingError
 
 log = logging.getLogger(__name__)
-MAX_STATES = 8  # so many states of a network are traced; one that changes at each step runs untraced
 MAX_GRAPHS = 64  # so many graphs are kept; inputs of ever new shapes run untraced
 
 Execution = Literal["auto", "traced", "vectorized", "loop"]
@@ -53,14 +54,20 @@ class Executor:
         self._forget()
 
     def _forget(self) -> None:
-        self._graphs: dict[Hashable, Any] = {}
-        self._signatures: dict[Hashable, set[Hashable]] = {}  # seen of each family of calls
-        self._states: dict[Hashable, int] = {}
-        self._checked: set[Hashable] = set()  # graphs and families of calls that agree with the loop
+        self._graphs: dict[tuple, Any] = {}
+        self._signatures: dict[tuple, set[Hashable]] = {}  # seen of each family of calls
+        self._states = States(self._forget_state)
+        self._checked: set[tuple] = set()  # graphs and families of calls that agree with the loop
         self._examined: set[Hashable] = set()  # networks whose effects are known
         self._lowest: dict[Hashable, int] = {}  # the way that a network was found to need
         self._reasons: dict[Hashable, str] = {}  # why
         self._said: set[str] = set()
+
+    def _forget_state(self, number: int) -> None:
+        """Drop the graphs of a state; the second part of a :attr:`Job.family` is its number."""
+        self._graphs = {key: graph for key, graph in self._graphs.items() if key[1] != number}
+        self._signatures = {family: seen for family, seen in self._signatures.items() if family[1] != number}
+        self._checked = {key for key in self._checked if key[1] != number}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"execution": self.execution, "compile": self.compile, "kept_bytes": 0, "settled": True}
@@ -71,13 +78,14 @@ class Executor:
 
     def state(self, objects: tuple) -> State:
         """The state that ``objects`` are in now: their graphs are replayed while they are in it."""
+        state = State(objects, None, None)
+        if self._way(state) == LOOP and (self.execution == "loop" or self.knows(state)):
+            return state  # nothing is replayed
         key = fingerprint(objects)
-        if key not in self._states and len(self._states) < MAX_STATES:
-            self._states[key] = len(self._states)
-        elif key not in self._states:
-            why = f"its attributes have changed {MAX_STATES} times"
+        if (number := self._states.number(key)) is None:
+            why = f"its attributes changed in more than {MAX_STATES} of {WINDOW} steps"
             self._say(f"The network runs without a recorded graph, which is slower: {why}")
-        return State(objects, key, self._states.get(key))
+        return State(objects, key, number)
 
     def release(self) -> None:
         """Forget what inner steps share: the tensors that they took may change from here on."""
@@ -144,7 +152,7 @@ class Executor:
                 outputs, pullback, effect = self._replay(job, key, leaves) if traced else self._untraced(job, key)
                 why = effect or (reference and disagreement(outputs, reference[0]))
             except Exception as error:  # whatever a user's network raises where it cannot run this way
-                effect, why = "", _reason(error)
+                effect, why = "", reason_of(error)
             if not why and traced and compared and fingerprint(state.objects) != state.key:
                 effect = why = "it changes its own attributes or variables as it runs"
             if not why:
@@ -222,7 +230,7 @@ class Executor:
         try:
             trial = Trial(state.objects)
         except Exception as error:  # whatever a part of a user's network raises
-            self._lower(state, LOOP, f"it cannot be copied ({_reason(error)})")
+            self._lower(state, LOOP, f"it cannot be copied ({reason_of(error)})")
             return None, False
         with before.restored():
             result, changes = trial.watch(lambda objects: _attempt(run, job.on(objects)))
@@ -244,7 +252,7 @@ class Executor:
                 last = pytree.tree_map(lambda cotangent: cotangent[-1:], cotangents)
                 why = expected and disagreement(gradients, expected(last))
             except Exception as error:
-                why = _reason(error)
+                why = reason_of(error)
             del expected
             if not why:
                 return gradients
@@ -255,24 +263,36 @@ class Executor:
 
         return checked
 
+    @contextmanager
+    def looping(self, state: State) -> Iterator[None]:
+        """While active, functions of these objects run for one task after another, and are differentiated by autograd.
+
+        Raises:
+            SettingError: PyTorch has no derivative of an operator.
+        """
+        self.settled = False
+        with naming_what_has_no_derivative(), by_autograd():
+            yield
+        self._announce(state)
+
     def _looped(self, job: Job) -> tuple[Any, Callable | None]:
         self.settled = False
-        with _naming_what_has_no_derivative():
+        with naming_what_has_no_derivative():
             outputs, pullback = job.in_loop()
         self._announce(job.function.state)
-        return outputs, None if pullback is None else _naming_what_has_no_derivative()(pullback)
+        return outputs, None if pullback is None else naming_what_has_no_derivative()(pullback)
 
-    def _untraced(self, job: Job, key: Hashable) -> tuple[Any, Callable | None, str]:
+    def _untraced(self, job: Job, key: tuple) -> tuple[Any, Callable | None, str]:
         """Outputs and pullback by ``vmap``, on copies while effects, which have to happen in a loop, may begin."""
-        if job.function.state.number is not None and ("no effects", key) in self._checked:
+        if job.function.state.number is not None and (*key, "no effects") in self._checked:
             return *job.untraced(), ""
         if why := needs_loop(job.function.state.objects):
             return None, None, why
         (outputs, pullback), changes = job.function.state.trial().run(lambda objects: job.on(objects).untraced())
-        self._checked |= set() if changes else {("no effects", key)}
+        self._checked |= set() if changes else {(*key, "no effects")}
         return outputs, pullback, changes and f"it {changes}"
 
-    def _replay(self, job: Job, key: Hashable, leaves: list[Tensor]) -> tuple[Any, Callable | None, str]:
+    def _replay(self, job: Job, key: tuple, leaves: list[Tensor]) -> tuple[Any, Callable | None, str]:
         """Outputs and pullback by a graph, which is recorded the first time; a replay changes nothing."""
         if key not in self._graphs:
             with quiet():
@@ -297,24 +317,12 @@ def _bound(function: Callable) -> Bound:
     return function if isinstance(function, Bound) else without_state(function)
 
 
-def _reason(error: Exception) -> str:
-    """The first line of an error; memory that ran out is no reason to run in another way.
-
-    Raises:
-        Exception: the error, if memory ran out.
-    """
-    if isinstance(error, RuntimeError) and out_of_memory(error):
-        raise error
-    line = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
-    return line if len(line) <= 120 else f"{line[:117]}..."
-
-
 def _attempt(run: Callable[[Job], Any], job: Job) -> Any:
     """None where it cannot run: what a loop cannot run, other ways may."""
     try:
         return run(job)
     except Exception as error:  # whatever a user's network raises
-        _reason(error)
+        reason_of(error)
         return None
 
 
@@ -327,22 +335,4 @@ def _untraced_disagreement(job: Job, expected: tuple[Any, Callable | None]) -> s
             return why
         return disagreement(pullback(outputs), expected[1](outputs))
     except Exception as error:
-        return _reason(error)
-
-
-@contextmanager
-def _naming_what_has_no_derivative() -> Iterator[None]:
-    """Raise an error of one line where PyTorch has no derivative of an operator.
-
-    Raises:
-        SettingError: it has none.
-    """
-    try:
-        yield
-    except RuntimeError as error:  # NotImplementedError is one
-        if not re.search("derivative .*not implemented|not implemented .*derivative", str(error)):
-            raise
-        raise SettingError(
-            f"PyTorch has no second derivative of a part of model.net or model.loss ({_reason(error)}), in no training "
-            "loop; replace that part, or set model.first_order to true."
-        ) from error
+        return reason_of(error)

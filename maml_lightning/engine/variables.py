@@ -82,18 +82,28 @@ def of_class(kind: type) -> Iterator[Variable]:
 
 
 def functions_of(kind: type) -> Iterator[tuple[str, FunctionType]]:
-    """The functions of a class and its bases: methods, and those of properties and other descriptors."""
+    """The functions of a class and its bases, see :func:`functions_in`."""
     for cls in own_classes(kind):
-        for name, value in vars(cls).items():
-            for attribute in ("", "__func__", "fget", "func"):
-                if isinstance(found := getattr(value, attribute, None) if attribute else value, FunctionType):
-                    yield name, found
-                    break
+        yield from functions_in(cls)
+
+
+def functions_in(cls: type) -> Iterator[tuple[str, FunctionType]]:
+    """The functions of a class without its bases: methods, and those of properties and other descriptors."""
+    for name, value in vars(cls).items():
+        for attribute in ("", "__func__", "fget", "func"):
+            if isinstance(found := getattr(value, attribute, None) if attribute else value, FunctionType):
+                yield name, found
+                break
 
 
 def own_classes(kind: type) -> list[type]:
     """The class and its bases, but for those of PyTorch, NumPy, Python and this package."""
-    return [cls for cls in kind.__mro__ if _root(cls.__module__) not in _FIXED]
+    return [cls for cls in kind.__mro__ if not is_fixed(cls.__module__)]
+
+
+def is_fixed(module: str | None) -> bool:
+    """Whether a module is of PyTorch, NumPy, Python or this package, which hold nothing that the user changes."""
+    return _root(module) in _FIXED
 
 
 @cache

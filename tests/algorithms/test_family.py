@@ -10,8 +10,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from maml_lightning import MAML, MLP, ConvNet, ResNet12, SettingError
-from maml_lightning.algorithms import inner_loop
-from maml_lightning.engine import loop
+from maml_lightning.algorithms import inner_loop, unrolled
 from tests.own_network import Branching
 from tests.reference import family, images, perturbed, relative_error
 
@@ -115,15 +114,15 @@ def test_gradients_are_exact_in_a_loop(name, flat_memory):
 
 
 def test_a_network_that_runs_in_a_loop_is_measured_once(monkeypatch):
-    runs, calls = [], []
-    measure, call = inner_loop.inner.bytes_per_task, loop.call
+    runs, sweeps = [], []
+    measure, sweep = inner_loop.inner.bytes_per_task, unrolled.gradients_of
     monkeypatch.setattr(inner_loop.inner, "bytes_per_task", lambda *args: runs.append(args) or measure(*args))
-    monkeypatch.setattr(loop, "call", lambda *args: calls.append(args) or call(*args))
+    monkeypatch.setattr(unrolled, "gradients_of", lambda *args: sweeps.append(args) or sweep(*args))
     maml, episode = MAML(convolutional(), inner_lr=LR, inner_steps=STEPS, execution="loop").double(), images(tasks=2)
     for _ in range(3):
         maml.training_step(episode, 0)
     assert len(runs) == 1
-    assert len(calls) == 3 * 2  # of a meta-step, all steps of a task are one call
+    assert len(sweeps) == 3 * 2  # of a meta-step, one through all steps of a task
 
 
 class Rows(nn.Module):

@@ -51,6 +51,8 @@ def all_tasks_first(info: Any, in_dims: tuple, *tensors: Tensor) -> list[Tensor]
 
 def sum_over_tasks(value: Tensor) -> Tensor:
     """``value.sum(0)``, read in the order of its memory: torch's own is 20 times slower on a permuted weight."""
+    if len(value) == 1:
+        return value[0]
     order = sorted(range(1, value.dim()), key=value.stride, reverse=True)
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return value.permute(0, *order).sum(0).permute(inverse)

@@ -1,13 +1,13 @@
 """Which operators the kernels replace: in an ordinary network as it runs, and in a graph that is compiled."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -19,6 +19,7 @@ from maml_lightning.engine.kernels.embedding import embedding_bag
 from maml_lightning.engine.kernels.normalization import batch_norm, instance_norm, project, standardize
 from maml_lightning.engine.kernels.pooling import max_pool, max_pool_backward, poolings
 from maml_lightning.engine.kernels.recurrence import recurrences
+from maml_lightning.engine.reached import may_call
 
 
 def _contiguous(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -110,8 +111,12 @@ _RECURRENT = {own: _off_the_cpu(own, kernel) for own, kernel in recurrences().it
 _ALONE = {**DIFFERENTIABLE, **_RECURRENT, F.instance_norm: _instance_norm_alone}
 
 
-@contextmanager
-def loop_operators() -> Iterator[None]:
-    """The same for a task by itself: torch's own operators where they have a second derivative."""
-    with TaskKernels(_ALONE), sdpa_kernel(SDPBackend.MATH):
-        yield
+_NAMES = frozenset(function.__name__ for function in _ALONE)
+
+
+def loop_operators(net: nn.Module) -> AbstractContextManager[Any]:
+    """The same for a task by itself: torch's own operators where they have a second derivative.
+
+    Nothing for a network that calls none of the others: the mode takes time at each call of any operator.
+    """
+    return TaskKernels(_ALONE) if may_call(net, _NAMES) else nullcontext()

@@ -1,0 +1,38 @@
+"""What went wrong where a network was run, in a few words."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from maml_lightning.engine.memory import out_of_memory
+from maml_lightning.errors import SettingError
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of an error; memory that ran out is no reason to run in another way.
+
+    Raises:
+        Exception: the error, if memory ran out.
+    """
+    if isinstance(error, RuntimeError) and out_of_memory(error):
+        raise error
+    line = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
+    return line if len(line) <= 120 else f"{line[:117]}..."
+
+
+@contextmanager
+def naming_what_has_no_derivative() -> Iterator[None]:
+    """Raise an error of one line where PyTorch has no derivative of an operator.
+
+    Raises:
+        SettingError: it has none.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # NotImplementedError is one
+        if not re.search("derivative .*not implemented|not implemented .*derivative", str(error)):
+            raise
+        raise SettingError(
+            f"PyTorch has no second derivative of a part of model.net or model.loss ({reason_of(error)}), in no "
+            "training loop; replace that part, or set model.first_order to true."
+        ) from error

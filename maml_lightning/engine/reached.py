@@ -1,0 +1,70 @@
+"""Which functions the code of a network may call: found by reading it, a few more than it calls taken for called."""
+
+from collections.abc import Mapping
+from functools import partial
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+
+from maml_lightning.engine.variables import PLAIN, functions_in, is_fixed, names_of
+
+
+def may_call(value: Any, names: frozenset[str]) -> bool:
+    """Whether code that a value has, or has hold of, may call a function of one of these names; True where unknown.
+
+    Args:
+        value: a network.
+        names: of functions of PyTorch.
+    """
+    return _may(value, names, set())
+
+
+def _may(value: Any, names: frozenset[str], seen: set[int]) -> bool:
+    kind = type(value)
+    if kind in PLAIN or isinstance(value, Tensor) or id(value) in seen:
+        return False
+    seen.add(id(value))
+    if isinstance(value, Mapping):
+        return any(_may(part, names, seen) for part in value.values())
+    if isinstance(value, list | tuple | set | frozenset):
+        return any(_may(part, names, seen) for part in value)
+    if isinstance(value, ModuleType):
+        return not is_fixed(value.__name__)
+    if isinstance(value, FunctionType):
+        return _function(value, names, seen)
+    if isinstance(value, type):
+        return _class(value, names)
+    if isinstance(value, MethodType):
+        return _may(value.__func__, names, seen) or _may(value.__self__, names, seen)
+    if isinstance(value, partial):
+        return any(_may(part, names, seen) for part in (value.func, value.args, value.keywords))
+    if isinstance(value, BuiltinFunctionType):
+        return value.__name__ in names
+    if not hasattr(value, "__dict__"):
+        return True
+    return _class(kind, names) or any(_may(part, names, seen) for part in vars(value).values())
+
+
+_CLASSES: WeakKeyDictionary[type, dict[frozenset[str], bool]] = WeakKeyDictionary()  # read once
+
+
+def _class(kind: type, names: frozenset[str]) -> bool:
+    known = _CLASSES.setdefault(kind, {})
+    if names not in known:
+        known[names], seen = False, set[int]()
+        functions = (function for cls in kind.__mro__ for _, function in functions_in(cls))
+        known[names] = any(_function(function, names, seen) for function in functions)
+    return known[names]
+
+
+def _function(function: FunctionType, names: frozenset[str], seen: set[int]) -> bool:
+    read = names_of(function.__code__)
+    if function.__name__ in names or names.intersection(read):
+        return True
+    if is_fixed(function.__module__):
+        return False
+    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+    variables = [function.__globals__[name] for name in read if name in function.__globals__]
+    return any(_may(part, names, seen) for part in (*cells, *variables, *(function.__defaults__ or ())))

@@ -1,0 +1,64 @@
+"""Which networks may call an operator that has no second derivative; those that do not run without the mode."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.functional import hardsigmoid as renamed
+
+from maml_lightning.engine.kernels.mode import TaskKernels, loop_operators
+from tests.zoo.test_zoo import BY_NAME
+
+
+def helper(x):
+    return renamed(x)
+
+
+class Calls(nn.Module):
+    def __init__(self, act, inner=None):
+        super().__init__()
+        self.layer, self.act, self.kept = nn.Linear(2, 2), act, [inner]
+
+    def forward(self, x):
+        return self.act(self.layer(x))
+
+
+class Held:
+    def __init__(self):
+        self.act = F.hardsigmoid
+
+
+def hooked():
+    net = nn.Linear(2, 2)
+    net.register_forward_hook(lambda layer, args, output: F.hardsigmoid(output))
+    return net
+
+
+CALL = {
+    "function": lambda: Calls(F.hardsigmoid),
+    "builtin function": lambda: Calls(torch.rrelu),
+    "lambda": lambda: Calls(lambda x: F.hardsigmoid(x)),
+    "function of a function": lambda: Calls(lambda x: helper(x)),
+    "closure": lambda: (lambda act: Calls(lambda x: act(x)))(F.hardsigmoid),
+    "partial": lambda: Calls(partial(F.rrelu, lower=0.1)),
+    "bound method": lambda: Calls(nn.Hardsigmoid().forward),
+    "layer": lambda: nn.Sequential(nn.Linear(2, 2), nn.Hardsigmoid()),
+    "base class": lambda: nn.InstanceNorm2d(2),
+    "layer in a list": lambda: Calls(torch.tanh, nn.EmbeddingBag(2, 2)),
+    "object": lambda: Calls(torch.tanh, Held()),
+    "hook": hooked,
+    "recurrent": lambda: nn.LSTM(2, 2),
+    "unknown": lambda: Calls(torch.tanh, iter([1])),
+}
+
+
+@pytest.mark.parametrize("kind", CALL)
+def test_a_network_that_may_call_a_replaced_operator_runs_in_the_mode(kind):
+    assert isinstance(loop_operators(CALL[kind]()), TaskKernels)
+
+
+@pytest.mark.parametrize("name", ["counter", "hooks", "running mean in use", "spectral_norm", "checkpoint"])
+def test_other_networks_run_without_it(name):
+    assert not isinstance(loop_operators(BY_NAME[name].network()), TaskKernels)
