@@ -34,6 +34,10 @@ class OneLine(ProgressBar):
         """Show it again."""
         self._enabled = True
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show an epoch's start: its first meta-step takes longer than others."""
+        self._show(_epoch(trainer), 0, self.total_train_batches)
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Show the epoch's batches and the meta-batch's scores."""
         scores = {name: value for name, value in trainer.progress_bar_metrics.items() if name in SHOWN}
@@ -81,6 +85,7 @@ class OneLine(ProgressBar):
     def _show(self, name: str, done: int, total: float, scores: str = "") -> None:
         if not self._enabled:
             return
+        known = total if math.isfinite(total) else None
         if self._progress is None:
             console = Console(stderr=True)
             self._progress = Progress(
@@ -94,9 +99,8 @@ class OneLine(ProgressBar):
                 transient=True,
                 refresh_per_second=4,
             )
-            self._bar = self._progress.add_task(name, total=None, scores="")
+            self._bar = self._progress.add_task(name, total=known, completed=done, scores=scores)
             self._progress.start()
-        known = total if math.isfinite(total) else None
         self._progress.update(self._bar, description=name, completed=done, total=known, scores=scores)
 
     def _stop(self) -> None:
