@@ -13,7 +13,7 @@ SHOWN = ("loss", "accuracy", "mse")  # of a meta-batch, beside the bar, where th
 
 
 class Bar(RichProgressBar):
-    """On stderr, redrawn every fourth batch."""
+    """On stderr, drawn four times a second."""
 
     def __init__(self) -> None:
         theme = RichProgressBarTheme(metrics_text_delimiter=", ", metrics_format="#.4g")
