@@ -54,7 +54,7 @@ def _direction(
         bias, weight, h, *c = (value.to(gates.dtype) for value in (bias, to_state, *state))  # autocast
         gates = gates.flip(0) if reverse else gates
         if kind == "lstm":
-            outputs, *last = lstm_layer(gates + bias, h, *c, weight)
+            outputs, *last = lstm_layer(gates + bias, h, c[0], weight)
         else:
             outputs = recurrent_layer(kind, gates, h, weight, bias)
             last = [outputs[-1]]
