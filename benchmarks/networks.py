@@ -99,7 +99,7 @@ def measure(case: Case, tasks: int, rounds: int) -> Row:
     try:
         worst = error(case)
         (net, episode), (plain, _) = single(case, False, tasks), single(case, True, tasks)
-        maml = test_zoo.module(case, net, inner_steps=STEPS)
+        maml = MAML(net, inner_lr=case.lr, loss=case.loss, inner_steps=STEPS)
 
         def ours() -> None:
             maml.training_step(episode, 0).backward()

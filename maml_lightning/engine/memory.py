@@ -93,17 +93,10 @@ def keep_freed_memory() -> None:
         library.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
-def return_freed_memory() -> None:
-    """Return all freed memory to the system, after something that is not done again."""
-    library = _c_library()
-    if library is not None:
-        library.malloc_trim(0)
-
-
 @functools.cache
 def _c_library() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(None)
-        return library if library.mallopt and library.malloc_trim else None
+        return library if library.mallopt else None
     except (AttributeError, OSError, TypeError):
         return None

@@ -1,8 +1,10 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
+from maml_lightning.engine.kernels.mode import task_operators
 from maml_lightning.engine.tracing import trace
 
 aten = torch.ops.aten
@@ -86,3 +88,19 @@ def test_tensors_that_are_no_arguments_are_constants():
     scale = torch.rand(3)
     graph = replay(lambda x: [x * scale], torch.rand(3))
     assert torch.equal(graph(torch.ones(3))[0], scale)
+
+
+def test_a_network_that_writes_to_its_layers_results_keeps_no_copies():
+    w, x, ones = torch.rand(2, 5), torch.rand(2, 6, 5, 1, 1), torch.ones(5)  # one pixel: contiguous in any layout
+
+    def step(w, x):
+        y = F.batch_norm(x * w.view(5, 1, 1), None, None, ones, ones, training=True)
+        return F.relu(y, inplace=True).square().sum()
+
+    def second_derivative(w, x):
+        outputs, pullback = torch.func.vjp(torch.func.grad(lambda w: step(w, x)), w)
+        return pullback(outputs)[0]
+
+    with task_operators():
+        names = traced(torch.func.vmap(second_derivative), w, x)
+    assert not {aten.clone.default, aten.as_strided.default} & set(names)

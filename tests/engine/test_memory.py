@@ -39,22 +39,20 @@ def test_c_library_without_the_switch_is_left_alone(monkeypatch):
     memory.keep_freed_memory.cache_clear()
     memory._c_library.cache_clear()
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
-    assert memory.keep_freed_memory() is memory.return_freed_memory() is None
+    assert memory.keep_freed_memory() is None
     memory.keep_freed_memory.cache_clear()
     memory._c_library.cache_clear()
 
 
 def test_switches_are_set_once(monkeypatch):
     calls = []
-    names = ("mallopt", "malloc_trim")
-    library = type("Library", (), {n: lambda self, *call, n=n: calls.append((n, *call)) for n in names})()
+    library = type("Library", (), {"mallopt": lambda self, *call: calls.append(call)})()
     memory.keep_freed_memory.cache_clear()
     memory._c_library.cache_clear()
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: library)
     for _ in range(2):
         memory.keep_freed_memory()
-    memory.return_freed_memory()
-    assert calls == [("mallopt", -3, 2**25), ("mallopt", -1, -1), ("malloc_trim", 0)]
+    assert calls == [(-3, 2**25), (-1, -1)]
     memory.keep_freed_memory.cache_clear()
     memory._c_library.cache_clear()
 

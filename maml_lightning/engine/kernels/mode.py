@@ -23,8 +23,12 @@ from maml_lightning.engine.reached import may_call
 
 
 def _contiguous(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The kernel with results laid out as torch's own; a traced graph drops the copy (``graphs.py``)."""
-    return lambda *args, **kwargs: kernel(*args, **kwargs).contiguous()
+    """The kernel with results laid out as torch's own; a traced graph drops the copy (``graphs.py``).
+
+    Always a copy: autograd differentiates what a network writes into a view (``ReLU(inplace=True)``) by strides, for
+    which a graph keeps all copies.
+    """
+    return lambda *args, **kwargs: kernel(*args, **kwargs).clone(memory_format=torch.contiguous_format)
 
 
 # Without a second derivative in torch.
