@@ -37,6 +37,7 @@ _LIBRARIES = {
     *("torch", "lightning", "pytorch_lightning", "torchmetrics", "numpy", "logging", "threading", "builtins"),
     "maml_lightning",  # what keeps fingerprints would grow with each that it is part of
 }
+_MANY = 64  # values of a container that are compared as a whole
 _SMALL = 64  # numbers of a tensor that is compared by value: its `.data` may change without a new version
 _TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -56,6 +57,24 @@ class _Identity:
         return isinstance(other, _Identity) and self.of() is not None and self.of() is other.of()
 
 
+class _Hashed:
+    """A value whose hash is computed once."""
+
+    __slots__ = ("hash", "value")
+
+    def __init__(self, value: Hashable) -> None:
+        self.value, self.hash = value, hash(value)
+
+    def __hash__(self) -> int:
+        return self.hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hashed) and self.hash == other.hash and self.value == other.value
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
 def fingerprint(objects: tuple) -> Hashable:
     """Equal for what computes the same, different after a change of modes, attributes, layers or hooks.
 
@@ -66,7 +85,7 @@ def fingerprint(objects: tuple) -> Hashable:
     """
     seen = _Seen(objects)
     try:
-        return (_of(objects, seen), *_global_hooks(seen), *_progress(seen))
+        return _Hashed((_of(objects, seen), *_global_hooks(seen), *_progress(seen)))
     except RecursionError:  # of objects nested too deeply to compare
         return object()
 
@@ -122,6 +141,8 @@ def _of(value: Any, seen: _Seen) -> Hashable:
     kind: Any = type(value)
     if kind in PLAIN:
         return value if kind is str else (kind, value)  # 1 == 1.0 == True
+    if kind in _CONTAINERS and len(value) > _MANY and (flat := _flat(value)) is not None:
+        return (kind, *flat)
     if isinstance(value, tuple):
         return (kind, *[_of(v, seen) for v in value], *_of_kind(value, seen))
     if not seen.first_time(value):
@@ -159,6 +180,17 @@ def _of(value: Any, seen: _Seen) -> Hashable:
             _identity(value) if is_installed(value.__module__) else (_identity(value), *_class(value, seen, met=True))
         )
     return _object(value, seen)
+
+
+def _flat(value: Any) -> list[Hashable] | None:
+    """What a container holds, compared as a whole, which takes a tenth of the time; None unless all is plain."""
+    parts: list[Hashable] = []
+    for values in (value, value.values()) if isinstance(value, Mapping) else (value,):
+        kinds = set(map(type, values))
+        if not kinds <= PLAIN:
+            return None
+        parts += (tuple(values), kinds.pop() if len(kinds) == 1 else tuple(map(type, values)))
+    return parts
 
 
 def _object(value: Any, seen: _Seen) -> Hashable:
