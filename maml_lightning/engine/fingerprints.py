@@ -7,6 +7,7 @@ and buffers are therefore left out, but for their names.
 
 import os
 import random
+import sys
 import weakref
 import zlib
 from collections import OrderedDict, deque
@@ -198,13 +199,33 @@ def _object(value: Any, seen: _Seen) -> Hashable:
         return _identity(value)
     if (content := _checksum(value)) is not None:
         return (type(value), content)
+    if isinstance(value, Iterator) and (type(value).__module__ == "builtins" or not is_of_library(value)):
+        return object()  # whoever takes its next element changes it
+    if isinstance(value, staticmethod | classmethod):
+        return (_identity(value), _of(value.__func__, seen))
+    if isinstance(value, property):
+        return (_identity(value), _of(value.fget, seen))
     if is_of_library(value):
         seen.of_libraries.append(value)
-        return (_identity(value), *[(n, type(v), v) for n, v in attributes_of(value).items() if type(v) in PLAIN])
-    if isinstance(value, Iterator):
-        return object()  # whoever takes its next element changes it
+        return (_identity(value), *_of_library(value))
     parts = [(name, _of(v, seen)) for name, v in attributes_of(value).items()]
     return (type(value) if is_dataclass(value) else _identity(value), *_class(type(value), seen), *parts)
+
+
+def _of_library(value: Any) -> list[Hashable]:
+    """The attributes that are plain or tensors: the scale of a distribution."""
+    attributes = attributes_of(value).items()
+    plain = [(name, type(v), v) for name, v in attributes if type(v) in PLAIN]
+    return [*plain, *[(name, _tensor(v)) for name, v in attributes if isinstance(v, Tensor)]]
+
+
+def _plain_part(value: Any) -> Hashable:
+    """What is plain in lists and dictionaries in one another: the rates in an optimizer's ``param_groups``."""
+    if isinstance(value, dict):
+        return (*[(name, _plain_part(v)) for name, v in value.items() if isinstance(name, str)],)
+    if isinstance(value, list | tuple):
+        return (*map(_plain_part, value),)
+    return (type(value), value) if type(value) in PLAIN else None
 
 
 def _of_kind(value: Any, seen: _Seen) -> list[Hashable]:
@@ -229,9 +250,10 @@ def _global_hooks(seen: _Seen) -> list[Hashable]:
 
 
 def _progress(seen: _Seen) -> list[Hashable]:
-    """Epoch and step of a Trainer, where code reads them: a module finds them there."""
-    names = [name for name in ("current_epoch", "global_step") if name in seen.names]
-    return [getattr(value, name) for value in seen.of_libraries for name in names if hasattr(value, name)]
+    """What code reads that objects of libraries have: epoch and step of a Trainer, rates of an optimizer."""
+    names = [name for name in ("current_epoch", "global_step", "param_groups", "defaults") if name in seen.names]
+    found = [getattr(value, name) for value in seen.of_libraries for name in names if hasattr(value, name)]
+    return [_plain_part(value) for value in found]
 
 
 def attributes_of(value: Any) -> dict[str, Any]:
@@ -298,10 +320,16 @@ def _function(function: FunctionType, seen: _Seen) -> Hashable:
     """A function by identity, what it closes over, and the variables that its code reads."""
     cells = [_of(cell.cell_contents, seen) for cell in function.__closure__ or () if cell != CellType()]
     names = names_of(function.__code__)
-    environment = hash(frozenset(os.environ.items())) if "environ" in names or "getenv" in names else None
+    environment: Hashable = hash(frozenset(os.environ.items())) if "environ" in names or "getenv" in names else None
     if not is_installed(function.__module__):
         seen.names.update(names)
+    if function.__globals__.get("sys") is sys or "sys" in names:
+        environment = (environment, *[(name, repr(getattr(sys, name))) for name in names if _is_plain_of_sys(name)])
     return (_identity(function), environment, *cells, *_values(read_by(function), seen))
+
+
+def _is_plain_of_sys(name: str) -> bool:
+    return name == "argv" or type(vars(sys).get(name, sys)) in PLAIN
 
 
 def _values(variables: Iterable[Variable], seen: _Seen) -> list[Hashable]:
