@@ -7,6 +7,7 @@ and buffers are therefore left out, but for their names.
 
 import os
 import random
+import sys
 import weakref
 import zlib
 from collections import OrderedDict, deque
@@ -37,6 +38,7 @@ _LIBRARIES = {
     *("torch", "lightning", "pytorch_lightning", "torchmetrics", "numpy", "logging", "threading", "builtins"),
     "maml_lightning",  # what keeps fingerprints would grow with each that it is part of
 }
+_MANY = 64  # values of a container that are compared as a whole
 _SMALL = 64  # numbers of a tensor that is compared by value: its `.data` may change without a new version
 _TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -56,6 +58,24 @@ class _Identity:
         return isinstance(other, _Identity) and self.of() is not None and self.of() is other.of()
 
 
+class _Hashed:
+    """A value whose hash is computed once."""
+
+    __slots__ = ("hash", "value")
+
+    def __init__(self, value: Hashable) -> None:
+        self.value, self.hash = value, hash(value)
+
+    def __hash__(self) -> int:
+        return self.hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hashed) and self.hash == other.hash and self.value == other.value
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
 def fingerprint(objects: tuple) -> Hashable:
     """Equal for what computes the same, different after a change of modes, attributes, layers or hooks.
 
@@ -66,7 +86,7 @@ def fingerprint(objects: tuple) -> Hashable:
     """
     seen = _Seen(objects)
     try:
-        return (_of(objects, seen), *_global_hooks(seen), *_progress(seen))
+        return _Hashed((_of(objects, seen), *_global_hooks(seen), *_progress(seen)))
     except RecursionError:  # of objects nested too deeply to compare
         return object()
 
@@ -122,6 +142,8 @@ def _of(value: Any, seen: _Seen) -> Hashable:
     kind: Any = type(value)
     if kind in PLAIN:
         return value if kind is str else (kind, value)  # 1 == 1.0 == True
+    if kind in _CONTAINERS and len(value) > _MANY and (flat := _flat(value)) is not None:
+        return (kind, *flat)
     if isinstance(value, tuple):
         return (kind, *[_of(v, seen) for v in value], *_of_kind(value, seen))
     if not seen.first_time(value):
@@ -161,18 +183,49 @@ def _of(value: Any, seen: _Seen) -> Hashable:
     return _object(value, seen)
 
 
+def _flat(value: Any) -> list[Hashable] | None:
+    """What a container holds, compared as a whole, which takes a tenth of the time; None unless all is plain."""
+    parts: list[Hashable] = []
+    for values in (value, value.values()) if isinstance(value, Mapping) else (value,):
+        kinds = set(map(type, values))
+        if not kinds <= PLAIN:
+            return None
+        parts += (tuple(values), kinds.pop() if len(kinds) == 1 else tuple(map(type, values)))
+    return parts
+
+
 def _object(value: Any, seen: _Seen) -> Hashable:
     if isinstance(value, ModuleType):
         return _identity(value)
     if (content := _checksum(value)) is not None:
         return (type(value), content)
+    if isinstance(value, Iterator) and (type(value).__module__ == "builtins" or not is_of_library(value)):
+        return object()  # whoever takes its next element changes it
+    if isinstance(value, staticmethod | classmethod):
+        return (_identity(value), _of(value.__func__, seen))
+    if isinstance(value, property):
+        return (_identity(value), _of(value.fget, seen))
     if is_of_library(value):
         seen.of_libraries.append(value)
-        return (_identity(value), *[(n, type(v), v) for n, v in attributes_of(value).items() if type(v) in PLAIN])
-    if isinstance(value, Iterator):
-        return object()  # whoever takes its next element changes it
+        return (_identity(value), *_of_library(value))
     parts = [(name, _of(v, seen)) for name, v in attributes_of(value).items()]
     return (type(value) if is_dataclass(value) else _identity(value), *_class(type(value), seen), *parts)
+
+
+def _of_library(value: Any) -> list[Hashable]:
+    """The attributes that are plain or tensors: the scale of a distribution."""
+    attributes = attributes_of(value).items()
+    plain = [(name, type(v), v) for name, v in attributes if type(v) in PLAIN]
+    return [*plain, *[(name, _tensor(v)) for name, v in attributes if isinstance(v, Tensor)]]
+
+
+def _plain_part(value: Any) -> Hashable:
+    """What is plain in lists and dictionaries in one another: the rates in an optimizer's ``param_groups``."""
+    if isinstance(value, dict):
+        return (*[(name, _plain_part(v)) for name, v in value.items() if isinstance(name, str)],)
+    if isinstance(value, list | tuple):
+        return (*map(_plain_part, value),)
+    return (type(value), value) if type(value) in PLAIN else None
 
 
 def _of_kind(value: Any, seen: _Seen) -> list[Hashable]:
@@ -197,9 +250,10 @@ def _global_hooks(seen: _Seen) -> list[Hashable]:
 
 
 def _progress(seen: _Seen) -> list[Hashable]:
-    """Epoch and step of a Trainer, where code reads them: a module finds them there."""
-    names = [name for name in ("current_epoch", "global_step") if name in seen.names]
-    return [getattr(value, name) for value in seen.of_libraries for name in names if hasattr(value, name)]
+    """What code reads that objects of libraries have: epoch and step of a Trainer, rates of an optimizer."""
+    names = [name for name in ("current_epoch", "global_step", "param_groups", "defaults") if name in seen.names]
+    found = [getattr(value, name) for value in seen.of_libraries for name in names if hasattr(value, name)]
+    return [_plain_part(value) for value in found]
 
 
 def attributes_of(value: Any) -> dict[str, Any]:
@@ -266,10 +320,16 @@ def _function(function: FunctionType, seen: _Seen) -> Hashable:
     """A function by identity, what it closes over, and the variables that its code reads."""
     cells = [_of(cell.cell_contents, seen) for cell in function.__closure__ or () if cell != CellType()]
     names = names_of(function.__code__)
-    environment = hash(frozenset(os.environ.items())) if "environ" in names or "getenv" in names else None
+    environment: Hashable = hash(frozenset(os.environ.items())) if "environ" in names or "getenv" in names else None
     if not is_installed(function.__module__):
         seen.names.update(names)
+    if function.__globals__.get("sys") is sys or "sys" in names:
+        environment = (environment, *[(name, repr(getattr(sys, name))) for name in names if _is_plain_of_sys(name)])
     return (_identity(function), environment, *cells, *_values(read_by(function), seen))
+
+
+def _is_plain_of_sys(name: str) -> bool:
+    return name == "argv" or type(vars(sys).get(name, sys)) in PLAIN
 
 
 def _values(variables: Iterable[Variable], seen: _Seen) -> list[Hashable]:

@@ -1,10 +1,12 @@
-"""What code asks of the world outside as it runs: the clock, files, the terminal. A recorded graph asks nothing."""
+"""What code asks as it runs that no one can foresee: the clock, files, the terminal, code in texts. No graph asks."""
 
 import builtins
+import io
 import os
 import sys
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import date
 from types import FrameType
@@ -12,23 +14,32 @@ from typing import Any
 
 from maml_lightning.engine.variables import is_installed
 
-_CLOCK = "reads the clock as it runs"
-_CLOCKS = (
-    "time",
-    "time_ns",
-    "perf_counter",
-    "perf_counter_ns",
-    "monotonic",
-    "monotonic_ns",
-    "process_time",
-    "localtime",
+_CLOCK, _FILES, _RANDOM = (
+    "reads the clock as it runs",
+    "reads files as it runs",
+    "draws the system's random numbers as it runs",
 )
-_CALLS: dict[int, str] = {
-    **{id(getattr(time, name)): _CLOCK for name in _CLOCKS},
-    **{id(function): "reads files as it runs" for function in (builtins.open, os.stat, os.listdir, os.scandir)},
-    id(builtins.print): "prints as it runs",
-    id(os.urandom): "draws the system's random numbers as it runs",
+_TEXT, _VARIABLES = "runs code that it has as text", "asks for all of its variables as it runs"
+_OF_TIME = {  # and the same in nanoseconds
+    *("time", "perf_counter", "monotonic", "process_time", "thread_time", "clock_gettime"),
+    *("localtime", "gmtime", "ctime", "asctime", "strftime", "times"),
 }
+_NAMED: list[tuple[Any, Iterable[str], str]] = [
+    (time, [*_OF_TIME, *(f"{name}_ns" for name in _OF_TIME)], _CLOCK),
+    (os, ["times"], _CLOCK),
+    (builtins, ["open"], _FILES),
+    (io, ["open_code", "FileIO"], _FILES),
+    (os, ["open", "read", "stat", "lstat", "listdir", "scandir", "access", "readlink", "getcwd"], _FILES),
+    (os, ["urandom", "getrandom"], _RANDOM),
+    (uuid, ["_generate_time_safe", "_UuidCreate"], _RANDOM),
+    (builtins, ["eval", "exec"], _TEXT),
+    (builtins, ["globals"], _VARIABLES),
+    (builtins, ["print", "input"], "prints as it runs"),
+]
+_CALLS: dict[int, str] = {
+    id(getattr(owner, name)): what for owner, names, what in _NAMED for name in names if hasattr(owner, name)
+}
+_READERS = {"torch.serialization", "torch.storage"}
 _ONCE = {"warnings", "linecache", "importlib", "traceback", "tokenize"}  # what they read, they read once
 
 
@@ -57,13 +68,19 @@ def _of_date(called: Any) -> str:
 
 
 def _is_users(frame: FrameType | None) -> bool:
-    """Whether the first frame outside of Python's own modules is of the user's code."""
+    """Whether the user's code called, or a function of a library that the user's code called."""
+    library = ""
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         root = module.partition(".")[0]
         if root in _ONCE:
             return False
         if root not in sys.stdlib_module_names or root == "__main__":
-            return not is_installed(module)
+            if not is_installed(module):
+                return True
+            # Layers call layers: what those of a library ask, the user does not ask, but by `np.load` or `torch.load`.
+            if library not in ("", root) or (root == "torch" and module not in _READERS):
+                return False
+            library = root
         frame = frame.f_back
     return False

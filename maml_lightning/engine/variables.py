@@ -56,8 +56,12 @@ def read_by(function: FunctionType) -> Iterator[Variable]:
     installed = is_installed(function.__module__)
     names, modules = names_of(function.__code__), _imported(function)
     yield from _found(global_names_of(function.__code__), function.__globals__, installed, modules)
+    computed = "getattr" in global_names_of(function.__code__)  # a name that no one can foresee: `f"scale_{step}"`
     for module in modules:  # grows: `settings.training.temperature`
-        yield from _found(names, vars(module), is_installed(module.__name__), modules)
+        installed = is_installed(module.__name__)
+        yield from _found(names, vars(module), installed, modules)
+        if computed and not installed:
+            yield from _found(list(vars(module)), vars(module), True, [])
 
 
 def _found(names: Iterable[str], owner: dict[str, Any], plain: bool, modules: list[ModuleType]) -> Iterator[Variable]:

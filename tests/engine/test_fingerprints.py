@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from maml_lightning import ConvNet
+from maml_lightning.engine import fingerprints
 from maml_lightning.engine.fingerprints import fingerprint, has_hooks
 
 
@@ -119,3 +120,49 @@ def test_recurrent_layers_are_the_same_after_a_call():
     assert fingerprint_of((net,)) == before
     net.batch_first = True
     assert fingerprint_of((net,)) != before
+
+
+def words():
+    net = nn.Linear(2, 3)
+    net.words, net.names = {f"word {i}": i for i in range(1000)}, [f"word {i}" for i in range(1000)]
+    net.known, net.numbers = set(net.names), tuple(range(1000))
+    return net
+
+
+LARGE_CHANGES = {
+    "value": lambda net: net.words.update({"word 7": -1}),
+    "value of the same hash": lambda net: net.words.update({"word 7": -2}),
+    "type": lambda net: net.words.update({"word 1": True}),
+    "key": lambda net: net.words.update({"new": net.words.pop("word 999")}),
+    "order": lambda net: net.names.reverse(),
+    "element of a set": lambda net: net.known.discard("word 1"),
+    "number of a tuple": lambda net: setattr(net, "numbers", (*net.numbers[:-1], 1000.0)),
+    "something that is not plain": lambda net: net.words.update({"word 7": [1]}),
+}
+
+
+@pytest.mark.parametrize("change", LARGE_CHANGES)
+def test_a_change_in_a_large_container_is_another_fingerprint(change):
+    net = words()
+    if "hash" in change:
+        net.words["word 7"] = -1  # hash(-1) == hash(-2)
+    before = fingerprint_of(net)
+    assert fingerprint_of(net) == before
+    LARGE_CHANGES[change](net)
+    assert fingerprint_of(net) != before
+    assert fingerprint_of(net) == fingerprint_of(net)
+
+
+def test_a_large_container_that_is_not_plain_is_looked_into():
+    net = words()
+    net.words["word 7"] = [1]
+    before = fingerprint_of(net)
+    net.words["word 7"].append(2)
+    assert fingerprint_of(net) != before
+
+
+def test_what_containers_hold_is_not_looked_at_one_by_one(monkeypatch):
+    calls, of = [], fingerprints._of
+    monkeypatch.setattr(fingerprints, "_of", lambda value, seen: calls.append(value) or of(value, seen))
+    fingerprint_of(words())
+    assert len(calls) < 200
