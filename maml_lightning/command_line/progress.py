@@ -36,6 +36,18 @@ class Bar(RichProgressBar):
             scores = ", ".join(f"{name} {float(value):#.4g}" for name, value in logged if name.startswith("val/"))
             rank_zero_info(f"Epoch {trainer.current_epoch}, {trainer.global_step:,} meta-steps: {scores}")
 
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop before the results are printed."""
+        self._stop_progress()
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop before the predictions are printed."""
+        self._stop_progress()
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        endless = self.trainer.max_epochs in (None, -1)  # Lightning writes "Epoch 0/-2"
+        return f"Epoch {current_epoch}" if endless else super()._get_train_description(current_epoch)
+
 
 def with_bar(callbacks: list[Callback], config: Mapping[str, Any]) -> list[Callback]:
     """The callbacks with this bar, unless the settings of the Trainer have another or none.
