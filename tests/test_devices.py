@@ -138,7 +138,7 @@ def test_recurrent_layers_in_a_loop_off_the_cpu_have_a_second_derivative(layer, 
     called = []
     monkeypatch.setitem(mode._ALONE, getattr(torch, recurrent), lambda *args: called.append(args) or kernel(*args))
     kernel = mode._off_the_cpu(cudnn, mode.REPLACEMENTS[getattr(torch, recurrent)])
-    with mode.loop_operators():
+    with mode.loop_operators(net):
         (first,) = torch.autograd.grad(net(x)[0].sum(), net.weight_hh_l0, create_graph=True)
         (second,) = torch.autograd.grad(first.square().sum(), net.weight_hh_l0)
     assert len(called) == 1

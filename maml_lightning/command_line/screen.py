@@ -46,7 +46,8 @@ class _Quiet(logging.Filter):
     """Drops Lightning's messages that do not concern users of this command."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not any(noise in record.getMessage() for noise in NOISE)
+        message = record.getMessage()
+        return "hpc_ckpt" in message or not any(noise in message for noise in NOISE)  # which SLURM's requeuing loads
 
 
 class _Lines(logging.StreamHandler):
