@@ -1,5 +1,6 @@
 """The progress bar: Lightning's rich one, with what fits a terminal of 80 columns, and a line for each validation."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,5 +59,5 @@ def with_bar(callbacks: list[Callback], config: Mapping[str, Any]) -> list[Callb
     """
     own = config.get("callbacks") or []
     others = [each for each in (own if isinstance(own, list) else [own]) if isinstance(each, ProgressBar)]
-    off = config.get("enable_progress_bar") is False or config.get("barebones")
+    off = config.get("enable_progress_bar") is False or config.get("barebones") or sys.stderr is None
     return callbacks if off or others else [Bar(), *callbacks]

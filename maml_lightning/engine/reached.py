@@ -35,7 +35,7 @@ def _may(value: Any, names: frozenset[str], seen: set[int]) -> bool:
     if isinstance(value, FunctionType):
         return _function(value, names, seen)
     if isinstance(value, type):
-        return _class(value, names)
+        return _class(value, names, seen)
     if isinstance(value, MethodType):
         return _may(value.__func__, names, seen) or _may(value.__self__, names, seen)
     if isinstance(value, partial):
@@ -44,19 +44,33 @@ def _may(value: Any, names: frozenset[str], seen: set[int]) -> bool:
         return value.__name__ in names
     if not hasattr(value, "__dict__"):
         return True
-    return _class(kind, names) or any(_may(part, names, seen) for part in vars(value).values())
+    return _class(kind, names, seen) or any(_may(part, names, seen) for part in vars(value).values())
 
 
+_PARTS = (Mapping, list, tuple, set, frozenset, type, partial, BuiltinFunctionType)  # attributes of classes
 _CLASSES: WeakKeyDictionary[type, dict[frozenset[str], bool]] = WeakKeyDictionary()  # read once
 
 
-def _class(kind: type, names: frozenset[str]) -> bool:
+def _class(kind: type, names: frozenset[str], seen: set[int]) -> bool:
+    if not is_fixed(kind.__module__):  # read anew each time, because globals may have others by now
+        if -id(kind) in seen:
+            return False
+        seen.add(-id(kind))
+        return _reads(kind, names, seen)
     known = _CLASSES.setdefault(kind, {})
     if names not in known:
-        known[names], seen = False, set[int]()
-        functions = (function for cls in kind.__mro__ for _, function in functions_in(cls))
-        known[names] = any(_function(function, names, seen) for function in functions)
+        known[names] = False  # of a class that leads back to itself
+        known[names] = _reads(kind, names, set())
     return known[names]
+
+
+def _reads(kind: type, names: frozenset[str], seen: set[int]) -> bool:
+    functions = (function for cls in kind.__mro__ for _, function in functions_in(cls))
+    own = (part for cls in kind.__mro__ if not is_fixed(cls.__module__) for part in vars(cls).values())
+    parts = (part for part in own if isinstance(part, _PARTS))
+    return any(_function(function, names, seen) for function in functions) or any(
+        _may(part, names, seen) for part in parts
+    )
 
 
 def _function(function: FunctionType, names: frozenset[str], seen: set[int]) -> bool:
@@ -65,6 +79,8 @@ def _function(function: FunctionType, names: frozenset[str], seen: set[int]) -> 
         return True
     if is_fixed(function.__module__):
         return False
+    if "getattr" in read:  # by a name that code makes
+        return True
     cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
     variables = [function.__globals__[name] for name in read if name in function.__globals__]
     return any(_may(part, names, seen) for part in (*cells, *variables, *(function.__defaults__ or ())))

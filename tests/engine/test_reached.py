@@ -30,6 +30,21 @@ class Held:
         self.act = F.hardsigmoid
 
 
+class InTable(Calls):
+    acts = {"own": F.hardsigmoid}  # noqa: RUF012
+
+
+class OfClass(Calls):
+    kind = nn.Hardsigmoid
+
+
+CHANGING = F.relu
+
+
+def changing(x):
+    return CHANGING(x)
+
+
 def hooked():
     net = nn.Linear(2, 2)
     net.register_forward_hook(lambda layer, args, output: F.hardsigmoid(output))
@@ -50,6 +65,10 @@ CALL = {
     "object": lambda: Calls(torch.tanh, Held()),
     "hook": hooked,
     "recurrent": lambda: nn.LSTM(2, 2),
+    "name made by code": lambda: Calls(lambda x: getattr(F, "hard" + "sigmoid")(x)),
+    "layer made in the call": lambda: Calls(lambda x: nn.Hardsigmoid()(x)),
+    "table of a class": lambda: InTable(torch.tanh),
+    "class of a class": lambda: OfClass(torch.tanh),
     "unknown": lambda: Calls(torch.tanh, iter([1])),
 }
 
@@ -62,3 +81,10 @@ def test_a_network_that_may_call_a_replaced_operator_runs_in_the_mode(kind):
 @pytest.mark.parametrize("name", ["counter", "hooks", "running mean in use", "spectral_norm", "checkpoint"])
 def test_other_networks_run_without_it(name):
     assert not isinstance(loop_operators(BY_NAME[name].network()), TaskKernels)
+
+
+def test_a_global_that_changes_is_read_anew(monkeypatch):
+    net = Calls(changing)
+    assert not isinstance(loop_operators(net), TaskKernels)
+    monkeypatch.setattr("tests.engine.test_reached.CHANGING", F.hardsigmoid)
+    assert isinstance(loop_operators(net), TaskKernels)

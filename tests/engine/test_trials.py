@@ -94,11 +94,12 @@ def gradient(maml):
     return {name: value.grad for name, value in maml.net.named_parameters()}
 
 
+@pytest.mark.parametrize("flat_memory", [False, True])  # which recomputes nothing in a loop: effects would be repeated
 @pytest.mark.parametrize("effect", EFFECTS)
-def test_effects_are_those_of_a_loop(effect):
+def test_effects_are_those_of_a_loop(effect, flat_memory):
     net = Net(EFFECTS[effect]).double()
     plain = copy.deepcopy(net)
-    maml = MAML(net, inner_lr=0.1, inner_steps=2)
+    maml = MAML(net, inner_lr=0.1, inner_steps=2, flat_memory=flat_memory)
     for _ in range(2):
         _, expected = reference(plain, episode(), 0.1, 2, F.cross_entropy)
         assert relative_error(gradient(maml), expected) < 1e-9

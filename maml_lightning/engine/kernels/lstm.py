@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
 from maml_lightning.engine.kernels.layout import all_tasks_first
@@ -190,6 +189,9 @@ def _backward(
     return d_a, d_h, d_c, outer(d_a, before(h, h_0))
 
 
+NO_THIRD = "the derivative for the second derivative of a recurrent layer is not implemented"  # then torch's own runs
+
+
 class _Layer(Function):
     """``(x [L, B, 4H], h_0, c_0 [B, H], R [4H, H]) -> (h [L, B, H], the last c, all c, gates)``."""
 
@@ -225,7 +227,6 @@ class _LayerBackward(Function):
         ctx.save_for_backward(g_h, g_c, h_0, c_0, weight, h, c, gates, output[0])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *directions: Tensor) -> tuple:
         return *_LayerTangent.apply(*directions, *ctx.saved_tensors), None, None, None
 
@@ -244,6 +245,10 @@ class _LayerTangent(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise NotImplementedError(NO_THIRD)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *inputs: Tensor) -> tuple:

@@ -115,7 +115,10 @@ _RECURRENT = {own: _off_the_cpu(own, kernel) for own, kernel in recurrences().it
 _ALONE = {**DIFFERENTIABLE, **_RECURRENT, F.instance_norm: _instance_norm_alone}
 
 
-_NAMES = frozenset(function.__name__ for function in _ALONE)
+_FUNCTIONS = frozenset(function.__name__ for function in _ALONE)
+_NAMES = _FUNCTIONS | {
+    name for name, layer in vars(nn).items() if isinstance(layer, type) and may_call(layer, _FUNCTIONS)
+}
 
 
 def loop_operators(net: nn.Module) -> AbstractContextManager[Any]:

@@ -21,11 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
 from maml_lightning.engine.kernels.layout import all_tasks_first
-from maml_lightning.engine.kernels.lstm import before, of_one_task, outer, times
+from maml_lightning.engine.kernels.lstm import NO_THIRD, before, of_one_task, outer, times
 
 
 # Shapes: x [T, L, B, M], M of 3H in a GRU, else H; h, g, d [T, L, B, H]; h_0 [T, B, H]; R [T, M, H]; b [T, M].
@@ -205,7 +204,6 @@ class _LayerBackward(Function):
         ctx.save_for_backward(h_0, weight, h, gates, d)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *directions: Tensor) -> tuple:
         return None, *_LayerTangent.apply(ctx.kind, *directions[:4], *ctx.saved_tensors), None, None
 
@@ -224,6 +222,10 @@ class _LayerTangent(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise NotImplementedError(NO_THIRD)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, kind: str, *inputs: Tensor) -> tuple:
