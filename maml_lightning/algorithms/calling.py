@@ -26,9 +26,8 @@ class _Places:
         self.tensors: list[tuple[dict[str, Any], str, str, Tensor]] = []  # owner, name in it, name of the tensor
         self.layers: list[tuple[dict[str, Any], list[Any]]] = []
         self.compiled = False
-        names = {
-            id(value): name for name, value in net.named_parameters()
-        }  # also where another layer has it as a buffer
+        # Parameters first: another layer may have one as a buffer, and that layer may come earlier.
+        names = {id(value): name for name, value in net.named_parameters()}
         for prefix, layer in net.named_modules():
             self.layers.append((layer._modules, list(layer._modules.values())))
             self.compiled |= "_orig_mod" in layer._modules or layer._compiled_call_impl is not None

@@ -42,7 +42,7 @@ class Job(NamedTuple):
         in_dims: of ``args``, as for ``vmap``.
         args: its arguments; with a pullback the first is what it is differentiated with respect to.
         pullback: whether the pullback is wanted, too.
-        recompute: keep only the arguments for it.
+        recompute: keep only the arguments for it, unless it runs in a loop.
     """
 
     function: Bound
@@ -102,14 +102,10 @@ class Job(NamedTuple):
         return self._replace(args=pytree.tree_unflatten(list(map(last, leaves, dims)), spec), recompute=False)
 
     def in_loop(self) -> tuple[Any, Callable | None]:
-        """Outputs and pullback, by a loop over tasks."""
+        """Outputs and pullback, by a loop over tasks; nothing is recomputed, which would repeat effects."""
         if not self.pullback:
             return loop.call(self.function, self.in_dims, self.args), None
-        if not self.recompute:
-            return loop.vjp(self.function, self.in_dims, self.args[0], self.args[1:])
-        kept = self._replace(recompute=False)
-        pullback = recomputed_pullback(self, lambda cotangents: kept.in_loop()[1](cotangents))  # type: ignore[misc]
-        return loop.call(self.function, self.in_dims, self.args), pullback
+        return loop.vjp(self.function, self.in_dims, self.args[0], self.args[1:])
 
     def untraced(self) -> tuple[Any, Callable | None]:
         """Outputs and pullback, by ``vmap``."""

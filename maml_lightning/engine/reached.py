@@ -44,7 +44,7 @@ def _may(value: Any, names: frozenset[str], seen: set[int]) -> bool:
         return value.__name__ in names
     if not hasattr(value, "__dict__"):
         return True
-    return _class(kind, names, seen) or any(_may(part, names, seen) for part in vars(value).values())
+    return _may(kind, names, seen) or any(_may(part, names, seen) for part in vars(value).values())
 
 
 _PARTS = (Mapping, list, tuple, set, frozenset, type, partial, BuiltinFunctionType)  # attributes of classes
@@ -52,11 +52,8 @@ _CLASSES: WeakKeyDictionary[type, dict[frozenset[str], bool]] = WeakKeyDictionar
 
 
 def _class(kind: type, names: frozenset[str], seen: set[int]) -> bool:
-    if not is_fixed(kind.__module__):  # read anew each time, because globals may have others by now
-        if -id(kind) in seen:
-            return False
-        seen.add(-id(kind))
-        return _reads(kind, names, seen)
+    if not is_fixed(kind.__module__):
+        return _reads(kind, names, seen)  # anew each time, because globals may have others by now
     known = _CLASSES.setdefault(kind, {})
     if names not in known:
         known[names] = False  # of a class that leads back to itself

@@ -32,6 +32,15 @@ def network():
     return net
 
 
+def assert_changes(change, net):
+    """A change makes another fingerprint, which stays the same without one."""
+    before = fingerprint_of(net)
+    assert fingerprint_of(net) == before
+    change(net)
+    assert fingerprint_of(net) != before
+    assert fingerprint_of(net) == fingerprint_of(net)
+
+
 CHANGES = {
     "mode": lambda net: net[1].eval(),
     "plain attribute": lambda net: setattr(net[1], "p", 0.1),
@@ -55,11 +64,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_of_what_forward_may_read_is_another_fingerprint_of(change):
     net = network()
-    before = fingerprint_of(net)
-    assert fingerprint_of(net) == before
-    CHANGES[change](net)
-    assert fingerprint_of(net) != before
-    assert fingerprint_of(net) == fingerprint_of(net)
+    assert_changes(CHANGES[change], net)
 
 
 def test_values_of_parameters_and_copies_do_not_matter():
@@ -146,11 +151,7 @@ def test_a_change_in_a_large_container_is_another_fingerprint(change):
     net = words()
     if "hash" in change:
         net.words["word 7"] = -1  # hash(-1) == hash(-2)
-    before = fingerprint_of(net)
-    assert fingerprint_of(net) == before
-    LARGE_CHANGES[change](net)
-    assert fingerprint_of(net) != before
-    assert fingerprint_of(net) == fingerprint_of(net)
+    assert_changes(LARGE_CHANGES[change], net)
 
 
 def test_a_large_container_that_is_not_plain_is_looked_into():

@@ -27,6 +27,19 @@ def second_derivative(function, x, *parameters):
     return vmap(grad(scalar, tuple(range(1 + len(parameters)))))(x, *parameters)
 
 
+def assert_same_twice_differentiated(ours, theirs, tasks):
+    """Of two tasks: outputs of each alone, and second derivatives of ``ours`` vectorized over both."""
+    one = [task[1] for task in tasks]
+    assert torch.allclose(ours(*one), theirs(*one), rtol=1e-12)
+    derivatives = second_derivative(ours, *tasks)
+    for task in range(2):
+        one = [t[task].clone().requires_grad_() for t in tasks]
+        first = torch.autograd.grad(theirs(*one).sin().sum(), one, create_graph=True)
+        weights = [torch.linspace(1, 2, g.numel(), dtype=g.dtype).view_as(g) for g in first]
+        for a, e in zip(derivatives, torch.autograd.grad(first, one, weights), strict=True):
+            assert torch.allclose(a[task], e, rtol=1e-9, atol=1e-12)
+
+
 CONVOLUTIONS = [
     ("conv2d", (3, 4, 7, 8), (5, 4, 3, 3), {}),
     ("conv2d", (3, 4, 7, 8), (5, 4, 3, 3), {"stride": 2, "padding": 1}),
@@ -221,15 +234,7 @@ def test_lstm_layer_is_torchs_twice_differentiated():
         outputs, _, last = lstm.lstm_layer(*args)
         return torch.cat([outputs.flatten(), last.flatten()])
 
-    one = [task[1] for task in tasks]
-    assert torch.allclose(ours(*one), theirs(*one), rtol=1e-12)
-    derivatives = second_derivative(ours, *tasks)
-    for task in range(2):
-        one = [t[task].clone().requires_grad_() for t in tasks]
-        first = torch.autograd.grad(theirs(*one).sin().sum(), one, create_graph=True)
-        weights = [torch.linspace(1, 2, g.numel(), dtype=g.dtype).view_as(g) for g in first]
-        for a, e in zip(derivatives, torch.autograd.grad(first, one, weights), strict=True):
-            assert torch.allclose(a[task], e, rtol=1e-9, atol=1e-12)
+    assert_same_twice_differentiated(ours, theirs, tasks)
 
 
 def test_gradgradcheck_of_an_lstm_layer():
@@ -257,15 +262,7 @@ def test_recurrent_layer_is_torchs_twice_differentiated(kind):
     def ours(*args):
         return recurrent_unit.recurrent_layer(kind, *args).flatten()
 
-    one = [task[1] for task in tasks]
-    assert torch.allclose(ours(*one), theirs(*one), rtol=1e-12)
-    derivatives = second_derivative(ours, *tasks)
-    for task in range(2):
-        one = [t[task].clone().requires_grad_() for t in tasks]
-        first = torch.autograd.grad(theirs(*one).sin().sum(), one, create_graph=True)
-        weights = [torch.linspace(1, 2, g.numel(), dtype=g.dtype).view_as(g) for g in first]
-        for a, e in zip(derivatives, torch.autograd.grad(first, one, weights), strict=True):
-            assert torch.allclose(a[task], e, rtol=1e-9, atol=1e-12)
+    assert_same_twice_differentiated(ours, theirs, tasks)
 
 
 @pytest.mark.parametrize("kind", UNITS)

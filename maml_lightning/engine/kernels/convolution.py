@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.library import custom_op
 
-from maml_lightning.engine.kernels.grouped import grouped, grouped_input, grouped_weight
+from maml_lightning.engine.kernels.grouped import gradients, grouped, grouped_input, grouped_weight
 from maml_lightning.engine.kernels.layout import (
     HWIO,
     NCHW,
@@ -103,32 +103,25 @@ def _direct(x: Tensor, w: Tensor, stride: Ints, padding: Ints, dilation: Ints, g
     )
 
 
+@grouped.register_fake
 @_direct.register_fake
 def _(x: Tensor, w: Tensor, stride: Ints, padding: Ints, dilation: Ints, groups: int) -> Tensor:
     return x.new_empty(*x.shape[:2], *spans(x.shape[2:4], w.shape[1:3], stride, padding, dilation), w.shape[4])
 
 
-def _direct_gradients(
-    which: list[bool], g: Tensor, x: Tensor, w: Tensor, *window: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    stride, padding, dilation, groups = window
-    return torch.ops.aten.convolution_backward(
-        _channels_first(g), _channels_first(x), w, None, stride, padding, dilation, False, [0, 0], groups, which
-    )
-
-
 @custom_op("maml_lightning::convolution_input", mutates_args=())
 def _direct_input(g: Tensor, w: Tensor, size: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int) -> Tensor:
     window = (stride, padding, dilation, groups)
-    x = g.new_empty(g.shape[1], *size, w.shape[3] * groups)  # only its shape counts
+    x = _channels_first(g.new_empty(g.shape[1], *size, w.shape[3] * groups))  # only its shape counts
     return _stacked(
         [
-            _direct_gradients([True, False, False], g, x, _filters(w), *window)[0].permute(NHWC)
+            gradients([True, False, False], _channels_first(g), x, _filters(w), *window)[0].permute(NHWC)
             for g, w in zip(g, w, strict=True)
         ]
     )
 
 
+@grouped_input.register_fake
 @_direct_input.register_fake
 def _(g: Tensor, w: Tensor, size: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int) -> Tensor:
     return g.new_empty(*g.shape[:2], *size, w.shape[3] * groups)
@@ -141,10 +134,14 @@ def _direct_weight(
     window = (stride, padding, dilation, groups)
     w = _filters(x.new_empty(*kernel, x.shape[4] // groups, g.shape[4]))  # only its shape counts
     return _stacked(
-        [_direct_gradients([False, True, False], g, x, w, *window)[1].permute(HWIO) for x, g in zip(x, g, strict=True)]
+        [
+            gradients([False, True, False], _channels_first(g), _channels_first(x), w, *window)[1].permute(HWIO)
+            for x, g in zip(x, g, strict=True)
+        ]
     )
 
 
+@grouped_weight.register_fake
 @_direct_weight.register_fake
 def _(x: Tensor, g: Tensor, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int) -> Tensor:
     return x.new_empty(x.shape[0], *kernel, x.shape[4] // groups, g.shape[4])

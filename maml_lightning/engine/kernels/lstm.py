@@ -189,9 +189,6 @@ def _backward(
     return d_a, d_h, d_c, outer(d_a, before(h, h_0))
 
 
-NO_THIRD = "the derivative for the second derivative of a recurrent layer is not implemented"  # then torch's own runs
-
-
 class _Layer(Function):
     """``(x [L, B, 4H], h_0, c_0 [B, H], R [4H, H]) -> (h [L, B, H], the last c, all c, gates)``."""
 
@@ -228,19 +225,19 @@ class _LayerBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, *directions: Tensor) -> tuple:
-        return *_LayerTangent.apply(*directions, *ctx.saved_tensors), None, None, None
+        return *LastDerivative.apply(_tangent_op, *directions, *ctx.saved_tensors), None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *inputs: Tensor) -> tuple:
         return _backward(*all_tasks_first(info, in_dims, *inputs)), (0, 0, 0, 0)
 
 
-class _LayerTangent(Function):
-    """The derivative of :class:`_LayerBackward`; it has none of its own."""
+class LastDerivative(Function):
+    """``(operator, *tensors)``: the second derivative of a recurrent layer, which has no derivative of its own."""
 
     @staticmethod
-    def forward(*inputs: Tensor) -> tuple:
-        return tuple(of_one_task(_tangent_op, *inputs))
+    def forward(operator: Any, *inputs: Tensor) -> tuple:
+        return tuple(of_one_task(operator, *inputs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -248,11 +245,13 @@ class _LayerTangent(Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
-        raise NotImplementedError(NO_THIRD)
+        # What torch.func would otherwise take for zero; torch's own layer then runs.
+        raise NotImplementedError("the derivative for the second derivative of a recurrent layer is not implemented")
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, *inputs: Tensor) -> tuple:
-        return _tangent_op(*all_tasks_first(info, in_dims, *inputs)), (0,) * 6
+    def vmap(info: Any, in_dims: tuple, operator: Any, *inputs: Tensor) -> tuple:
+        results = operator(*all_tasks_first(info, in_dims[1:], *inputs))
+        return results, (0,) * len(results)
 
 
 def lstm_layer(x: Tensor, h: Tensor, c: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -115,10 +115,12 @@ _RECURRENT = {own: _off_the_cpu(own, kernel) for own, kernel in recurrences().it
 _ALONE = {**DIFFERENTIABLE, **_RECURRENT, F.instance_norm: _instance_norm_alone}
 
 
-_FUNCTIONS = frozenset(function.__name__ for function in _ALONE)
-_NAMES = _FUNCTIONS | {
-    name for name, layer in vars(nn).items() if isinstance(layer, type) and may_call(layer, _FUNCTIONS)
-}
+@cache
+def _names() -> frozenset[str]:
+    """Of the operators that are replaced, and of the layers that call them; read when a network first needs it."""
+    functions = frozenset(function.__name__ for function in _ALONE)
+    layers = {name for name, layer in vars(nn).items() if isinstance(layer, type) and may_call(layer, functions)}
+    return functions | layers
 
 
 def loop_operators(net: nn.Module) -> AbstractContextManager[Any]:
@@ -126,4 +128,4 @@ def loop_operators(net: nn.Module) -> AbstractContextManager[Any]:
 
     Nothing for a network that calls none of the others: the mode takes time at each call of any operator.
     """
-    return TaskKernels(_ALONE) if may_call(net, _NAMES) else nullcontext()
+    return TaskKernels(_ALONE) if may_call(net, _names()) else nullcontext()

@@ -24,7 +24,7 @@ from torch.autograd import Function
 from torch.library import custom_op
 
 from maml_lightning.engine.kernels.layout import all_tasks_first
-from maml_lightning.engine.kernels.lstm import NO_THIRD, before, of_one_task, outer, times
+from maml_lightning.engine.kernels.lstm import LastDerivative, before, of_one_task, outer, times
 
 
 # Shapes: x [T, L, B, M], M of 3H in a GRU, else H; h, g, d [T, L, B, H]; h_0 [T, B, H]; R [T, M, H]; b [T, M].
@@ -205,31 +205,12 @@ class _LayerBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, *directions: Tensor) -> tuple:
-        return None, *_LayerTangent.apply(ctx.kind, *directions[:4], *ctx.saved_tensors), None, None
+        tangents = LastDerivative.apply(partial(_tangent_op, kind=ctx.kind), *directions[:4], *ctx.saved_tensors)
+        return None, *tangents, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, kind: str, *inputs: Tensor) -> tuple:
         return _backward(kind, *all_tasks_first(info, in_dims[1:], *inputs)), (0,) * 5
-
-
-class _LayerTangent(Function):
-    """The derivative of :class:`_LayerBackward`; it has none of its own."""
-
-    @staticmethod
-    def forward(kind: str, *inputs: Tensor) -> tuple:
-        return tuple(of_one_task(lambda *tensors: _tangent_op(*tensors, kind), *inputs))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise NotImplementedError(NO_THIRD)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple, kind: str, *inputs: Tensor) -> tuple:
-        return _tangent_op(*all_tasks_first(info, in_dims[1:], *inputs), kind), (0,) * 5
 
 
 def recurrent_layer(kind: str, x: Tensor, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
