@@ -1,6 +1,7 @@
 """The command line: ``maml-lightning {fit,validate,test,predict,export,calibrate} --config NAME [flags]``."""
 
 import os
+import select
 import signal
 import sys
 import time
@@ -49,7 +50,7 @@ def console() -> None:
     write_above_the_bar()
     try:
         if sys.argv[1:2] == ["configs"]:
-            return print(shipped.text(*sys.argv[2:]))
+            return print(shipped.text(*sys.argv[2:]), flush=True)
         for name, command in (("export", exporting.main), ("calibrate", calibrating.main)):
             if sys.argv[1:2] == [name]:
                 return command(sys.argv[2:])
@@ -57,6 +58,9 @@ def console() -> None:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_ended():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when Python ends
+            sys.exit(128 + signal.SIGPIPE)
         if "--traceback" in sys.argv or os.environ.get("MAML_LIGHTNING_TRACEBACK"):
             raise
         rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -64,3 +68,10 @@ def console() -> None:
             time.sleep(SECONDS_FOR_THE_FIRST_PROCESS)
         prefix = f"[process {rank}] error" if rank else "error"
         sys.exit(f"{prefix}: {explain(error)}")
+
+
+def _reader_has_ended() -> bool:
+    """Whether nothing reads what this process prints any more, as after ``| head``."""
+    stdout = select.poll()
+    stdout.register(sys.stdout, 0)
+    return any(event & select.POLLERR for _, event in stdout.poll(0))

@@ -1,6 +1,7 @@
 """What pip installs is the whole product."""
 
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -198,6 +199,24 @@ def test_the_configs_are_listed_and_printed(folder, monkeypatch, capsys):
     assert yaml.safe_load(configs("variants/anil")) == {"model": {"adapted_parameters": "head"}}
     with pytest.raises(SystemExit, match=r"^error: --config anill: .* did you mean variants/anil\? "):
         configs("anill")
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (("configs",), 128 + signal.SIGPIPE),
+        (("configs", "omniglot"), 128 + signal.SIGPIPE),
+        (("fit", "--help"), 0),  # argparse's choice
+    ],
+)
+def test_a_reader_that_ends_early_is_no_error(words, status):
+    """As in ``maml-lightning configs | head -n 1``."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "maml_lightning", *words]
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (status, "")
 
 
 @pytest.mark.long
