@@ -48,15 +48,7 @@ class ConvNet(nn.Module):
         normalization: Normalization = "batch",
     ) -> None:
         super().__init__()
-        for name, value in {
-            "in_channels": in_channels,
-            "out_features": out_features,
-            "hidden_channels": hidden_channels,
-            "blocks": blocks,
-        }.items():
-            if not isinstance(value, int) or value < 1:
-                what = "data.ways" if name == "out_features" else "it"
-                raise SettingError(f"model.net.{name} must be at least 1 (got {value}); raise {what}.")
+        check_sizes(in_channels=in_channels, out_features=out_features, hidden_channels=hidden_channels, blocks=blocks)
         if normalization not in get_args(Normalization):
             raise SettingError(
                 f"model.net.normalization must be one of {', '.join(get_args(Normalization))} (got {normalization})."
@@ -80,6 +72,7 @@ class ConvNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, out_features]`` of images ``[B, C, H, W]``."""
+        _check_channels(images, self.body[0])
         features = self.body(images).mean((2, 3))
         return self.pretraining_head(features) if self.training and self.pretraining_head else self.head(features)
 
@@ -186,6 +179,7 @@ class _ResidualBlock(nn.Module):
         self.pool = nn.Sequential(nn.MaxPool2d(2), nn.LeakyReLU(0.1))  # in this order, as in ConvNet
 
     def forward(self, x: Tensor) -> Tensor:
+        _check_channels(x, self.layers[0])
         return self.pool(self.layers(x) + self.shortcut(x))
 
 
@@ -217,3 +211,14 @@ def check_sizes(**sizes: int) -> None:
         if not isinstance(value, int) or value < 1:
             what = "data.ways" if name == "out_features" else "it"
             raise SettingError(f"model.net.{name} must be at least 1 (got {value}); raise {what}.")
+
+
+def _check_channels(inputs: Tensor, first: nn.Module) -> None:
+    """Check that images ``[B, C, H, W]`` have as many channels as a network's first layer takes, a convolution."""
+    if isinstance(first, nn.Conv2d) and inputs.dim() == 4:  # users may replace it
+        channels = inputs.shape[1]
+        if channels != first.in_channels:
+            raise SettingError(
+                f"model.net.in_channels is {first.in_channels}, but the inputs have {channels} channels (shape "
+                f"{list(inputs.shape)}); give the network in_channels={channels}."
+            )

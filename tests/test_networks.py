@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from maml_lightning import MLP, ConvNet, ConvNet1d, Episode, GRUNet, ResNet12, SettingError, TextNet
+from maml_lightning import MAML, MLP, ConvNet, ConvNet1d, Episode, GRUNet, ResNet12, SettingError, TextNet
 from maml_lightning.task_statistics import TaskNorm
 
 
@@ -23,6 +23,13 @@ def test_paper_networks_have_the_papers_sizes():
 def test_empty_networks_are_refused(name):
     with pytest.raises(SettingError, match=rf"model.net.{name} must be at least 1 \(got 0\)"):
         ConvNet(**{name: 0})
+
+
+@pytest.mark.parametrize("net", [ConvNet(), ResNet12(1, hidden_channels=(4, 4))])
+def test_color_for_a_network_of_one_channel_is_refused_by_the_setting(net):
+    support, targets = torch.rand(5, 3, 28, 28), torch.arange(5)
+    with pytest.raises(SettingError, match=r"^model.net.in_channels is 1, but the inputs have 3 channels .* give "):
+        MAML(net, inner_steps=1).adapt(support, targets)
 
 
 def test_episodes_check_their_shapes():
