@@ -71,6 +71,15 @@ def color_of(query: Query) -> str:
     return RIGHT if query.predicted == query.label else WRONG
 
 
+def legend(queries: Sequence[Query]) -> list[tuple[str, str]]:
+    """What each color that is in use means."""
+    used = {color_of(query) for query in queries}
+    grey = ["class not known"] if any(query.label is None and not query.rejected for query in queries) else []
+    grey += [NONE] if any(query.rejected for query in queries) else []
+    meanings = (("right", RIGHT), ("wrong", WRONG), (", or ".join(grey), UNKNOWN))
+    return [(text, color) for text, color in meanings if color in used]
+
+
 def prediction_sheet(
     rows: Sequence[Row], queries: Sequence[Query], classes: Sequence[str], pictures: Sequence[Pictures | None]
 ) -> Image.Image:
@@ -92,7 +101,7 @@ def prediction_sheet(
     draw.text((MARGIN, MARGIN), "support set", "black", font(15))
     head = "queries: the original, what the network saw, the highest probabilities"
     draw.text((left, MARGIN), head, "black", font(15))
-    for n, (text, color) in enumerate((("right", RIGHT), ("wrong", WRONG), ("class not known, or none", UNKNOWN))):
+    for n, (text, color) in enumerate(legend(queries)):
         draw.text((left + 70 * n, MARGIN + 20), text, color, font(12))
     top = 2 * TITLE
     for row, numbers, tall in zip(rows, lines, heights, strict=True):

@@ -18,6 +18,7 @@ from maml_lightning.analysis.prediction_sheet import (
     WRONG,
     Pictures,
     color_of,
+    legend,
     prediction_sheet,
     rows_of,
 )
@@ -105,6 +106,11 @@ def test_a_row_for_each_class_wrong_ones_first():
 def test_only_right_ones_are_green():
     assert [color_of(query) for query in queries()] == [RIGHT, WRONG, UNKNOWN, UNKNOWN, WRONG, UNKNOWN]
     assert {color_of(query) for query in queries_of(NAMES, [None] * 6, PROBABILITIES)} == {UNKNOWN}
+
+
+def test_the_legend_names_the_colors_in_use():
+    assert legend(queries_of(NAMES, [None] * 6, PROBABILITIES)) == [("class not known", UNKNOWN)]
+    assert legend(queries()) == [("right", RIGHT), ("wrong", WRONG), ("class not known, or none of these", UNKNOWN)]
 
 
 def colors(sheet):
