@@ -47,8 +47,8 @@ class MAML(LightningModule):
         outer_lr: learning rate of Adam on the initialization, unless an optimizer is configured.
         tasks_per_chunk: how many tasks are vectorized together; 1 takes one at a time, null all, auto goes by the
             memory that a task of the first meta-batch needs.
-        flat_memory: recompute each inner step in the backward pass instead of keeping its graph: memory then does not
-            grow with the inner steps. auto does so where memory would run short.
+        flat_memory: recompute each inner step in the backward pass instead of keeping its graph: a step then keeps
+            only its fast weights. auto does so where memory would run short.
         compile: run the meta-gradient through torch.compile; takes minutes at the start, worth it for long runs.
         execution: how tasks are run: traced, as a recorded graph, vectorized over tasks; vectorized, without a graph;
             loop, one after the other by autograd, which runs any network. auto takes the first that works, and on a
