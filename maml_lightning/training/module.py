@@ -72,7 +72,7 @@ class MAML(LightningModule):
         proximal: strength of imaml's pull to the initialization, above 0.
         implicit_iterations: imaml's conjugate gradient iterations, 1 or more.
         query_statistics: batch normalizes queries by their batch's statistics (transductive); support by the support
-            set's (MetaBN, Bronskill et al. 2020); running evaluates layers before all that adapts by running ones.
+            set's (MetaBN, Bronskill et al. 2020); running as support, but by running ones before all adapted layers.
         head: learned; or prototypes: the last linear layer starts from the mean features of the support classes, of any
             number, and then adapts like all else (ProtoMAML, Triantafillou et al. 2020).
         meta_curvature: learn matrices that multiply a weight's inner gradient along its dimensions (Park, Oliva 2019).
@@ -155,8 +155,8 @@ class MAML(LightningModule):
     def adapt(self, support_inputs: Any, support_targets: Any, steps: int | None = None) -> nn.Module:
         """A copy of the network, adapted to one task.
 
-        Unless ``query_statistics`` is support, it normalizes with the statistics of the batch that it sees: give it
-        queries together with the support inputs, and drop the outputs of those.
+        With ``query_statistics`` batch, it normalizes with the statistics of the batch that it sees: give it queries
+        together with the support inputs, and drop the outputs of those.
 
         Args:
             support_inputs: ``[N*K, C, H, W]``, or whatever the network takes, see `Episode`.
