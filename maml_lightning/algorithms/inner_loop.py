@@ -32,9 +32,9 @@ class InnerLoop:
         loss: ``loss(outputs, targets)``, a scalar mean over the examples.
         tasks_per_chunk: how many tasks are vectorized together, at least 1; None takes all; "auto" goes by the memory
             that a task of the first meta-batch needs, and keeps it in ``chosen``.
-        flat_memory: keep only the fast weights of each step and recompute the rest in the backward pass; peak memory
-            then does not grow with the steps, for about a quarter more arithmetic. "auto" does so where the steps
-            would otherwise keep more than a quarter of the free memory.
+        flat_memory: keep only the fast weights of each step and recompute the rest in the backward pass, for about a
+            quarter more arithmetic. "auto" does so where the steps would otherwise keep more than a quarter of the
+            free memory.
         compile: run the traced graphs through ``torch.compile``.
         optimizer: of the inner loop; None is gradient descent.
         proximal: strength ``mu`` of the proximal term, ``mu / 2 |theta - theta_0|^2`` added to ``L_s``

@@ -60,7 +60,7 @@ def out_of_memory(error: RuntimeError) -> bool:
 
 
 class FlatMemory:
-    """Whether inner steps are recomputed in the backward pass, so that memory does not grow with their number.
+    """Whether inner steps are recomputed in the backward pass, so that a step keeps only its fast weights.
 
     Args:
         setting: true or false; "auto" recomputes from the first time that a meta-batch would keep more than a quarter

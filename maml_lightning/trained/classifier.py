@@ -37,8 +37,8 @@ class Prediction(NamedTuple):
 class Classifier:
     """A network adapted to a support set, which stays in memory: pictures in, names and probabilities out.
 
-    A network that normalizes with the statistics of its batch (model.query_statistics batch) gets each picture by
-    itself, beside the support set. So predictions never depend on the other pictures.
+    A network that normalizes with the statistics of its batch (model.query_statistics batch) gets one picture at a
+    time, together with the support images. So predictions never depend on the other pictures.
 
     Args:
         checkpoint: a module, the path of a checkpoint, or the name of one in the package.

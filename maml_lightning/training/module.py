@@ -47,8 +47,8 @@ class MAML(LightningModule):
         outer_lr: learning rate of Adam on the initialization, unless an optimizer is configured.
         tasks_per_chunk: how many tasks are vectorized together; 1 takes one at a time, null all, auto goes by the
             memory that a task of the first meta-batch needs.
-        flat_memory: recompute each inner step in the backward pass instead of keeping its graph: memory then does not
-            grow with the inner steps. auto does so where memory would run short.
+        flat_memory: recompute each inner step in the backward pass instead of keeping its graph: a step then keeps
+            only its fast weights. auto does so where memory would run short.
         compile: run the meta-gradient through torch.compile; takes minutes at the start, worth it for long runs.
         execution: how tasks are run: traced, as a recorded graph, vectorized over tasks; vectorized, without a graph;
             loop, one after the other by autograd, which runs any network. auto takes the first that works, and on a
@@ -72,7 +72,7 @@ class MAML(LightningModule):
         proximal: strength of imaml's pull to the initialization, above 0.
         implicit_iterations: imaml's conjugate gradient iterations, 1 or more.
         query_statistics: batch normalizes queries by their batch's statistics (transductive); support by the support
-            set's (MetaBN, Bronskill et al. 2020); running evaluates layers before all that adapts by running ones.
+            set's (MetaBN, Bronskill et al. 2020); running as support, but by running ones before all adapted layers.
         head: learned; or prototypes: the last linear layer starts from the mean features of the support classes, of any
             number, and then adapts like all else (ProtoMAML, Triantafillou et al. 2020).
         meta_curvature: learn matrices that multiply a weight's inner gradient along its dimensions (Park, Oliva 2019).
@@ -155,8 +155,8 @@ class MAML(LightningModule):
     def adapt(self, support_inputs: Any, support_targets: Any, steps: int | None = None) -> nn.Module:
         """A copy of the network, adapted to one task.
 
-        Unless ``query_statistics`` is support, it normalizes with the statistics of the batch that it sees: give it
-        queries together with the support inputs, and drop the outputs of those.
+        With ``query_statistics`` batch, it normalizes with the statistics of the batch that it sees: give it queries
+        together with the support inputs, and drop the outputs of those.
 
         Args:
             support_inputs: ``[N*K, C, H, W]``, or whatever the network takes, see `Episode`.
