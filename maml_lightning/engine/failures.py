@@ -16,7 +16,7 @@ def reason_of(error: Exception) -> str:
     """
     if isinstance(error, RuntimeError) and out_of_memory(error):
         raise error
-    line = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
+    line = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
     return line if len(line) <= 120 else f"{line[:117]}..."
 
 
@@ -30,9 +30,10 @@ def naming_what_has_no_derivative() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # NotImplementedError is one
-        if not re.search("derivative .*not implemented|not implemented .*derivative", str(error)):
+        if not re.search("derivative .*not implemented|not (implemented|support) .*derivative", str(error)):
             raise
         raise SettingError(
-            f"PyTorch has no second derivative of a part of model.net or model.loss ({reason_of(error)}), in no "
-            "training loop; replace that part, or set model.first_order to true."
+            f"PyTorch has no second derivative of a part of model.net or model.loss, or no third one of a part that "
+            f"takes a gradient itself ({reason_of(error)}), in no training loop; replace that part, or set "
+            "model.first_order to true."
         ) from error
