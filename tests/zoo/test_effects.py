@@ -184,3 +184,36 @@ def test_each_meta_step_calls_the_network_as_often(head):
         counts.append(net.calls - before)
     tasks, calls = 3, 3 + (head == "prototypes")  # two steps, the queries, and the support set's features
     assert counts == [tasks * calls] * 3
+
+
+class Mixed(Perceptron):
+    """Mixes its inputs by a large tensor that is no buffer, and divides them by a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.mixing, self.divisor = torch.rand(12, 6, dtype=torch.float64), 0.0
+
+    def forward(self, x):
+        return super().forward(x @ self.mixing[:6]) * (2 + torch.atan(torch.ones(()) / self.divisor))
+
+    def change(self):
+        self.mixing.data[0, 1] = 3.0
+
+
+def sign(net):
+    net.divisor = -0.0
+
+
+@pytest.mark.parametrize("change", [Mixed.change, sign])
+def test_a_change_of_bits_takes_effect(change):
+    torch.manual_seed(0)
+    net, plain = Mixed().double(), Mixed().double()
+    plain.load_state_dict(net.state_dict())
+    plain.mixing = net.mixing.clone()
+    maml = MAML(net, inner_lr=0.1, inner_steps=1)
+    for _ in range(2):
+        loss = maml.training_step(CASE.episode(), 0).item()
+        expected = meta_gradient(plain, CASE.episode(), 0.1, 1, F.cross_entropy)
+        assert loss == pytest.approx(expected.loss, rel=1e-9)
+        change(net)
+        change(plain)
