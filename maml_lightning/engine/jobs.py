@@ -107,13 +107,17 @@ class Job(NamedTuple):
         return self._replace(args=pytree.tree_map(torch.clone, self.args))
 
     def changes(self, original: "Job") -> str:
-        """What this, made by :meth:`copied`, changed since then of each task's own arguments but the first.
+        """What this, made by :meth:`copied`, changed since then, in words that follow "it"; empty for nothing.
 
-        In words that follow "it"; empty for nothing. Parameters may be written to (``max_norm`` of an embedding).
+        Of the first argument and of what all tasks share, which are parameters, values alone count: ``max_norm`` of an
+        embedding writes to them where none is too large.
         """
         own, others = _of_each_task(self), _of_each_task(original)
         written = any(tensor._version for tensor in own)  # a copy's version is 0; `.data` and NumPy leave it so
-        return "" if not written and all(map(same, own, others)) else "writes to its inputs or targets as it runs"
+        if written or not all(map(same, own, others)):
+            return "writes to its inputs or targets as it runs"
+        kept = all(map(same, pytree.tree_leaves(self.args), pytree.tree_leaves(original.args)))
+        return "" if kept else "writes to its parameters as it runs"
 
     def in_loop(self) -> tuple[Any, Callable | None]:
         """Outputs and pullback, by a loop over tasks; nothing is recomputed, which would repeat effects."""

@@ -217,3 +217,22 @@ def test_a_change_of_bits_takes_effect(change):
         assert loss == pytest.approx(expected.loss, rel=1e-9)
         change(net)
         change(plain)
+
+
+class Clamped(Perceptron):
+    """Limits its weights as it runs."""
+
+    def forward(self, x):
+        hidden = self.hidden(x)
+        with torch.no_grad():
+            self.a.weight.clamp_(-0.2, 0.2)
+        return self.b(hidden)
+
+
+@pytest.mark.parametrize("settings", [{}, {"execution": "loop"}], ids=str)
+def test_a_network_that_writes_to_its_parameters_is_the_plain_loop(settings):
+    def make():
+        torch.manual_seed(0)
+        return Clamped().double()
+
+    check_like_loop(make, steps=2, **settings)
