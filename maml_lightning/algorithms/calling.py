@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from maml_lightning.engine.kernels.mode import loop_operators
-from maml_lightning.engine.trials import same_random_numbers, trying
-from maml_lightning.structures import call_arguments, logits_of
+from maml_lightning.engine.trials import trying
+from maml_lightning.structures import call_arguments, leaves, logits_of, mapped
 
 
 class _Places:
@@ -108,13 +108,13 @@ def watched(
     def hook(name: str, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         note(name, (*args, *kwargs.values()))
 
-    with trying(net) as (copied,), same_random_numbers():
+    with trying(net, device=leaves(inputs)[0].device) as (copied,):
         layers = [(name, layer) for name, layer in copied.named_modules() if name]
         hooks = [layer.register_forward_pre_hook(partial(hook, name), with_kwargs=True) for name, layer in layers]
         modes = {layer: layer.training for layer in copied.modules()}  # it is the network itself where it has no copy
         try:
             with torch.set_grad_enabled(tensors is not None):
-                call_with(copied.eval(), tensors or {}, inputs)
+                call_with(copied.eval(), tensors or {}, mapped(torch.clone, inputs))
         except Exception:  # whatever a user's network raises; it will again where it matters
             return False
         finally:

@@ -11,13 +11,14 @@ from maml_lightning.algorithms import steps as inner
 from maml_lightning.algorithms.algorithm import DEFAULTS, Settings
 from maml_lightning.algorithms.calling import calling
 from maml_lightning.algorithms.optimizers import InnerOptimizer, Parameters, sgd
-from maml_lightning.algorithms.prototypes import labels_of, of_task, of_tasks
+from maml_lightning.algorithms.prototypes import labels_of, of_task, of_tasks, tried_of_tasks
 from maml_lightning.algorithms.registry import find_algorithm
 from maml_lightning.algorithms.statistics import adapted_copy, deciding, uses_running_statistics
 from maml_lightning.engine.captures import Captures
 from maml_lightning.engine.chunks import MetaGradient, chunk_size, detached, mean_over_tasks, split
 from maml_lightning.engine.differentiation import by_autograd
 from maml_lightning.engine.execution import Execution, Executor
+from maml_lightning.engine.failures import naming_what_has_no_derivative
 from maml_lightning.engine.memory import FlatMemory
 from maml_lightning.engine.state import State
 from maml_lightning.episodes import Episode
@@ -245,7 +246,7 @@ class InnerLoop:
             setup = self._setup(self._state(), params, buffers, rates, steps, self._labels(targets))
             setup = of_task(setup, detached(inputs), detached(targets))
             state, step = setup.initial_state(), setup.model.bind(inner.step)
-            with by_autograd():  # one task by itself, which runs as any network does
+            with naming_what_has_no_derivative(), by_autograd():  # one task by itself, which runs as any network does
                 for arguments in setup.arguments():
                     state = step((state, {}), arguments, setup.constants, detached(inputs), detached(targets))
             return {**state[0], **setup.shared[-1]}
@@ -292,7 +293,7 @@ class InnerLoop:
         examined = self._executor.knows(setup.model)
         if not examined or not (known or self._executor.way(setup.model) == "loop"):
             first = next(split(episode, 1))
-            kept = inner.bytes_per_task(of_tasks(setup, first), first)
+            kept = inner.bytes_per_task(tried_of_tasks(setup, first), first)
         if self._executor.way(setup.model) == "loop":
             return None if loops and not self.flat else 1
         if self.tasks_per_chunk != "auto":

@@ -100,6 +100,11 @@ def of_tasks(setup: Setup, chunk: Episode) -> Setup:
     return setup if setup.labels is None else _of_tasks(setup.executor, setup, chunk)
 
 
+def tried_of_tasks(setup: Setup, chunk: Episode) -> Setup:
+    """The same as :func:`of_tasks`, of copies of the network, so that nothing has happened to it."""
+    return setup if setup.labels is None else _of_tasks(setup.executor.tried, setup, chunk)
+
+
 def with_pullback(setup: Setup, chunk: Episode) -> tuple[Setup, Callable[[Any], tuple[Parameters, Parameters]]]:
     """The same, with the pullback of ``theta_0`` and the optimizer's state to the (adapted, shared) parameters."""
     if setup.labels is None:
@@ -117,8 +122,8 @@ def with_pullback(setup: Setup, chunk: Episode) -> tuple[Setup, Callable[[Any], 
 def _of_tasks(run: Callable[..., Any], setup: Setup, chunk: Episode) -> Setup:
     support = (chunk.support_inputs, chunk.support_targets)
     arguments = ((setup.initial, setup.shared[0]), setup.constants, *support, setup.labels)
-    fast, state = run(setup.model.bind(_start), ((None, None), None, 0, 0, None), *arguments)
-    return setup._replace(initial=fast, state=state)
+    start = run(setup.model.bind(_start), ((None, None), None, 0, 0, None), *arguments)
+    return setup if start is None else setup._replace(initial=start[0], state=start[1])
 
 
 def _start(

@@ -24,10 +24,9 @@ from torch.overrides import TorchFunctionMode
 
 from maml_lightning.algorithms.calling import call_with, watched
 from maml_lightning.engine.chunks import detached
-from maml_lightning.engine.state import RandomState
 from maml_lightning.engine.trials import copies_of_stored, same_random_numbers
 from maml_lightning.errors import SettingError
-from maml_lightning.structures import call, leaves
+from maml_lightning.structures import call, leaves, mapped
 from maml_lightning.task_statistics import TaskNorm
 
 _TRACK = "track_running_stats"
@@ -127,9 +126,9 @@ def collect(
         running: the names of the layers that use running statistics.
         collected: the names of the layers whose running statistics are updated.
     """
-    before = RandomState(leaves(inputs)[0].device)
-    with torch.no_grad(), before.restored(), same_random_numbers(), deciding(net, running, collected):
-        call_with(net, values, inputs)
+    device = leaves(inputs)[0].device
+    with torch.no_grad(), same_random_numbers(device), deciding(net, running, collected):
+        call_with(net, values, mapped(torch.clone, inputs))
 
 
 def _changes(layer: nn.Module, running: bool) -> dict[str, Any]:
@@ -218,8 +217,8 @@ def _keep_statistics(adapted: nn.Module, inputs: Any) -> None:
     recorded, entered = _Recorded(), adapted.eval().modules()
     hooks = [layer.register_forward_pre_hook(recorded.enter) for layer in entered]
     try:
-        with torch.inference_mode(False), torch.no_grad(), recorded:
-            call(adapted, inputs)
+        with torch.inference_mode(False), torch.no_grad(), recorded, same_random_numbers(leaves(inputs)[0].device):
+            call(adapted, mapped(torch.clone, inputs))
     finally:
         for hook in hooks:
             hook.remove()

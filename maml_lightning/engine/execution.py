@@ -106,6 +106,11 @@ class Executor:
         job = Job(_bound(function), in_dims, args, pullback=True, recompute=False)
         return self._try(job, lambda job: loop.saved_bytes(job.function, job.in_dims, job.args))[0] or 0
 
+    def tried(self, function: Callable, in_dims: tuple, *args: Any) -> Any:
+        """``vmap(function, in_dims)(*args)`` of copies, so that nothing has happened; None where it cannot run so."""
+        job = Job(_bound(function), in_dims, args, pullback=False, recompute=False)
+        return self._try(job, lambda job: job.in_loop()[0])[0]
+
     def __call__(self, function: Callable, in_dims: tuple, *args: Any) -> Any:
         """``vmap(function, in_dims)(*args)``, without a graph for autograd."""
         return self._run(Job(_bound(function), in_dims, args, pullback=False, recompute=False))[0]
@@ -209,7 +214,7 @@ class Executor:
         Random numbers differ from task to task. With the same ones, the last task alone has to be the same vectorized.
         """
         last, before = job.last_task(), RandomState(job.device())
-        result, deterministic = self._try(job, lambda job: job.last_task().in_loop())
+        result, deterministic = self._try(last, lambda job: job.in_loop())
         if deterministic or result is None or self._way(job.function.state) == LOOP:
             return result if deterministic else None
         with before.restored():
@@ -232,10 +237,11 @@ class Executor:
         except Exception as error:  # whatever a part of a user's network raises
             self._lower(state, LOOP, f"it cannot be copied ({reason_of(error)})")
             return None, False
+        copied = job.copied()
         with before.restored():
-            result, changes = trial.watch(lambda objects: _attempt(run, job.on(objects)))
+            result, changes = trial.watch(lambda objects: _attempt(run, copied.on(objects)))
             deterministic = before.is_current()
-        if changes:
+        if changes := changes or copied.changes(job):
             self._lower(state, LOOP, f"it {changes}")
         return result, deterministic and not changes
 

@@ -6,10 +6,8 @@ and buffers are therefore left out, but for their names.
 """
 
 import os
-import random
 import sys
 import weakref
-import zlib
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
@@ -22,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from maml_lightning.engine.values import all_plain, checksum, generator_state, identity, of_tensor, plain
 from maml_lightning.engine.variables import (
     PLAIN,
     Variable,
@@ -39,23 +38,8 @@ _LIBRARIES = {
     "maml_lightning",  # what keeps fingerprints would grow with each that it is part of
 }
 _MANY = 64  # values of a container that are compared as a whole
-_SMALL = 64  # numbers of a tensor that is compared by value: its `.data` may change without a new version
-_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _DERIVED = {"_flat_weights", "_flat_weight_refs"}  # recurrent layers derive them from their parameters at each call
-
-
-class _Identity:
-    """The identity of an object, which this does not keep alive."""
-
-    def __init__(self, value: Any) -> None:
-        self.of, self.hash = weakref.ref(value), id(value)
-
-    def __hash__(self) -> int:
-        return self.hash
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and self.of() is not None and self.of() is other.of()
 
 
 class _Hashed:
@@ -141,8 +125,8 @@ class _Seen(dict[int, int]):
 def _of(value: Any, seen: _Seen) -> Hashable:
     kind: Any = type(value)
     if kind in PLAIN:
-        return value if kind is str else (kind, value)  # 1 == 1.0 == True
-    if kind in _CONTAINERS and len(value) > _MANY and (flat := _flat(value)) is not None:
+        return value if kind is str else plain(value)
+    if kind in _CONTAINERS and len(value) > _MANY and (flat := all_plain(value)) is not None:
         return (kind, *flat)
     if isinstance(value, tuple):
         return (kind, *[_of(v, seen) for v in value], *_of_kind(value, seen))
@@ -159,9 +143,9 @@ def _of(value: Any, seen: _Seen) -> Hashable:
     if kind is partial:
         return (kind, _of(value.func, seen), _of(value.args, seen), _of(value.keywords, seen))
     if isinstance(value, Tensor):
-        return _tensor(value)
-    if isinstance(value, np.ndarray):
-        return (value.shape, value.dtype.str, zlib.crc32(value.tobytes()))
+        return of_tensor(value)
+    if isinstance(value, np.ndarray) and value.dtype.hasobject:
+        return (value.shape, value.dtype.str, _of((*value.ravel().tolist(),), seen))
     if isinstance(value, FunctionType):
         return _function(value, seen)
     if isinstance(value, MethodType):
@@ -173,50 +157,37 @@ def _of(value: Any, seen: _Seen) -> Hashable:
     if isinstance(value, ContextVar):
         unset = object()
         now = value.get(unset)
-        return (_identity(value), *_values([Variable(value, value.name, now)] if now is not unset else [], seen))
+        return (identity(value), *_values([Variable(value, value.name, now)] if now is not unset else [], seen))
     if (state := generator_state(value)) is not None:
         return state
     if isinstance(value, type):
-        return (
-            _identity(value) if is_installed(value.__module__) else (_identity(value), *_class(value, seen, met=True))
-        )
+        return identity(value) if is_installed(value.__module__) else (identity(value), *_class(value, seen, met=True))
     return _object(value, seen)
-
-
-def _flat(value: Any) -> list[Hashable] | None:
-    """What a container holds, compared as a whole, which takes a tenth of the time; None unless all is plain."""
-    parts: list[Hashable] = []
-    for values in (value, value.values()) if isinstance(value, Mapping) else (value,):
-        kinds = set(map(type, values))
-        if not kinds <= PLAIN:
-            return None
-        parts += (tuple(values), kinds.pop() if len(kinds) == 1 else tuple(map(type, values)))
-    return parts
 
 
 def _object(value: Any, seen: _Seen) -> Hashable:
     if isinstance(value, ModuleType):
-        return _identity(value)
-    if (content := _checksum(value)) is not None:
+        return identity(value)
+    if (content := checksum(value)) is not None:
         return (type(value), content)
     if isinstance(value, Iterator) and (type(value).__module__ == "builtins" or not is_of_library(value)):
         return object()  # whoever takes its next element changes it
     if isinstance(value, staticmethod | classmethod):
-        return (_identity(value), _of(value.__func__, seen))
+        return (identity(value), _of(value.__func__, seen))
     if isinstance(value, property):
-        return (_identity(value), _of(value.fget, seen))
+        return (identity(value), _of(value.fget, seen))
     if is_of_library(value):
         seen.of_libraries.append(value)
-        return (_identity(value), *_of_library(value))
+        return (identity(value), *_of_library(value))
     parts = [(name, _of(v, seen)) for name, v in attributes_of(value).items()]
-    return (type(value) if is_dataclass(value) else _identity(value), *_class(type(value), seen), *parts)
+    return (type(value) if is_dataclass(value) else identity(value), *_class(type(value), seen), *parts)
 
 
 def _of_library(value: Any) -> list[Hashable]:
     """The attributes that are plain or tensors: the scale of a distribution."""
     attributes = attributes_of(value).items()
-    plain = [(name, type(v), v) for name, v in attributes if type(v) in PLAIN]
-    return [*plain, *[(name, _tensor(v)) for name, v in attributes if isinstance(v, Tensor)]]
+    own = [(name, plain(v)) for name, v in attributes if type(v) in PLAIN]
+    return [*own, *[(name, of_tensor(v)) for name, v in attributes if isinstance(v, Tensor)]]
 
 
 def _plain_part(value: Any) -> Hashable:
@@ -225,7 +196,7 @@ def _plain_part(value: Any) -> Hashable:
         return (*[(name, _plain_part(v)) for name, v in value.items() if isinstance(name, str)],)
     if isinstance(value, list | tuple):
         return (*map(_plain_part, value),)
-    return (type(value), value) if type(value) in PLAIN else None
+    return plain(value) if type(value) in PLAIN else None
 
 
 def _of_kind(value: Any, seen: _Seen) -> list[Hashable]:
@@ -234,14 +205,6 @@ def _of_kind(value: Any, seen: _Seen) -> list[Hashable]:
     if kind in _CONTAINERS or is_installed(kind.__module__):
         return []
     return [*_class(kind, seen), *[(name, _of(v, seen)) for name, v in attributes_of(value).items()]]
-
-
-def _checksum(value: Any) -> int | None:
-    """Of the bytes of an array of whatever kind; None for what is none."""
-    try:
-        return zlib.crc32(value)
-    except (TypeError, ValueError, BufferError):
-        return None
 
 
 def _global_hooks(seen: _Seen) -> list[Hashable]:
@@ -273,37 +236,20 @@ def _slots(cls: type) -> tuple[str, ...]:
     return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
 
 
-def _tensor(value: Tensor) -> Hashable:
-    version = None if value.is_inference() else value._version
-    small = value.device.type == "cpu" and value.layout is torch.strided and value.numel() <= _SMALL
-    return (_identity(value), version, value.tolist().__repr__() if small and type(value) in _TENSORS else None)
-
-
-def generator_state(value: Any) -> Hashable | None:
-    """The state of a generator of random numbers; None for what is none."""
-    if isinstance(value, random.Random):
-        return value.getstate()
-    if isinstance(value, np.random.Generator):
-        return repr(value.bit_generator.state)
-    if isinstance(value, np.random.RandomState):
-        return repr(value.get_state())
-    return bytes(value.get_state().numpy()) if isinstance(value, torch.Generator) else None
-
-
 def _module(net: nn.Module, seen: _Seen) -> Hashable:
     attributes = vars(net)
     parts: list[Any] = [type(net), *_class(type(net), seen), *attributes]
     for name, value in attributes.items():
         kind = type(value)
         if kind in PLAIN:
-            parts += (kind, value)
+            parts.append(value if kind is str else plain(value))
         elif kind in _CONTAINERS and not value:  # most are: no hooks, no buffers
             parts.append(kind)
         elif name in _DERIVED:
             continue
         elif name in ("_parameters", "_buffers"):
             arguments = seen.arguments
-            parts.append(tuple([(n, v if v is None else id(v) in arguments or _tensor(v)) for n, v in value.items()]))
+            parts.append(tuple([(n, v if v is None else id(v) in arguments or of_tensor(v)) for n, v in value.items()]))
         else:
             parts.append(_of(value, seen))
     return tuple(parts)
@@ -325,7 +271,7 @@ def _function(function: FunctionType, seen: _Seen) -> Hashable:
         seen.names.update(names)
     if function.__globals__.get("sys") is sys or "sys" in names:
         environment = (environment, *[(name, repr(getattr(sys, name))) for name in names if _is_plain_of_sys(name)])
-    return (_identity(function), environment, *cells, *_values(read_by(function), seen))
+    return (identity(function), environment, *cells, *_values(read_by(function), seen))
 
 
 def _is_plain_of_sys(name: str) -> bool:
@@ -337,12 +283,5 @@ def _values(variables: Iterable[Variable], seen: _Seen) -> list[Hashable]:
     for variable in variables:
         seen.variables.append(variable)
         value = variable.value
-        parts += (variable.name, (type(value), value) if type(value) in PLAIN else _of(value, seen))
+        parts += (variable.name, plain(value) if type(value) in PLAIN else _of(value, seen))
     return parts
-
-
-def _identity(value: Any) -> Hashable:
-    try:
-        return _Identity(value)
-    except TypeError:  # no weak reference to it: a number of numpy's, an enumeration's member, a slice
-        return (type(value), value if isinstance(value, Hashable) else id(value))

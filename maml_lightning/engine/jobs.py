@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from maml_lightning.engine import loop
 from maml_lightning.engine.kernels.layout import tasks_first
 from maml_lightning.engine.state import Bound, RandomState, State
+from maml_lightning.engine.trials import same
 
 
 @custom_op("maml_lightning::cotangent", mutates_args=())
@@ -101,6 +102,23 @@ class Job(NamedTuple):
         dims: Any = pytree._broadcast_to_and_flatten(self.in_dims, spec)
         return self._replace(args=pytree.tree_unflatten(list(map(last, leaves, dims)), spec), recompute=False)
 
+    def copied(self) -> "Job":
+        """The same with copies of its arguments, which it may write to."""
+        return self._replace(args=pytree.tree_map(torch.clone, self.args))
+
+    def changes(self, original: "Job") -> str:
+        """What this, made by :meth:`copied`, changed since then, in words that follow "it"; empty for nothing.
+
+        Of the first argument and of what all tasks share, which are parameters, values alone count: ``max_norm`` of an
+        embedding writes to them where none is too large.
+        """
+        own, others = _of_each_task(self), _of_each_task(original)
+        written = any(tensor._version for tensor in own)  # a copy's version is 0; `.data` and NumPy leave it so
+        if written or not all(map(same, own, others)):
+            return "writes to its inputs or targets as it runs"
+        kept = all(map(same, pytree.tree_leaves(self.args), pytree.tree_leaves(original.args)))
+        return "" if kept else "writes to its parameters as it runs"
+
     def in_loop(self) -> tuple[Any, Callable | None]:
         """Outputs and pullback, by a loop over tasks; nothing is recomputed, which would repeat effects."""
         if not self.pullback:
@@ -115,6 +133,12 @@ class Job(NamedTuple):
     def device(self) -> torch.device:
         """Where it runs."""
         return pytree.tree_leaves(self.args)[0].device
+
+
+def _of_each_task(job: Job) -> list[Tensor]:
+    leaves, spec = pytree.tree_flatten(job.args[1:])
+    dims: Any = pytree._broadcast_to_and_flatten(job.in_dims[1:], spec)
+    return [leaf for leaf, dim in zip(leaves, dims, strict=True) if dim is not None]
 
 
 def recomputed_pullback(job: Job, pullback: Callable) -> Callable:

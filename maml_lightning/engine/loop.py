@@ -63,10 +63,14 @@ def vjp(function: Callable, in_dims: Any, primal: Any, args: tuple) -> tuple[Any
 
 
 def saved_bytes(function: Callable, in_dims: Any, args: tuple) -> int:
-    """Bytes that autograd keeps for the backward pass through ``function`` of the first task, arguments left out."""
+    """Bytes that autograd keeps for the backward pass through ``function`` of the first task, arguments left out.
+
+    It differentiates with respect to the first argument and to what all tasks share, not to inputs and targets.
+    """
     own = each_task(in_dims, args)[0]
     leaves, spec = pytree.tree_flatten(own)
     known = {memory_of(leaf) for leaf in leaves}
+    dims: Any = pytree._broadcast_to_and_flatten((None, *in_dims[1:]), spec)
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -74,9 +78,9 @@ def saved_bytes(function: Callable, in_dims: Any, args: tuple) -> int:
             kept[memory_of(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
-    inputs = pytree.tree_unflatten([_differentiable(leaf) for leaf in leaves], spec)
+    inputs = [_differentiable(leaf) if dim is None else leaf for leaf, dim in zip(leaves, dims, strict=True)]
     with torch.enable_grad(), by_autograd(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = function(*inputs)
+        outputs = function(*pytree.tree_unflatten(inputs, spec))
     del outputs
     return sum(kept.values())
 

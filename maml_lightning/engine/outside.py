@@ -1,4 +1,4 @@
-"""What code asks as it runs that no one can foresee: the clock, files, the terminal, code in texts. No graph asks."""
+"""What code does as it runs that no graph does: ask the clock, files, the terminal, code in texts; set a seed."""
 
 import builtins
 import io
@@ -12,6 +12,8 @@ from datetime import date
 from types import FrameType
 from typing import Any
 
+import torch
+
 from maml_lightning.engine.variables import is_installed
 
 _CLOCK, _FILES, _RANDOM = (
@@ -19,6 +21,7 @@ _CLOCK, _FILES, _RANDOM = (
     "reads files as it runs",
     "draws the system's random numbers as it runs",
 )
+_SEED = "sets the seed of torch's random numbers as it runs"
 _TEXT, _VARIABLES = "runs code that it has as text", "asks for all of its variables as it runs"
 _OF_TIME = {  # and the same in nanoseconds
     *("time", "perf_counter", "monotonic", "process_time", "thread_time", "clock_gettime"),
@@ -49,7 +52,11 @@ def calls_outside() -> Iterator[dict[str, None]]:
     found: dict[str, None] = {}
 
     def note(frame: FrameType, event: str, called: Any) -> None:
-        if event == "c_call" and (what := _CALLS.get(id(called)) or _of_date(called)) and _is_users(frame):
+        if event != "c_call":
+            return
+        if _is_seed(called):
+            found[_SEED] = None
+        elif (what := _CALLS.get(id(called)) or _of_date(called)) and _is_users(frame):
             found[what] = None
 
     if sys.getprofile() is not None:
@@ -60,6 +67,10 @@ def calls_outside() -> Iterator[dict[str, None]]:
         yield found
     finally:
         sys.setprofile(None)
+
+
+def _is_seed(called: Any) -> bool:
+    return called.__name__ in ("manual_seed", "seed") and isinstance(getattr(called, "__self__", None), torch.Generator)
 
 
 def _of_date(called: Any) -> str:

@@ -10,6 +10,12 @@ from torch import Tensor
 
 from maml_lightning.engine.variables import PLAIN, functions_in, is_fixed, names_of
 
+# What gives a function by a name that code makes.
+_BY_NAME = {
+    *("getattr", "getattr_static", "__getattribute__", "attrgetter", "methodcaller", "__dict__", "vars"),
+    *("globals", "import_module", "__import__"),
+}
+
 
 def may_call(value: Any, names: frozenset[str]) -> bool:
     """Whether code that a value has, or has hold of, may call a function of one of these names; True where unknown.
@@ -76,7 +82,7 @@ def _function(function: FunctionType, names: frozenset[str], seen: set[int]) -> 
         return True
     if is_fixed(function.__module__):
         return False
-    if "getattr" in read:  # by a name that code makes
+    if _BY_NAME.intersection(read):
         return True
     cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
     variables = [function.__globals__[name] for name in read if name in function.__globals__]

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from maml_lightning.devices import has_values
+from maml_lightning.devices import has_values, random_states, set_random_states
 from maml_lightning.engine.fingerprints import attributes_of, fingerprint, is_of_library, variables_of
 from maml_lightning.engine.outside import calls_outside
 from maml_lightning.engine.variables import Variable, is_installed
@@ -62,7 +62,7 @@ class Trial:
         if _draws() != self.draws:
             return "draws from Python's or NumPy's random numbers"
         buffers = self._buffers()
-        if len(buffers) != len(self.buffers) or not all(map(_same, buffers, self.buffers)):
+        if len(buffers) != len(self.buffers) or not all(map(same, buffers, self.buffers)):
             return "writes to its buffers as it runs"
         return "" if fingerprint(self.objects) == self.key else "changes its own attributes or variables as it runs"
 
@@ -93,7 +93,8 @@ def _names(owner: Any) -> Mapping[str, Any]:
     return owner if isinstance(owner, dict) else getattr(owner, "__dict__", {})
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same type, shape and values; those that are no number are alike."""
     if a.shape != b.shape or a.dtype != b.dtype or not has_values(a):
         return a.shape == b.shape and a.dtype == b.dtype
     return bool(((a == b) | ((a != a) & (b != b))).all())
@@ -170,16 +171,20 @@ def _copy_or_own(value: Any, memo: dict[int, Any]) -> Any:
 
 
 @contextmanager
-def trying(*objects: Any) -> Iterator[Any]:
+def trying(*objects: Any, device: torch.device) -> Iterator[Any]:
     """Copies to run for their results alone, and copies of the variables that their code reads in the place of those.
 
-    Where they have no copies, they are tried themselves.
+    Where they have no copies, they are tried themselves. Random numbers are put back afterwards.
+
+    Args:
+        objects: the network first.
+        device: of the tensors that they are run with.
     """
     try:
         copies, variables = _copied(objects, variables_of(objects), share_parameters=False)
     except Exception:  # whatever a part of them raises
         copies, variables = objects, []
-    with replaced(variables):
+    with same_random_numbers(device), replaced(variables):
         yield copies
 
 
@@ -190,14 +195,17 @@ def copies_of_stored(net: nn.Module) -> dict[int, Tensor]:
 
 
 @contextmanager
-def same_random_numbers() -> Iterator[None]:
-    """Put Python's and NumPy's random numbers back afterwards."""
+def same_random_numbers(device: torch.device | None = None) -> Iterator[None]:
+    """Put Python's and NumPy's random numbers back afterwards; with a device, torch's on it and on the CPU, too."""
     states = random.getstate(), np.random.get_state()
+    of_torch = [] if device is None else random_states(device)
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
+        if device is not None:
+            set_random_states(device, of_torch)
 
 
 def _reachable(objects: Any) -> Iterator[Any]:

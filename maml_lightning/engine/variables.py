@@ -58,9 +58,9 @@ def read_by(function: FunctionType) -> Iterator[Variable]:
     yield from _found(global_names_of(function.__code__), function.__globals__, installed, modules)
     computed = "getattr" in global_names_of(function.__code__)  # a name that no one can foresee: `f"scale_{step}"`
     for module in modules:  # grows: `settings.training.temperature`
-        installed = is_installed(module.__name__)
-        yield from _found(names, vars(module), installed, modules)
-        if computed and not installed:
+        plain = is_installed(module.__name__)
+        yield from _found(names, vars(module), plain, modules)
+        if computed and not (installed and plain):
             yield from _found(list(vars(module)), vars(module), True, [])
 
 

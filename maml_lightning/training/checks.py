@@ -64,7 +64,7 @@ def check_fit(loop: InnerLoop, metric: Any, episode: Episode, inner_steps: int, 
     loss = loop.loss
     for all_inputs, all_targets in (episode[2:],) if pretraining else (episode[:2], episode[2:]):
         inputs, targets = map(first_task, (all_inputs, all_targets))
-        with trying(loop.net, loss) as copies:
+        with trying(loop.net, loss, device=episode.device) as copies:
             for net, tried in (copies, (loop.net, loss)):
                 outputs = _outputs(net, loop.running or (), inputs, pretraining)
                 if is_computed(tried, outputs, targets):
@@ -77,8 +77,8 @@ def check_fit(loop: InnerLoop, metric: Any, episode: Episode, inner_steps: int, 
                 check_labels(loss, all_targets)
             check_loss(tried, outputs, targets)
     if metric is not None:
-        with without_broadcasting():
-            metric_scores(metric, [outputs[None]], mapped(lambda tensor: tensor[None], targets))
+        with without_broadcasting(), same_random_numbers(episode.device):
+            metric_scores(metric, [outputs[None].clone()], mapped(lambda tensor: tensor[None].clone(), targets))
     scoring = Scoring(loss, score_of(loss, outputs, targets, all_targets), metric)
     if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
         _check_monitored(trainer, scoring.names)
@@ -191,8 +191,8 @@ def _outputs(net: nn.Module, running: Collection[str], inputs: Any, training: bo
     modes = {layer: layer.training for layer in net.modules()}
 
     def takes(inputs: Any) -> Tensor:
-        with torch.enable_grad(), same_random_numbers():  # it may take a gradient as it runs
-            return called(net.train(training), {}, inputs, running).detach()
+        with torch.enable_grad():  # it may take a gradient as it runs
+            return called(net.train(training), {}, mapped(torch.clone, inputs), running).detach()
 
     try:
         return takes(inputs)

@@ -54,7 +54,7 @@ def first_of(loader: DataLoader) -> Any:
     if loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler:
         return None
     try:
-        with same_random_numbers(), torch.random.fork_rng(devices=[]):
+        with same_random_numbers(torch.device("cpu")):
             copied = _copy(dataset)
             if loader.batch_size is None:
                 return loader.collate_fn(copied[0])

@@ -114,7 +114,7 @@ def is_computed(loss: Callable[..., Any], outputs: Tensor, targets: Any) -> bool
     """Whether a loss takes outputs and targets."""
     try:
         with torch.no_grad():
-            loss(outputs, targets)
+            loss(outputs.clone(), mapped(torch.clone, targets))
     except Exception:  # said by the check that follows
         return False
     return True
@@ -124,7 +124,7 @@ def _loss_with_gradient(loss: Callable[..., Any], outputs: Tensor, targets: Any)
     """The loss of outputs and targets, once its gradient is known to exist: some types allow the loss alone."""
     with torch.inference_mode(False), torch.enable_grad(), without_broadcasting():
         leaf = outputs.detach().clone().requires_grad_()
-        value = loss(leaf, mapped(torch.clone, targets))
+        value = loss(leaf.clone(), mapped(torch.clone, targets))
         if isinstance(value, Tensor) and value.requires_grad:
             torch.autograd.grad(value.sum(), leaf, allow_unused=True)
     return value
@@ -164,7 +164,8 @@ def _is_paired(loss: Callable[..., Any], outputs: Tensor, targets: Any) -> bool:
         spread = torch.arange(outputs.numel(), device=outputs.device).to(wide).mul(0.7548776662466927).frac()
         changed = outputs.to(wide) + spread.view(outputs.shape)
         first, second = (
-            loss(changed, each.to(wide) if each.is_floating_point() else each) for each in (targets, moved)
+            loss(changed.clone(), each.to(wide, copy=True) if each.is_floating_point() else each.clone())
+            for each in (targets, moved)
         )
     except Exception:  # outputs that the loss does not take
         return True

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from maml_lightning.analysis.tables import csv_bytes, write_file
-from maml_lightning.engine.state import RandomState
 from maml_lightning.engine.trials import same_random_numbers
 from maml_lightning.episodes import Episode
 from maml_lightning.files import short
@@ -83,10 +82,10 @@ def is_transductive(maml: MAML, episode: Episode) -> bool | None:
     """
     support, targets, queries, _ = (first_task(part) for part in Episode(*map(plain, episode)))
     try:
-        with RandomState(maml.device).restored(), same_random_numbers(), torch.no_grad():
+        with same_random_numbers(maml.device), torch.no_grad():
             adapted = maml.adapt(support, targets, steps=0).eval()
-            together = call(adapted, queries)[0].float()
-            alone = call(adapted, mapped(lambda tensor: tensor[:1], queries))[0].float()
+            together = call(adapted, mapped(torch.clone, queries))[0].float()
+            alone = call(adapted, mapped(lambda tensor: tensor[:1].clone(), queries))[0].float()
     except Exception:  # whatever a network raises that does not take one query
         return None
     tolerance = torch.finfo(next(maml.parameters()).dtype).eps ** 0.5 * together.abs().max().item()

@@ -2,10 +2,12 @@ import copy
 import gc
 import pickle
 import weakref
+from array import array
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -167,3 +169,58 @@ def test_what_containers_hold_is_not_looked_at_one_by_one(monkeypatch):
     monkeypatch.setattr(fingerprints, "_of", lambda value, seen: calls.append(value) or of(value, seen))
     fingerprint_of(words())
     assert len(calls) < 200
+
+
+def first_of(large):
+    large[0] += 1
+
+
+VALUES = {  # before, and what changes them
+    "the sign of zero": (lambda: 0.0, lambda net: setattr(net, "own", -0.0)),
+    "the sign of an imaginary zero": (lambda: 1 + 0j, lambda net: setattr(net, "own", complex(1, -0.0))),
+    "the sign of zero among many": (lambda: [1.0] * 99 + [0.0], lambda net: net.own.__setitem__(99, -0.0)),
+    "the sign of zero among many kinds": (lambda: [1] * 99 + [0.0], lambda net: net.own.__setitem__(99, -0.0)),
+    "an object in an array": (lambda: np.array([[1.0], None, [2.0]], dtype=object), lambda net: net.own[0].append(1)),
+    "an array's shape": (lambda: np.zeros(6), lambda net: setattr(net, "own", np.zeros((2, 3)))),
+    "the type of an array of Python's": (lambda: array("i", [0]), lambda net: setattr(net, "own", array("f", [0.0]))),
+    "data of a large tensor": (lambda: torch.zeros(1000), lambda net: net.own.data.add_(1)),
+    "one number of a large tensor": (lambda: torch.zeros(1000), lambda net: first_of(net.own.data)),
+    "a large tensor through NumPy": (lambda: torch.zeros(1000), lambda net: first_of(net.own.numpy())),
+    "the sign of zero in a large tensor": (lambda: torch.zeros(1000), lambda net: net.own.data.neg_()),
+    "data of a large complex tensor": (
+        lambda: torch.zeros(99, dtype=torch.complex64),
+        lambda net: net.own.data.add_(1),
+    ),
+    "data of a view": (lambda: torch.zeros(99, 2)[:, 0], lambda net: first_of(net.own.data)),
+    "other data": (lambda: torch.zeros(99), lambda net: setattr(net.own, "data", torch.zeros(98))),
+    "data of another type": (lambda: torch.zeros(9), lambda net: setattr(net.own, "data", torch.zeros(9).double())),
+}
+
+
+@pytest.mark.parametrize("kind", VALUES)
+def test_a_change_of_bits_is_another_fingerprint(kind):
+    make, change = VALUES[kind]
+    net = nn.Linear(2, 3)
+    net.own = make()
+    assert_changes(change, net)
+
+
+@pytest.mark.parametrize("make", [lambda: float("nan"), lambda: [float("nan")] * 99, lambda: np.full(9, np.nan)])
+def test_no_number_is_like_no_number(make):
+    net = nn.Linear(2, 3)
+    net.own = make()
+    before = fingerprint_of(net)
+    net.own = make()
+    assert fingerprint_of(net) == before
+
+
+def test_a_large_tensor_of_no_numbers_stays_the_same():
+    net = nn.Linear(2, 3)
+    net.own = torch.full((1000,), float("nan"))
+    assert fingerprint_of(net) == fingerprint_of(net)
+
+
+def test_objects_in_arrays_are_not_taken_for_others():
+    net = nn.Linear(2, 3)
+    net.own, net.other = np.array([[1.0], [2.0]], dtype=object), [[3.0]]
+    assert_changes(lambda net: net.other[0].append(1), net)

@@ -1,5 +1,6 @@
 """Which networks may call an operator that has no second derivative; those that do not run without the mode."""
 
+import operator
 from functools import partial
 
 import pytest
@@ -38,6 +39,7 @@ class OfClass(Calls):
     kind = nn.Hardsigmoid
 
 
+HARD = "hard"
 CHANGING = F.relu
 
 
@@ -53,11 +55,15 @@ def hooked():
 
 CALL = {
     "function": lambda: Calls(F.hardsigmoid),
-    "builtin function": lambda: Calls(torch.rrelu),
+    "builtin function": lambda: Calls(torch.lstm),
     "lambda": lambda: Calls(lambda x: F.hardsigmoid(x)),
     "function of a function": lambda: Calls(lambda x: helper(x)),
+    "attrgetter": lambda: Calls(lambda x: operator.attrgetter(HARD + "sigmoid")(F)(x)),
+    "variables": lambda: Calls(lambda x: vars(F)[HARD + "sigmoid"](x)),
+    "dictionary of a module": lambda: Calls(lambda x: F.__dict__[HARD + "sigmoid"](x)),
+    "imported by name": lambda: Calls(lambda x: __import__("operator").methodcaller(HARD + "sigmoid", x)(F)),
     "closure": lambda: (lambda act: Calls(lambda x: act(x)))(F.hardsigmoid),
-    "partial": lambda: Calls(partial(F.rrelu, lower=0.1)),
+    "partial": lambda: Calls(partial(F.hardsigmoid, inplace=False)),
     "bound method": lambda: Calls(nn.Hardsigmoid().forward),
     "layer": lambda: nn.Sequential(nn.Linear(2, 2), nn.Hardsigmoid()),
     "base class": lambda: nn.InstanceNorm2d(2),
@@ -65,7 +71,7 @@ CALL = {
     "object": lambda: Calls(torch.tanh, Held()),
     "hook": hooked,
     "recurrent": lambda: nn.LSTM(2, 2),
-    "name made by code": lambda: Calls(lambda x: getattr(F, "hard" + "sigmoid")(x)),
+    "name made by code": lambda: Calls(lambda x: getattr(F, HARD + "sigmoid")(x)),
     "layer made in the call": lambda: Calls(lambda x: nn.Hardsigmoid()(x)),
     "table of a class": lambda: InTable(torch.tanh),
     "class of a class": lambda: OfClass(torch.tanh),

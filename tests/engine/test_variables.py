@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from maml_lightning import MAML, Episode
+from maml_lightning.engine import variables
 from maml_lightning.engine.fingerprints import fingerprint
 from tests.engine.test_trials import episode, gradient
 from tests.reference import reference, relative_error
@@ -97,6 +98,25 @@ VARIABLES = {
     "method of a dictionary": (lambda net: net.get("scale"), lambda net, value: net.get.__self__.update(scale=value)),
     "weak reference": (lambda net: REFERENCE().scale, lambda net, value: setattr(OBJECT, "scale", value)),
 }
+
+
+def test_a_variable_of_an_installed_module_that_code_names_is_another_fingerprint(monkeypatch):
+    installed = ModuleType("installed_settings")
+    installed.__file__ = f"{variables._INSTALLED[0]}/installed_settings.py"
+    installed.scale_1 = 1.0
+    monkeypatch.setitem(sys.modules, "installed_settings", installed)
+    net = Net(of_installed)
+    before = fingerprint((net,))
+    assert fingerprint((net,)) == before
+    installed.scale_1 = 3.0
+    assert net.scale(net) == 3.0
+    assert fingerprint((net,)) != before
+
+
+def of_installed(net, step=1):
+    import installed_settings
+
+    return getattr(installed_settings, f"scale_{step}")
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.library import custom_op
 
+from maml_lightning.engine.kernels.last_derivative import LastDerivative, of_one_task
 from maml_lightning.engine.kernels.layout import all_tasks_first
 
 
@@ -172,11 +173,6 @@ def _(
     return a, b, c, d, e, f
 
 
-def of_one_task(op: Any, *tensors: Tensor) -> list[Tensor]:
-    """An operator of tensors with a dimension over tasks, of those of one task."""
-    return [result[0].clone() for result in op(*(tensor.contiguous()[None] for tensor in tensors))]
-
-
 def _forward(x: Tensor, h_0: Tensor, c_0: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     h, c, gates = _forward_op(x, h_0, c_0, weight)
     return h, c[:, -1].clone(), c, gates
@@ -230,28 +226,6 @@ class _LayerBackward(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *inputs: Tensor) -> tuple:
         return _backward(*all_tasks_first(info, in_dims, *inputs)), (0, 0, 0, 0)
-
-
-class LastDerivative(Function):
-    """``(operator, *tensors)``: the second derivative of a recurrent layer, which has no derivative of its own."""
-
-    @staticmethod
-    def forward(operator: Any, *inputs: Tensor) -> tuple:
-        return tuple(of_one_task(operator, *inputs))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        # What torch.func would otherwise take for zero; torch's own layer then runs.
-        raise NotImplementedError("the derivative for the second derivative of a recurrent layer is not implemented")
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple, operator: Any, *inputs: Tensor) -> tuple:
-        results = operator(*all_tasks_first(info, in_dims[1:], *inputs))
-        return results, (0,) * len(results)
 
 
 def lstm_layer(x: Tensor, h: Tensor, c: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,9 +34,6 @@ def _contiguous(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
 # Without a second derivative in torch.
 DIFFERENTIABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     F.hardsigmoid: hardsigmoid,
-    F.rrelu: rrelu,
-    torch.rrelu: rrelu,
-    torch.rrelu_: partial(rrelu, inplace=True),
     F.embedding_bag: embedding_bag,
 }
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -46,6 +43,9 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     **{f: _contiguous(conv_transpose2d) for f in (torch.conv_transpose2d, F.conv_transpose2d)},
     F.batch_norm: _contiguous(batch_norm),
     F.instance_norm: instance_norm,
+    F.rrelu: rrelu,
+    torch.rrelu: rrelu,
+    torch.rrelu_: partial(rrelu, inplace=True),
     **DIFFERENTIABLE,
     **poolings(),
     **recurrences(),

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 from torch.overrides import TorchFunctionMode
 
+from maml_lightning.engine.kernels.last_derivative import LastDerivative
 from maml_lightning.engine.kernels.layout import all_tasks_first, leaves_cache
 from maml_lightning.task_statistics import statistics_part
 
@@ -128,23 +128,46 @@ class _NormalizeBackward(Function):
         return _project_op(g, n, weight * r), (0, 0, 0)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, u: Tensor, v: Tensor, w: Tensor) -> tuple:
-        # u, v, w: cotangents of dx, dweight, dbias. With a = mean(.) per channel:
-        #   g_bar = weight * J u + v n + w
-        #   x_bar = v J g - r weight (a(u J g) n + a(u n) J g + a(g n) J u)
-        g, weight, n, r, sum_gn, sum_g = ctx.saved_tensors
-        dims, count = tuple(range(g.dim() - 1)), g[..., 0].numel()
-        mean_g, mean_gn = sum_g / count, sum_gn / count
-        mean_u, mean_un, mean_ug = u.sum(dims) / count, (u * n).sum(dims) / count, (u * g).sum(dims) / count
-        mean_ujg = r * (mean_ug - mean_u * mean_g - mean_un * mean_gn)
-        scale = weight * r
-        g_bar = torch.addcmul(torch.addcmul(w - scale * mean_u, n, v - scale * mean_un), u, scale)
-        along_g, along_u = r * (v - scale * mean_un), -r * scale * mean_gn
-        along_n = -scale * mean_ujg - along_g * mean_gn - along_u * mean_un
-        x_bar = torch.addcmul(-along_g * mean_g - along_u * mean_u, n, along_n)
-        x_bar = torch.addcmul(torch.addcmul(x_bar, g, along_g), u, along_u)
-        return g_bar, x_bar, count * mean_ujg, None, None
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple:
+        g_bar, x_bar, weight_bar = LastDerivative.apply(_second_derivative, *cotangents, *ctx.saved_tensors)
+        return g_bar, x_bar, weight_bar, None, None
+
+
+def _second_derivative(
+    u: Tensor,
+    v: Tensor,
+    w: Tensor,
+    g: Tensor,
+    weight: Tensor,
+    n: Tensor,
+    r: Tensor,
+    sum_gn: Tensor,
+    sum_g: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The cotangents of ``g [T, ..., C]``, of ``x`` and of ``weight [T, C]`` from those of ``dx, dweight, dbias``.
+
+    With ``u, v, w`` of these and ``a(.)`` the mean per channel::
+
+        g_bar = weight * J u + v n + w
+        x_bar = v J g - r weight (a(u J g) n + a(u n) J g + a(g n) J u)
+    """
+    dims, count = tuple(range(1, g.dim() - 1)), g[0, ..., 0].numel()
+    mean_g, mean_gn = sum_g / count, sum_gn / count
+    mean_u, mean_un, mean_ug = u.sum(dims) / count, (u * n).sum(dims) / count, (u * g).sum(dims) / count
+    mean_ujg = r * (mean_ug - mean_u * mean_g - mean_un * mean_gn)
+    scale = weight * r
+    along_g, along_u = r * (v - scale * mean_un), -r * scale * mean_gn
+    along_n = -scale * mean_ujg - along_g * mean_gn - along_u * mean_un
+    of_g, along_gn, of_x, to_n, to_g, to_u, to_gu = (
+        _per_channel(values, g)
+        for values in (
+            *(w - scale * mean_u, v - scale * mean_un, -along_g * mean_g - along_u * mean_u),
+            *(along_n, along_g, along_u, scale),
+        )
+    )
+    g_bar = torch.addcmul(torch.addcmul(of_g, n, along_gn), u, to_gu)
+    x_bar = torch.addcmul(torch.addcmul(torch.addcmul(of_x, n, to_n), g, to_g), u, to_u)
+    return g_bar, x_bar, count * mean_ujg
 
 
 def batch_norm(

@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.library import custom_op
 
+from maml_lightning.engine.kernels.last_derivative import LastDerivative, of_one_task
 from maml_lightning.engine.kernels.layout import all_tasks_first
-from maml_lightning.engine.kernels.lstm import LastDerivative, before, of_one_task, outer, times
+from maml_lightning.engine.kernels.lstm import before, outer, times
 
 
 # Shapes: x [T, L, B, M], M of 3H in a GRU, else H; h, g, d [T, L, B, H]; h_0 [T, B, H]; R [T, M, H]; b [T, M].
