@@ -32,6 +32,7 @@ from maml_lightning.errors import SettingError
 
 log = logging.getLogger(__name__)
 MAX_GRAPHS = 64  # so many graphs are kept; inputs of ever new shapes run untraced
+FEW_TASKS = 4  # fewer run in a loop where there is no graph yet: starting operators under vmap takes as long as so many
 
 Execution = Literal["auto", "traced", "vectorized", "loop"]
 WAYS: tuple[Literal["traced", "vectorized", "loop"], ...] = ("traced", "vectorized", "loop")
@@ -55,7 +56,7 @@ class Executor:
 
     def _forget(self) -> None:
         self._graphs: dict[tuple, Any] = {}
-        self._signatures: dict[tuple, set[Hashable]] = {}  # seen of each family of calls
+        self._signatures: dict[tuple, dict[Hashable, int]] = {}  # of each family of calls, and when first seen
         self._states = States(self._forget_state)
         self._checked: set[tuple] = set()  # graphs and families of calls that agree with the loop
         self._examined: set[Hashable] = set()  # networks whose effects are known
@@ -142,19 +143,21 @@ class Executor:
         leaves, spec = pytree.tree_flatten(job.args)
         family = (*job.family, structure(spec))
         key = (*family, *signature(leaves))
-        seen = self._signatures.setdefault(family, set())
-        # The first signature is traced at once, others when they come again: ever new lengths never pay for traces.
-        pays = not seen or key in seen
-        seen.add(key)
+        seen = self._signatures.setdefault(family, {})
+        # The first signature is traced at once, others in a later meta-step: ever new lengths never pay for traces.
+        pays = not seen or seen.get(key, state.time) < state.time
+        seen.setdefault(key, state.time)
         before, compared, reference = RandomState(job.device()), False, None
         while (way := self._way(state)) != LOOP:
             traced = way == TRACED and (self._is_traced(key, pays) or self.execution == "traced")
+            alone = way == TRACED and not traced and not job.recompute and job.tasks() < FEW_TASKS
             checked = key if traced else family
-            if checked not in self._checked and not compared:
+            if not alone and checked not in self._checked and not compared:
                 compared, reference = True, self._last_task(job)
                 continue
             try:
-                outputs, pullback, effect = self._replay(job, key, leaves) if traced else self._untraced(job, key)
+                run = self._replay(job, key, leaves) if traced else self._untraced(job, key, alone)
+                outputs, pullback, effect = run
                 why = effect or (reference and disagreement(outputs, reference[0]))
             except Exception as error:  # whatever a user's network raises where it cannot run this way
                 effect, why = "", reason_of(error)
@@ -162,7 +165,7 @@ class Executor:
                 effect = why = "it changes its own attributes or variables as it runs"
             if not why:
                 self.settled &= traced and not compared
-                self._checked.add(checked)
+                self._checked |= set() if alone else {checked}
                 self._announce(state)
                 return outputs, self._check_once(job, pullback, reference[1]) if pullback and reference else pullback
             before.restore()
@@ -288,13 +291,20 @@ class Executor:
         self._announce(job.function.state)
         return outputs, None if pullback is None else naming_what_has_no_derivative()(pullback)
 
-    def _untraced(self, job: Job, key: tuple) -> tuple[Any, Callable | None, str]:
-        """Outputs and pullback by ``vmap``, on copies while effects, which have to happen in a loop, may begin."""
+    def _untraced(self, job: Job, key: tuple, alone: bool) -> tuple[Any, Callable | None, str]:
+        """Outputs and pullback by ``vmap`` or task by task, on copies while effects may begin.
+
+        Those have to happen in a loop over tasks.
+        """
+
+        def run(job: Job) -> tuple[Any, Callable | None]:
+            return job.in_loop() if alone else job.untraced()
+
         if job.function.state.number is not None and (*key, "no effects") in self._checked:
-            return *job.untraced(), ""
+            return *run(job), ""
         if why := needs_loop(job.function.state.objects):
             return None, None, why
-        (outputs, pullback), changes = job.function.state.trial().run(lambda objects: job.on(objects).untraced())
+        (outputs, pullback), changes = job.function.state.trial().run(lambda objects: run(job.on(objects)))
         self._checked |= set() if changes else {(*key, "no effects")}
         return outputs, pullback, changes and f"it {changes}"
 

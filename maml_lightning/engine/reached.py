@@ -54,24 +54,25 @@ def _may(value: Any, names: frozenset[str], seen: set[int]) -> bool:
 
 
 _PARTS = (Mapping, list, tuple, set, frozenset, type, partial, BuiltinFunctionType)  # attributes of classes
-_CLASSES: WeakKeyDictionary[type, dict[frozenset[str], bool]] = WeakKeyDictionary()  # read once
+_LIBRARY: WeakKeyDictionary[type, dict[frozenset[str], bool]] = WeakKeyDictionary()  # its classes, read once
 
 
 def _class(kind: type, names: frozenset[str], seen: set[int]) -> bool:
-    if not is_fixed(kind.__module__):
-        return _reads(kind, names, seen)  # anew each time, because globals may have others by now
-    known = _CLASSES.setdefault(kind, {})
+    # The user's are read anew each time, because globals may have others by now.
+    return any(_of_library(cls, names) if is_fixed(cls.__module__) else _own(cls, names, seen) for cls in kind.__mro__)
+
+
+def _of_library(cls: type, names: frozenset[str]) -> bool:
+    known = _LIBRARY.setdefault(cls, {})
     if names not in known:
         known[names] = False  # of a class that leads back to itself
-        known[names] = _reads(kind, names, set())
+        known[names] = any(_function(function, names, set()) for _, function in functions_in(cls))
     return known[names]
 
 
-def _reads(kind: type, names: frozenset[str], seen: set[int]) -> bool:
-    functions = (function for cls in kind.__mro__ for _, function in functions_in(cls))
-    own = (part for cls in kind.__mro__ if not is_fixed(cls.__module__) for part in vars(cls).values())
-    parts = (part for part in own if isinstance(part, _PARTS))
-    return any(_function(function, names, seen) for function in functions) or any(
+def _own(cls: type, names: frozenset[str], seen: set[int]) -> bool:
+    parts = (part for part in vars(cls).values() if isinstance(part, _PARTS))
+    return any(_function(function, names, seen) for _, function in functions_in(cls)) or any(
         _may(part, names, seen) for part in parts
     )
 

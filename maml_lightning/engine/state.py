@@ -1,5 +1,6 @@
 """The Python objects that functions of tensors depend on, and the random numbers that they draw."""
 
+import itertools
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,8 @@ from torch import nn
 from maml_lightning.devices import random_states, set_random_states
 from maml_lightning.engine.fingerprints import fingerprint
 from maml_lightning.engine.trials import Trial
+
+_TIMES = itertools.count()
 
 
 class State:
@@ -25,6 +28,7 @@ class State:
         self.objects, self.key, self.number = objects, key, number
         modules = [part for part in objects if isinstance(part, nn.Module)]
         self.network = tuple((id(module), module.training) for module in modules)  # the same for all its states
+        self.time = next(_TIMES)  # in the order of meta-steps, each of which makes one
         self._trial: Trial | None = None
 
     def trial(self) -> Trial:
