@@ -91,6 +91,10 @@ class Job(NamedTuple):
         dims: Any = pytree._broadcast_to_and_flatten(self.in_dims, spec)
         return next(leaf for leaf, dim in zip(leaves, dims, strict=True) if dim is not None)
 
+    def tasks(self) -> int:
+        """How many tasks the chunk has."""
+        return len(self._batched(self.args))
+
     def last_task(self) -> "Job":
         """The same of the last task alone."""
 
