@@ -128,13 +128,7 @@ def _copied(
             memo[id(value)] = manager = type(value)(*made_of)
             managers.append((manager, made_of))
     for original, copied in functions:
-        for cell, own in zip(original.__closure__ or (), copied.__closure__ or (), strict=True):
-            if cell != CellType():
-                own.cell_contents = copy.deepcopy(cell.cell_contents, memo)
-        copied.__defaults__, copied.__kwdefaults__, own_attributes = (
-            _copy(part, memo) for part in (original.__defaults__, original.__kwdefaults__, vars(original))
-        )
-        vars(copied).update(own_attributes)
+        _complete(copied, original, memo)
     for manager, made_of in managers:
         vars(manager).update(vars(type(manager)(*(_copy(part, memo) for part in made_of))))
     parts = [_copy(part, memo) for part in objects]
@@ -149,6 +143,17 @@ def _copied(
     if hasattr(objects, "_fields"):
         return objects._replace(**dict(zip(objects._fields, parts, strict=True))), changed
     return (*parts,), changed
+
+
+def _complete(copied: FunctionType, original: FunctionType, memo: dict[int, Any]) -> None:
+    """Give the copy of a function copies of what the function closes over, its defaults and attributes."""
+    for cell, own in zip(original.__closure__ or (), copied.__closure__ or (), strict=True):
+        if cell != CellType():
+            own.cell_contents = copy.deepcopy(cell.cell_contents, memo)
+    copied.__defaults__, copied.__kwdefaults__, own_attributes = (
+        _copy(part, memo) for part in (original.__defaults__, original.__kwdefaults__, vars(original))
+    )
+    vars(copied).update(own_attributes)
 
 
 def _function_like(function: FunctionType) -> FunctionType:
