@@ -61,11 +61,11 @@ class Row(NamedTuple):
         return f"| {self.name} | {exact} | {' | '.join(rest)} |"
 
 
-def way(maml: MAML) -> str:
-    """How the tasks of this module are run: traced, vectorized or loop."""
+def way(maml: MAML, tasks: int) -> str:
+    """How so many tasks of this module are run: traced, vectorized or loop."""
     loop = maml._inner_loop
     state = loop._executor.state(Model(loop.net, loop.loss, loop.optimizer, loop.proximal))
-    return loop._executor.way(state)
+    return loop._executor.way(state, tasks)
 
 
 def error(case: Case) -> float:
@@ -116,7 +116,7 @@ def measure(case: Case, tasks: int, rounds: int) -> Row:
         return Row(case.name, note=f"**fails**: {(str(failure).splitlines() or [type(failure).__name__])[0]}")
     taken = [(seconds(theirs, CPU), seconds(ours, CPU)) for _ in range(rounds)]
     speed = statistics.median(loop / own for loop, own in taken)
-    return Row(case.name, worst, way(maml), first, speed, peak_bytes(ours) / peak_bytes(theirs))
+    return Row(case.name, worst, way(maml, tasks), first, speed, peak_bytes(ours) / peak_bytes(theirs))
 
 
 def chosen(pattern: str) -> list[tuple[Case, bool]]:

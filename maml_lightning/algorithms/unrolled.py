@@ -36,7 +36,8 @@ def meta_gradient(setup: Setup, chunk: Episode, total: MetaGradient, settings: S
     """Add the meta-gradients of a chunk's tasks to ``total``; see :class:`Algorithm`."""
     steps = setup.steps
     weights = settings.weights or [0.0] * steps + [1.0]
-    if setup.executor.way(setup.model) == "loop":  # one task's memory; recomputing its steps would repeat effects
+    # One task's memory; recomputing its steps would repeat effects.
+    if setup.executor.way(setup.model, chunk.tasks) == "loop":
         return _by_loop(setup, chunk, total, settings.first_order, weights)
     setup, pullback_of_start = with_pullback(setup, chunk)
     trajectory, pullbacks, state = _forward(setup, chunk, settings.first_order)

@@ -32,7 +32,9 @@ from maml_lightning.errors import SettingError
 
 log = logging.getLogger(__name__)
 MAX_GRAPHS = 64  # so many graphs are kept; inputs of ever new shapes run untraced
-FEW_TASKS = 4  # fewer run in a loop where there is no graph yet: starting operators under vmap takes as long as so many
+# Fewer tasks are faster in a loop than under vmap, which takes its time at each operator: while a network has no graph
+# for inputs of this shape yet, and where it can have none (measured: issue 23).
+FEW_YET, FEW = 4, 12
 
 Execution = Literal["auto", "traced", "vectorized", "loop"]
 WAYS: tuple[Literal["traced", "vectorized", "loop"], ...] = ("traced", "vectorized", "loop")
@@ -98,9 +100,9 @@ class Executor:
         """Whether it is known what running the network has for effects."""
         return state.network in self._examined
 
-    def way(self, state: State) -> str:
-        """How functions of these objects run now: traced, vectorized or loop."""
-        return WAYS[self._way(state)]
+    def way(self, state: State, tasks: int = FEW) -> str:
+        """How functions of these objects run now over so many tasks: traced, vectorized or loop."""
+        return WAYS[self._way(state, tasks)]
 
     def saved_bytes(self, function: Callable, in_dims: tuple, *args: Any) -> int:
         """Bytes that the backward pass through ``function`` of the first task needs, beside its arguments."""
@@ -150,7 +152,8 @@ class Executor:
         before, compared, reference = RandomState(job.device()), False, None
         while (way := self._way(state)) != LOOP:
             traced = way == TRACED and (self._is_traced(key, pays) or self.execution == "traced")
-            alone = way == TRACED and not traced and not job.recompute and job.tasks() < FEW_TASKS
+            few = FEW_YET if way == TRACED else FEW
+            alone = not traced and self.execution == "auto" and not job.recompute and job.tasks() < few
             checked = key if traced else family
             if not alone and checked not in self._checked and not compared:
                 compared, reference = True, self._last_task(job)
@@ -166,17 +169,19 @@ class Executor:
             if not why:
                 self.settled &= traced and not compared
                 self._checked |= set() if alone else {checked}
-                self._announce(state)
+                self._announce(state, LOOP if alone else way)
                 return outputs, self._check_once(job, pullback, reference[1]) if pullback and reference else pullback
             before.restore()
             self._lower(state, LOOP if effect else way + 1, why)
         return self._looped(job)
 
-    def _way(self, state: State) -> int:
+    def _way(self, state: State, tasks: int = FEW) -> int:
         if self.execution != "auto":
             return WAYS.index(self.execution)
         lowest = self._lowest.get(state.network, TRACED)
-        return max(lowest, VECTORIZED) if state.number is None else lowest
+        if state.number is None:
+            lowest = max(lowest, VECTORIZED)
+        return LOOP if lowest == VECTORIZED and tasks < FEW else lowest
 
     def _lower(self, state: State, way: int, why: str) -> None:
         """Take a slower way from now on."""
@@ -190,10 +195,10 @@ class Executor:
         self._lowest[state.network] = max(way, self._lowest.get(state.network, TRACED))
         self._reasons.setdefault(state.network, why)
 
-    def _announce(self, state: State) -> None:
+    def _announce(self, state: State, way: int) -> None:
         """Say once in which slower way a network runs, and why."""
         if (why := self._reasons.get(state.network)) is not None:
-            how = "task by task" if self._way(state) == LOOP else "without a recorded graph"
+            how = "task by task" if way == LOOP else "without a recorded graph"
             self._say(f"The network runs {how}, which is slower: {why}")
 
     def _say(self, line: str) -> None:
@@ -282,13 +287,13 @@ class Executor:
         self.settled = False
         with naming_what_has_no_derivative(), by_autograd():
             yield
-        self._announce(state)
+        self._announce(state, LOOP)
 
     def _looped(self, job: Job) -> tuple[Any, Callable | None]:
         self.settled = False
         with naming_what_has_no_derivative():
             outputs, pullback = job.in_loop()
-        self._announce(job.function.state)
+        self._announce(job.function.state, LOOP)
         return outputs, None if pullback is None else naming_what_has_no_derivative()(pullback)
 
     def _untraced(self, job: Job, key: tuple, alone: bool) -> tuple[Any, Callable | None, str]:

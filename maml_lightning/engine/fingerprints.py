@@ -12,7 +12,6 @@ from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import is_dataclass
-from functools import partial
 from types import BuiltinMethodType, CellType, FunctionType, MethodType, MethodWrapperType, ModuleType
 from typing import Any
 
@@ -25,6 +24,7 @@ from maml_lightning.engine.variables import (
     PLAIN,
     Variable,
     functions_of,
+    ingredients,
     is_installed,
     names_of,
     of_class,
@@ -140,8 +140,8 @@ def _of(value: Any, seen: _Seen) -> Hashable:
         return (kind, *[_of(v, seen) for v in value], *_of_kind(value, seen))
     if isinstance(value, set | frozenset):
         return (kind, frozenset(_of(v, seen) for v in value), *_of_kind(value, seen))
-    if kind is partial:
-        return (kind, _of(value.func, seen), _of(value.args, seen), _of(value.keywords, seen))
+    if (made_of := ingredients(value)) is not None:
+        return (kind, *[_of(part, seen) for part in made_of])
     if isinstance(value, Tensor):
         return of_tensor(value)
     if isinstance(value, np.ndarray) and value.dtype.hasobject:

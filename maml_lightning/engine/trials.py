@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from maml_lightning.devices import has_values, random_states, set_random_states
 from maml_lightning.engine.fingerprints import attributes_of, fingerprint, is_of_library, variables_of
 from maml_lightning.engine.outside import calls_outside
-from maml_lightning.engine.variables import Variable, is_installed
+from maml_lightning.engine.variables import Manager, Variable, ingredients, is_fixed
 
 
 class Trial:
@@ -112,6 +111,7 @@ def _copied(
     """
     memo: dict[int, Any] = {}
     functions: list[tuple[FunctionType, FunctionType]] = []
+    managers: list[tuple[Manager, tuple]] = []
     for value in _reachable((objects, [variable.value for variable in variables])):
         if isinstance(value, Tensor):
             if share_parameters and isinstance(value, nn.Parameter):
@@ -122,17 +122,16 @@ def _copied(
             memo[id(value)] = value.clone_state()
         elif type(value) is object or _is_shared(value):
             memo[id(value)] = value
-        elif isinstance(value, FunctionType) and value.__closure__:
+        elif isinstance(value, FunctionType) and value.__closure__ and not is_fixed(value.__module__):
             memo[id(value)] = copied = _function_like(value)
             functions.append((value, copied))
+        elif isinstance(value, Manager) and (made_of := ingredients(value)) is not None:  # generators have no copies
+            memo[id(value)] = manager = type(value)(*made_of)
+            managers.append((manager, made_of))
     for original, copied in functions:
-        for cell, own in zip(original.__closure__ or (), copied.__closure__ or (), strict=True):
-            if cell != CellType():
-                own.cell_contents = copy.deepcopy(cell.cell_contents, memo)
-        copied.__defaults__, copied.__kwdefaults__, own_attributes = (
-            _copy(part, memo) for part in (original.__defaults__, original.__kwdefaults__, vars(original))
-        )
-        vars(copied).update(own_attributes)
+        _complete(copied, original, memo)
+    for manager, made_of in managers:
+        vars(manager).update(vars(type(manager)(*(_copy(part, memo) for part in made_of))))
     parts = [_copy(part, memo) for part in objects]
     others = {
         (id(variable.owner), variable.name): (variable, _copy_or_own(variable.value, memo)) for variable in variables
@@ -145,6 +144,17 @@ def _copied(
     if hasattr(objects, "_fields"):
         return objects._replace(**dict(zip(objects._fields, parts, strict=True))), changed
     return (*parts,), changed
+
+
+def _complete(copied: FunctionType, original: FunctionType, memo: dict[int, Any]) -> None:
+    """Give the copy of a function copies of what the function closes over, its defaults and attributes."""
+    for cell, own in zip(original.__closure__ or (), copied.__closure__ or (), strict=True):
+        if cell != CellType():
+            own.cell_contents = copy.deepcopy(cell.cell_contents, memo)
+    copied.__defaults__, copied.__kwdefaults__, own_attributes = (
+        _copy(part, memo) for part in (original.__defaults__, original.__kwdefaults__, vars(original))
+    )
+    vars(copied).update(own_attributes)
 
 
 def _function_like(function: FunctionType) -> FunctionType:
@@ -226,12 +236,12 @@ def _parts(value: Any) -> list[Any]:
         return list(value.values())
     if isinstance(value, list | tuple | set | frozenset | deque):
         return list(value)
-    if isinstance(value, partial):
-        return [value.func, *value.args, *value.keywords.values()]
+    if (made_of := ingredients(value)) is not None:
+        return list(made_of)
     if isinstance(value, MethodType):
         return [value.__func__, value.__self__]
     if isinstance(value, FunctionType):
-        cells = value.__closure__ or () if not is_installed(value.__module__) else ()
+        cells = value.__closure__ or () if not is_fixed(value.__module__) else ()
         return [cell.cell_contents for cell in cells if cell != CellType()]
     if isinstance(value, Tensor) or is_of_library(value):
         return []

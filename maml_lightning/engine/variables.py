@@ -5,12 +5,14 @@ packages count where they hold plain values: the rest of them is not the user's 
 """
 
 import dis
+import inspect
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
+from contextlib import _GeneratorContextManager as Manager
 from contextlib import suppress
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
@@ -103,6 +105,19 @@ def functions_in(cls: type) -> Iterator[tuple[str, FunctionType]]:
 def own_classes(kind: type) -> list[type]:
     """The class and its bases, but for those of PyTorch, NumPy, Python and this package."""
     return [cls for cls in kind.__mro__ if not is_fixed(cls.__module__)]
+
+
+def ingredients(value: Any) -> tuple[Any, tuple, dict[str, Any]] | None:
+    """A function and the arguments with which a value calls it: ``partial``, and a context manager not yet entered.
+
+    Such a manager, of ``contextlib.contextmanager``, is in the closure of each function that it decorates. None for
+    anything else.
+    """
+    if type(value) is partial:
+        return value.func, value.args, value.keywords
+    if isinstance(value, Manager) and inspect.getgeneratorstate(value.gen) == inspect.GEN_CREATED:
+        return value.func, value.args, value.kwds
+    return None
 
 
 def is_fixed(module: str | None) -> bool:

@@ -1,10 +1,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.func import grad
 
-from maml_lightning.engine.execution import FEW_TASKS, Executor
+from maml_lightning import MAML, Episode
+from maml_lightning.engine.execution import FEW, FEW_YET, Executor
 from maml_lightning.engine.jobs import Job
+from maml_lightning.structures import mapped
+from tests.reference import relative_error
 
 
 def test_the_second_derivative_of_mse_loss_is_traced(caplog):
@@ -23,7 +27,7 @@ def test_pullback_is_that_of_autograd():
     assert torch.allclose(pullback({"w": torch.full_like(x, 2)})["w"], 2 * x * x.cos())
 
 
-@pytest.mark.parametrize("tasks", [FEW_TASKS - 1, FEW_TASKS])
+@pytest.mark.parametrize("tasks", [FEW_YET - 1, FEW_YET])
 def test_a_new_shape_runs_without_a_graph_until_a_later_meta_step(tasks, monkeypatch):
     executor, ran = Executor(), []
     for name in ("in_loop", "untraced"):
@@ -43,10 +47,81 @@ def test_a_new_shape_runs_without_a_graph_until_a_later_meta_step(tasks, monkeyp
     ran.clear()
     run(4, times=2)  # inner steps of one meta-step
     assert len(executor._graphs) == 1
-    assert {name for name, count in ran if count == tasks} == {"in_loop" if tasks < FEW_TASKS else "untraced"}
+    assert {name for name, count in ran if count == tasks} == {"in_loop" if tasks < FEW_YET else "untraced"}
     run(4)
     assert len(executor._graphs) == 2
 
 
 def sine(objects, p, x):
     return (p * x).sin()
+
+
+class Masked(nn.Module):
+    """A mean over tokens that are not masked; as in transformers, a mask that hides nothing is left out."""
+
+    def __init__(self, reads: bool) -> None:
+        super().__init__()
+        self.layer, self.reads = nn.Linear(4, 3), reads
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = self.layer(x).tanh()
+        if (self.reads or not torch.compiler.is_compiling()) and mask.all():
+            return x.mean(1)
+        return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+def masked_episode(tasks: int, full: bool) -> Episode:
+    def part(examples: int) -> tuple:
+        mask = torch.arange(5) < (5 if full else torch.randint(1, 5, (tasks, examples, 1)))
+        inputs = {"x": torch.randn(tasks, examples, 5, 4), "mask": mask.expand(tasks, examples, 5).double()}
+        return inputs, torch.randint(3, (tasks, examples))
+
+    return Episode(*part(4), *part(3))
+
+
+def difference_from_loop(net: nn.Module, maml: MAML, episode: Episode) -> float:
+    gradients = []
+    for module in (maml, MAML(net, inner_lr=0.1, inner_steps=2, execution="loop")):
+        module.zero_grad()
+        module.training_step(episode, 0).backward()
+        gradients.append({name: value.grad.clone() for name, value in net.named_parameters()})
+    return relative_error(*gradients)
+
+
+def way(maml: MAML, tasks: int) -> str:
+    return maml._inner_loop._executor.way(maml._inner_loop._state(), tasks)
+
+
+def test_a_network_that_reads_no_values_where_it_is_compiled_is_traced():
+    torch.manual_seed(0)
+    net = Masked(reads=False).double()
+    maml = MAML(net, inner_lr=0.1, inner_steps=2)
+    for full in (True, False, True):
+        episode = mapped(lambda part: part.double() if part.is_floating_point() else part, masked_episode(3, full))
+        assert difference_from_loop(net, maml, episode) < 1e-9
+    assert way(maml, 3) == "traced"
+    assert not torch.compiler.is_compiling()
+
+
+def test_few_tasks_that_cannot_be_traced_run_in_a_loop_and_many_vectorized(caplog):
+    torch.manual_seed(0)
+    net = Chosen().double()
+    maml = MAML(net, inner_lr=0.1, inner_steps=2, tasks_per_chunk=None)
+    for tasks, expected in ((3, "loop"), (FEW, "vectorized")):
+        x, y = torch.randn(tasks, 4, 4, dtype=torch.float64), torch.randint(3, (tasks, 4))
+        assert difference_from_loop(net, maml, Episode(x, y, x, y)) < 1e-9
+        assert way(maml, tasks) == expected
+    assert "runs task by task" in caplog.text
+    assert "runs without a recorded graph" in caplog.text
+
+
+class Chosen(nn.Module):
+    """Which features count is read from values that do not depend on the task, as edges of a graph are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 3)
+        self.register_buffer("mask", torch.tensor([True, False, True, False]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x[:, self.mask])

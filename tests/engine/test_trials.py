@@ -4,6 +4,7 @@ import copy
 import itertools
 import random
 from collections import deque
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from maml_lightning import MAML, Episode
+from maml_lightning.engine.fingerprints import fingerprint
+from maml_lightning.engine.trials import Trial
 from tests.reference import reference, relative_error
 
 SCALE = 1.0
@@ -167,3 +170,40 @@ def test_what_a_network_keeps_is_no_tensor_of_a_transform_however_often_its_attr
         net.kept.value = step
         gradient(maml)
     assert not torch._C._functorch.is_functorch_wrapped_tensor(net.last)
+
+
+@contextmanager
+def _doubled(by: list[float]):
+    yield by[0]
+
+
+class Decorated(nn.Linear):
+    """A layer whose method a context manager decorates, which is then in its closure with a generator."""
+
+    @_doubled([2.0])
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_a_context_manager_that_decorates_a_function_is_copied_and_is_what_it_was_made_of():
+    net = Decorated(3, 2)
+    assert fingerprint((net,)) == fingerprint((net,))
+    x = torch.rand(4, 3)
+    outputs, changes = Trial((net,)).watch(lambda objects: objects[0](x))
+    assert not changes
+    assert torch.equal(outputs, net(x))
+
+
+def test_a_context_manager_in_use_has_no_copy():
+    net = nn.Linear(3, 2)
+    net.manager = _doubled([2.0])
+    with net.manager, pytest.raises(TypeError, match="generator"):
+        Trial((net,))
+
+
+def test_what_a_context_manager_is_made_with_counts():
+    net = nn.Linear(3, 2)
+    net.manager = _doubled([2.0])
+    before = fingerprint((net,))
+    net.manager.args[0][0] = 3.0
+    assert fingerprint((net,)) != before

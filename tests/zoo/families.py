@@ -99,12 +99,25 @@ def _mnasnet() -> nn.Module:
     return MNASNet(0.1, CLASSES, dropout=0.0)
 
 
-def _timm(kind: str) -> nn.Module:
-    from timm.models import resnet, vision_transformer
+# Models by name, with what makes them small; those with "test" in their name are small by themselves.
+TIMM: dict[str, dict[str, Any]] = {
+    "test_resnet": {},
+    "test_convnext": {},
+    "test_efficientnet": {},
+    "test_vit3": {"img_size": 32},
+    "swin_tiny_patch4_window7_224": {
+        "img_size": 32, "patch_size": 2, "embed_dim": 8, "depths": (1, 1), "num_heads": (2, 2), "window_size": 4,
+        "drop_path_rate": 0.0,
+    },
+    "regnetx_002": {},
+    "densenet121": {"growth_rate": 4, "block_config": (2, 2)},
+}  # fmt: skip
 
-    if kind == "ViT":
-        return vision_transformer.VisionTransformer(32, 16, num_classes=CLASSES, embed_dim=8, depth=2, num_heads=2)
-    return resnet.ResNet(resnet.BasicBlock, (1, 1, 1, 1), num_classes=CLASSES)
+
+def _timm(name: str) -> nn.Module:
+    from timm import create_model
+
+    return create_model(name, pretrained=False, num_classes=CLASSES, **TIMM[name])
 
 
 class Logits(nn.Module):
@@ -175,7 +188,7 @@ TORCHVISION: dict[str, Callable[[], nn.Module]] = {
 }
 OTHERS = {
     "timm": [
-        Case(f"timm {kind}", lambda kind=kind: _timm(kind), PICTURE, **CALM) for kind in ("ResNet", "ViT")
+        Case(f"timm {name}", lambda name=name: _timm(name), PICTURE, **CALM) for name in TIMM
     ],
     "transformers": [
         Case(f"transformers {kind}{', masked' * masked}", lambda kind=kind, masked=masked: _transformers(kind, masked),

@@ -82,9 +82,15 @@ def task_operators() -> Iterator[None]:
     """What a network is called inside: the kernels, and attention as products, the only one with a second derivative.
 
     Transformer layers do not take their inference path inside, which vmap does not know: it gives way to any mode.
+    Code that asks ``torch.compiler.is_compiling()`` learns that it must not read values, as for ``torch.compile``:
+    networks of ``transformers`` then apply a mask where they would have looked whether it hides anything.
     """
-    with TaskKernels(), sdpa_kernel(SDPBackend.MATH):
-        yield
+    compiling, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, True
+    try:
+        with TaskKernels(), sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.compiler._is_compiling_flag = compiling
 
 
 def _instance_norm_alone(
