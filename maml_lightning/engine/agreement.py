@@ -1,5 +1,6 @@
 """Whether what a fast way of running computes is what a loop over tasks computes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from maml_lightning.devices import autocast_dtype, has_values, widest
+from maml_lightning.engine.failures import reason_of
+from maml_lightning.engine.jobs import Job
 
 # Relative differences that rounding explains, of all tensors together; of one tensor it is ten times as much.
 _ROUNDING = {torch.float64: 1e-6, torch.complex128: 1e-6, torch.float32: 1e-2, torch.complex64: 1e-2}
@@ -63,3 +66,15 @@ def _is_tf32(device: torch.device) -> bool:
     return device.type == "cuda" and (
         torch.backends.cudnn.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
     )
+
+
+def untraced_disagreement(job: Job, expected: tuple[Any, Callable | None]) -> str:
+    """In which way a job of one task, vectorized, is not what is expected; empty where it is."""
+    try:
+        outputs, pullback = job.untraced()
+        why = disagreement(outputs, expected[0])
+        if why or pullback is None or expected[1] is None:
+            return why
+        return disagreement(pullback(outputs), expected[1](outputs))
+    except Exception as error:
+        return reason_of(error)

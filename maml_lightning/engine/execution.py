@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from maml_lightning.engine import loop
-from maml_lightning.engine.agreement import disagreement
+from maml_lightning.engine.agreement import disagreement, untraced_disagreement
 from maml_lightning.engine.differentiation import by_autograd
 from maml_lightning.engine.failures import naming_what_has_no_derivative, reason_of
 from maml_lightning.engine.fingerprints import fingerprint, needs_loop
@@ -226,7 +226,7 @@ class Executor:
         if deterministic or result is None or self._way(job.function.state) == LOOP:
             return result if deterministic else None
         with before.restored():
-            if why := _untraced_disagreement(last, result):
+            if why := untraced_disagreement(last, result):
                 self._lower(job.function.state, LOOP, why)
         return None
 
@@ -345,15 +345,3 @@ def _attempt(run: Callable[[Job], Any], job: Job) -> Any:
     except Exception as error:  # whatever a user's network raises
         reason_of(error)
         return None
-
-
-def _untraced_disagreement(job: Job, expected: tuple[Any, Callable | None]) -> str:
-    """In which way a job of one task, vectorized, is not what is expected; empty where it is."""
-    try:
-        outputs, pullback = job.untraced()
-        why = disagreement(outputs, expected[0])
-        if why or pullback is None or expected[1] is None:
-            return why
-        return disagreement(pullback(outputs), expected[1](outputs))
-    except Exception as error:
-        return reason_of(error)
