@@ -219,6 +219,6 @@ def _check_channels(inputs: Tensor, first: nn.Module) -> None:
         channels = inputs.shape[1]
         if channels != first.in_channels:
             raise SettingError(
-                f"model.net.in_channels is {first.in_channels}, but the inputs have {channels} channels (shape "
+                f"model.net.in_channels is {first.in_channels}, but the images have {channels} (shape "
                 f"{list(inputs.shape)}); give the network in_channels={channels}."
             )

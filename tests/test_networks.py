@@ -28,7 +28,7 @@ def test_empty_networks_are_refused(name):
 @pytest.mark.parametrize("net", [ConvNet(), ResNet12(1, hidden_channels=(4, 4))])
 def test_color_for_a_network_of_one_channel_is_refused_by_the_setting(net):
     support, targets = torch.rand(5, 3, 28, 28), torch.arange(5)
-    with pytest.raises(SettingError, match=r"^model.net.in_channels is 1, but the inputs have 3 channels .* give "):
+    with pytest.raises(SettingError, match=r"^model.net.in_channels is 1, but the images have 3 .* give "):
         MAML(net, inner_steps=1).adapt(support, targets)
 
 

@@ -32,9 +32,9 @@ from maml_lightning.errors import SettingError
 
 log = logging.getLogger(__name__)
 MAX_GRAPHS = 64  # so many graphs are kept; inputs of ever new shapes run untraced
-# Fewer tasks are faster in a loop than under vmap, which takes its time at each operator: while a network has no graph
-# for inputs of this shape yet, and where it can have none (measured: issue 23).
-FEW_YET, FEW = 4, 12
+# Where a network can have no graph, fewer tasks are faster in a loop than under vmap, which takes its time at each
+# operator (issue 23). Where it has none yet, they are not: random layers would then draw other numbers than later.
+FEW = 12
 
 Execution = Literal["auto", "traced", "vectorized", "loop"]
 WAYS: tuple[Literal["traced", "vectorized", "loop"], ...] = ("traced", "vectorized", "loop")
@@ -152,8 +152,8 @@ class Executor:
         before, compared, reference = RandomState(job.device()), False, None
         while (way := self._way(state)) != LOOP:
             traced = way == TRACED and (self._is_traced(key, pays) or self.execution == "traced")
-            few = FEW_YET if way == TRACED else FEW
-            alone = not traced and self.execution == "auto" and not job.recompute and job.tasks() < few
+            few = way == VECTORIZED and self.execution == "auto" and not job.recompute
+            alone = few and job.tasks() < FEW
             checked = key if traced else family
             if not alone and checked not in self._checked and not compared:
                 compared, reference = True, self._last_task(job)

@@ -126,7 +126,7 @@ def test_outputs_by_hand_that_contradict_the_classes_raise(folder, from_config):
 
 
 def test_channels_by_hand_that_contradict_the_data_raise(folder):
-    with pytest.raises(SettingError, match=r"model.net does not take the episodes' inputs, \[3, 1, 28, 28\]"):
+    with pytest.raises(SettingError, match=r"model.net.in_channels is 3, but the images have 1 "):
         main(words("fit", **{**TINY, "data.channels": None, "model.net.in_channels": 3}))
     assert not (folder / "lightning_logs").exists()
 

@@ -329,12 +329,17 @@ def squares(run, x):
 def bound(function):
     """A function that runs by an executor, through captures of it, and those captures."""
     executor = Executor()
-    own, state = Captures(executor), executor.state(())
+    own = Captures(executor)
 
-    def run(part, x):
-        return executor(state.bind(part), (0,), x)
+    def call(x):
+        state = executor.state(())  # each call is a meta-step
 
-    return partial(own, partial(function, run), "key", state), own
+        def run(part, x):
+            return executor(state.bind(part), (0,), x)
+
+        return own(partial(function, run), "key", state, x)
+
+    return call, own
 
 
 def test_results_are_those_of_the_arguments_at_each_call():
