@@ -188,7 +188,14 @@ have one network of each kind. `python -m benchmarks networks` measures and writ
 Measured on {measured}.
 """
 
-REFUSED = """## What is not run
+REFUSED = """## What runs task by task
+
+A network with side effects runs task by task, with the effects of a plain loop: it draws Python's random numbers, sets a
+seed, changes its attributes or parameters, or writes to its inputs. An embedding whose `max_norm` takes effect is one.
+Random layers of other networks draw different numbers than a loop, from the same distribution. An attribute that is a
+tensor is compared at each step; register a large one as a buffer.
+
+## What is not run
 
 Each of these raises an error of one line that names the setting and the remedy:
 
@@ -197,7 +204,9 @@ Each of these raises an error of one line that names the setting and the remedy:
 - Lazy layers that have no values yet: call the network once on an example before it is given.
 - A network inside `DataParallel` or `DistributedDataParallel`: give the network inside; several devices are the
   Trainer's to use (`--trainer.devices`).
-- An operator whose second derivative PyTorch lacks: set `--model.first_order true`, or use another operator.
+- An operator whose derivative PyTorch lacks: set `--model.first_order true`, or use another operator. An example is
+  the third derivative of batch normalization, for a network that takes a gradient of itself.
+- Exact second order over inputs that the network overwrites, as in any loop: let it work on `x.clone()`.
 
 Of the networks measured:
 """
