@@ -191,7 +191,7 @@ Measured on {measured}.
 REFUSED = """## What runs task by task
 
 A network with side effects runs task by task, with the effects of a plain loop: it draws Python's random numbers, sets
-a seed, changes its attributes or parameters, or writes to its inputs. An embedding whose `max_norm` takes effect is one.
+a seed, changes its attributes or parameters, or writes to its inputs. An embedding with an effective `max_norm` is one.
 Random layers of other networks draw different numbers than a loop, from the same distribution. An attribute that is a
 tensor is compared at each step; register a large one as a buffer.
 
