@@ -178,7 +178,7 @@ have one network of each kind. `python -m benchmarks networks` measures and writ
 - **exact**: two meta-steps of {steps} inner steps in float64, second order; the largest error of loss and gradient
   relative to the loop's. An error below 1e-9 counts as exact.
 - **run**: `traced`, as a recorded graph that is vectorized over tasks; `vectorized`, without a graph; `loop`, task by
-  task (`--model.execution`). The way is chosen by itself; a line says so where it is not the first, and why.
+  task (`--model.execution`). The package chooses the way; if it is not `traced`, a message says why.
 - **first step**, **speed**, **memory**: in float32 with {tasks} tasks ({few} for networks of usual size and those of
   other packages) of 5 support and 4 query examples, all settings at their defaults. The first step records the graph.
   Speed is how many times as fast as the loop a later meta-step is: the median of rounds in one process that alternate
@@ -190,8 +190,8 @@ Measured on {measured}.
 
 REFUSED = """## What runs task by task
 
-A network with side effects runs task by task, with the effects of a plain loop: it draws Python's random numbers, sets
-a seed, changes its attributes or parameters, or writes to its inputs. An embedding with an effective `max_norm` is one.
+A network runs task by task, with the side effects of a plain loop, if it draws Python's random numbers, sets a seed,
+changes its attributes or parameters (as an embedding does when `max_norm` rescales a vector), or writes to its inputs.
 Random layers of other networks draw different numbers than a loop, from the same distribution. An attribute that is a
 tensor is compared at each step; register a large one as a buffer.
 
@@ -206,7 +206,8 @@ Each of these raises an error of one line that names the setting and the remedy:
   Trainer's to use (`--trainer.devices`).
 - An operator whose derivative PyTorch lacks: set `--model.first_order true`, or use another operator. An example is
   the third derivative of batch normalization, for a network that takes a gradient of itself.
-- Exact second order over inputs that the network overwrites, as in any loop: let it work on `x.clone()`.
+- Second-order gradients that need inputs which the network has overwritten (a plain loop fails, too): let it work on
+  `x.clone()`.
 
 Of the networks measured:
 """
