@@ -86,7 +86,7 @@ def refused_by_torch():
 def test_a_third_derivative_of_batch_normalization_is_never_taken_for_zero(execution):
     net, _, episode = normalized()
     if execution in ("auto", "loop") and not refused_by_torch():
-        pytest.skip("this torch's own third derivative of batch normalization, which the loop takes, is wrong: no refusal")
+        pytest.skip("this torch's own third derivative of batch normalization is wrong, and not refused")
     with pytest.raises(SettingError, match=r"derivative[^\n]*model.first_order|model.execution \w+ does not work"):
         MAML(net, inner_lr=1.0, inner_steps=1, execution=execution).training_step(episode, 0)
 
