@@ -152,15 +152,14 @@ class Executor:
         before, compared, reference = RandomState(job.device()), False, None
         while (way := self._way(state)) != LOOP:
             traced = way == TRACED and (self._is_traced(key, pays) or self.execution == "traced")
-            few = way == VECTORIZED and self.execution == "auto" and not job.recompute
-            alone = few and job.tasks() < FEW
+            if way == VECTORIZED and not job.recompute and self._way(state, job.tasks()) == LOOP:
+                break
             checked = key if traced else family
-            if not alone and checked not in self._checked and not compared:
+            if checked not in self._checked and not compared:
                 compared, reference = True, self._last_task(job)
                 continue
             try:
-                run = self._replay(job, key, leaves) if traced else self._untraced(job, key, alone)
-                outputs, pullback, effect = run
+                outputs, pullback, effect = self._replay(job, key, leaves) if traced else self._untraced(job, key)
                 why = effect or (reference and disagreement(outputs, reference[0]))
             except Exception as error:  # whatever a user's network raises where it cannot run this way
                 effect, why = "", reason_of(error)
@@ -168,8 +167,8 @@ class Executor:
                 effect = why = "it changes its own attributes or variables as it runs"
             if not why:
                 self.settled &= traced and not compared
-                self._checked |= set() if alone else {checked}
-                self._announce(state, LOOP if alone else way)
+                self._checked.add(checked)
+                self._announce(state, way)
                 return outputs, self._check_once(job, pullback, reference[1]) if pullback and reference else pullback
             before.restore()
             self._lower(state, LOOP if effect else way + 1, why)
@@ -296,20 +295,13 @@ class Executor:
         self._announce(job.function.state, LOOP)
         return outputs, None if pullback is None else naming_what_has_no_derivative()(pullback)
 
-    def _untraced(self, job: Job, key: tuple, alone: bool) -> tuple[Any, Callable | None, str]:
-        """Outputs and pullback by ``vmap`` or task by task, on copies while effects may begin.
-
-        Those have to happen in a loop over tasks.
-        """
-
-        def run(job: Job) -> tuple[Any, Callable | None]:
-            return job.in_loop() if alone else job.untraced()
-
+    def _untraced(self, job: Job, key: tuple) -> tuple[Any, Callable | None, str]:
+        """Outputs and pullback by ``vmap``, on copies while effects, which have to happen in a loop, may begin."""
         if job.function.state.number is not None and (*key, "no effects") in self._checked:
-            return *run(job), ""
+            return *job.untraced(), ""
         if why := needs_loop(job.function.state.objects):
             return None, None, why
-        (outputs, pullback), changes = job.function.state.trial().run(lambda objects: run(job.on(objects)))
+        (outputs, pullback), changes = job.function.state.trial().run(lambda objects: job.on(objects).untraced())
         self._checked |= set() if changes else {(*key, "no effects")}
         return outputs, pullback, changes and f"it {changes}"
 

@@ -13,9 +13,9 @@ from torch import nn
 from maml_lightning import MAML, Episode, TextNet
 from tests.runs import ROOT
 from tests.zoo.case import CLASSES, TOKENS, Case
-from tests.zoo.loop import meta_gradient, relative_error
+from tests.zoo.loop import meta_gradient
 from tests.zoo.memory import peak_bytes
-from tests.zoo.test_zoo import TOLERANCE
+from tests.zoo.test_zoo import TOLERANCE, step_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 LR, VOCABULARY = 0.1, 11
@@ -81,13 +81,8 @@ def test_the_meta_gradient_of_adapters_is_that_of_the_plain_loop(variant):
             plain, episode, LR, 2, F.cross_entropy, settings.get("first_order", False),
             adapted=adapts(settings["adapted_parameters"]),
         )  # fmt: skip
-        maml.zero_grad()
-        loss = maml.training_step(episode, 0)
-        loss.backward()
-        ours = {name: value.grad for name, value in net.named_parameters() if value.requires_grad}
-        assert loss.item() == pytest.approx(expected.loss, rel=TOLERANCE)
-        assert ours.keys() == expected.gradient.keys()
-        assert relative_error(ours, expected.gradient) < TOLERANCE
+        assert step_error(maml, episode, [expected]) < TOLERANCE
+        assert {name for name, value in net.named_parameters() if value.requires_grad} == expected.gradient.keys()
         assert all(value.grad is None for value in net.parameters() if not value.requires_grad)
 
 
