@@ -32,8 +32,7 @@ from maml_lightning.errors import SettingError
 
 log = logging.getLogger(__name__)
 MAX_GRAPHS = 64  # so many graphs are kept; inputs of ever new shapes run untraced
-# Where a network can have no graph, fewer tasks are faster in a loop than under vmap, which takes its time at each
-# operator (issue 23). Where it has none yet, they are not: random layers would then draw other numbers than later.
+# Without a graph, fewer tasks are faster in a loop than under vmap, which takes its time at each operator (issue 23).
 FEW = 12
 
 Execution = Literal["auto", "traced", "vectorized", "loop"]
@@ -62,6 +61,7 @@ class Executor:
         self._states = States(self._forget_state)
         self._checked: set[tuple] = set()  # graphs and families of calls that agree with the loop
         self._examined: set[Hashable] = set()  # networks whose effects are known
+        self._random: set[Hashable] = set()  # networks that draw random numbers
         self._lowest: dict[Hashable, int] = {}  # the way that a network was found to need
         self._reasons: dict[Hashable, str] = {}  # why
         self._said: set[str] = set()
@@ -152,7 +152,7 @@ class Executor:
         before, compared, reference = RandomState(job.device()), False, None
         while (way := self._way(state)) != LOOP:
             traced = way == TRACED and (self._is_traced(key, pays) or self.execution == "traced")
-            if way == VECTORIZED and not job.recompute and self._way(state, job.tasks()) == LOOP:
+            if not traced and not job.recompute and self._is_faster_in_loop(state, job.tasks()):
                 break
             checked = key if traced else family
             if checked not in self._checked and not compared:
@@ -181,6 +181,16 @@ class Executor:
         if state.number is None:
             lowest = max(lowest, VECTORIZED)
         return LOOP if lowest == VECTORIZED and tasks < FEW else lowest
+
+    def _is_faster_in_loop(self, state: State, tasks: int) -> bool:
+        """Whether to loop over tasks, which have no graph, or none yet.
+
+        Random layers would draw other numbers than with a graph, and recurrent ones have kernels that vectorize.
+        """
+        if self._way(state) != TRACED:
+            return self._way(state, tasks) == LOOP
+        few = self.execution == "auto" and tasks < FEW
+        return few and state.network not in self._random and not state.is_recurrent()
 
     def _lower(self, state: State, way: int, why: str) -> None:
         """Take a slower way from now on."""
@@ -248,6 +258,7 @@ class Executor:
         with before.restored():
             result, changes = trial.watch(lambda objects: _attempt(run, copied.on(objects)))
             deterministic = before.is_current()
+        self._random |= set() if deterministic else {state.network}
         if changes := changes or copied.changes(job):
             self._lower(state, LOOP, f"it {changes}")
         return result, deterministic and not changes

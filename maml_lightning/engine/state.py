@@ -37,6 +37,11 @@ class State:
             self._trial = Trial(self.objects)
         return self._trial
 
+    def is_recurrent(self) -> bool:
+        """Whether a layer is an RNN, GRU or LSTM."""
+        modules = (module for part in self.objects if isinstance(part, nn.Module) for module in part.modules())
+        return any(isinstance(module, nn.RNNBase) for module in modules)
+
     def bind(self, function: Callable) -> "Bound":
         """``function`` with these objects as its first argument."""
         return Bound(function, self)

@@ -1,3 +1,4 @@
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -5,6 +6,7 @@ from torch.func import grad
 
 from maml_lightning import MAML, Episode
 from maml_lightning.engine.execution import FEW, Executor
+from maml_lightning.engine.jobs import Job
 from maml_lightning.structures import mapped
 from tests.reference import relative_error
 
@@ -25,12 +27,13 @@ def test_pullback_is_that_of_autograd():
     assert torch.allclose(pullback({"w": torch.full_like(x, 2)})["w"], 2 * x * x.cos())
 
 
-def test_a_new_shape_runs_without_a_graph_until_a_later_meta_step():
+@pytest.mark.parametrize("tasks", [3, FEW])
+def test_a_new_shape_runs_without_a_graph_until_a_later_meta_step(tasks):
     executor = Executor()
 
     def run(length, times=1):
         state = executor.state(())
-        p, x = torch.rand(2, 3, length, dtype=torch.float64)
+        p, x = torch.rand(2, tasks, length, dtype=torch.float64)
         for _ in range(times):
             outputs, pullback = executor.vjp(state.bind(sine), (0, 0), p, x)
             torch.testing.assert_close(outputs, (p * x).sin(), rtol=1e-9, atol=0)
@@ -93,6 +96,42 @@ def test_a_network_that_reads_no_values_where_it_is_compiled_is_traced():
         assert difference_from_loop(net, maml, episode) < 1e-9
     assert way(maml, 3) == "traced"
     assert not torch.compiler.is_compiling()
+
+
+class Mean(nn.Module):
+    """Over tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+class Outputs(nn.Module):
+    """The last outputs of a recurrent layer."""
+
+    def forward(self, results: tuple) -> Tensor:
+        return results[0][:, -1]
+
+
+@pytest.mark.parametrize(
+    ("layers", "tasks", "looped"),
+    [
+        ([Mean()], 3, True),
+        ([Mean()], FEW, False),
+        ([Mean(), nn.Dropout(0.5)], 3, False),  # other numbers would be drawn than with a graph
+        ([nn.GRU(4, 4, batch_first=True), Outputs()], 3, False),
+    ],
+)
+def test_few_tasks_whose_shape_has_no_graph_yet_run_in_a_loop(layers, tasks, looped, monkeypatch):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), *layers, nn.Linear(4, 3)).double()
+    maml, calls = MAML(net, inner_lr=0.1, inner_steps=2, tasks_per_chunk=None), []
+    monkeypatch.setattr(Job, "in_loop", lambda job, run=Job.in_loop: (calls.append(job.tasks()), run(job))[1])
+    for length in (5, 6):
+        x, y = torch.randn(tasks, 4, length, 4, dtype=torch.float64), torch.randint(3, (tasks, 4))
+        calls.clear()
+        maml.training_step(Episode(x, y, x, y), 0)
+    assert (tasks in calls) == looped
+    assert difference_from_loop(net.eval(), maml, Episode(x, y, x, y)) < 1e-9
 
 
 def test_few_tasks_that_cannot_be_traced_run_in_a_loop_and_many_vectorized(caplog):
