@@ -28,10 +28,10 @@ def _as_images(function: Callable[..., Tensor], dims: int, absent: tuple[int, ..
         batched = input if input.dim() == dims + 2 else input[None]
         if dims == 1:
             settings = tuple([none, *values] for none, values in zip(absent, settings, strict=True))
-            result = function(batched[:, :, None], weight[:, :, None], *settings, groups=groups)[:, :, 0]
+            result = function(batched[:, :, None], weight[:, :, None], *settings, groups=groups).squeeze(2)
         else:
             result = function(batched, weight, *settings, groups=groups)
-        return result if batched is input else result[0]
+        return result if batched is input else result.squeeze(0)
 
     return call
 
