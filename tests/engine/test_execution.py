@@ -134,6 +134,31 @@ def test_few_tasks_whose_shape_has_no_graph_yet_run_in_a_loop(layers, tasks, loo
     assert difference_from_loop(net.eval(), maml, Episode(x, y, x, y)) < 1e-9
 
 
+class Scaled(nn.Module):
+    """Scales the gradient of its features, of the second derivative in a loop alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.body(x).tanh()
+        if features.requires_grad:
+            features.register_hook(lambda gradient: 1.3 * gradient)
+        return self.head(features)
+
+
+@pytest.mark.parametrize("settings", [{}, {"flat_memory": True}, {"tasks_per_chunk": 1}, {"tasks_per_chunk": None}])
+@pytest.mark.parametrize("tasks", [3, FEW])
+def test_the_first_meta_step_is_exact_where_a_pullback_differs_from_the_loop(tasks, settings):
+    torch.manual_seed(0)
+    net = Scaled().double()
+    maml = MAML(net, inner_lr=0.1, inner_steps=2, **settings)
+    for _ in range(2):
+        x, y = torch.randn(tasks, 6, 4, dtype=torch.float64), torch.randint(3, (tasks, 6))
+        assert difference_from_loop(net, maml, Episode(x, y, x, y)) < 1e-9
+
+
 def test_few_tasks_that_cannot_be_traced_run_in_a_loop_and_many_vectorized(caplog):
     torch.manual_seed(0)
     net = Chosen().double()
