@@ -70,7 +70,7 @@ def fingerprint(objects: tuple) -> Hashable:
     """
     seen = _Seen(objects)
     try:
-        return _Hashed((_of(objects, seen), *_global_hooks(seen), *_progress(seen)))
+        return _Hashed((_of(objects, seen), *_global_hooks(seen), *_progress(seen), *_of_torch()))
     except RecursionError:  # of objects nested too deeply to compare
         return object()
 
@@ -210,6 +210,12 @@ def _of_kind(value: Any, seen: _Seen) -> list[Hashable]:
 def _global_hooks(seen: _Seen) -> list[Hashable]:
     hooks = [getattr(nn.modules.module, f"_global{name}") for name in _HOOKS]
     return [_of(own, seen) for own in hooks if own]
+
+
+def _of_torch() -> list[Hashable]:
+    """PyTorch's own settings that its operators and code may ask for: a graph keeps what they were."""
+    settings = (torch.get_default_device(), torch.get_float32_matmul_precision(), torch.get_num_threads())
+    return [torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), *settings]
 
 
 def _progress(seen: _Seen) -> list[Hashable]:

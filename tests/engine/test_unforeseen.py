@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import importlib
 import os
 import random
 import secrets
@@ -29,6 +30,7 @@ OPTIMIZER = torch.optim.SGD([torch.zeros(1)], lr=1.0)
 ARRAY, GENERATOR = np.ones(3), torch.Generator()
 config = ModuleType("unforeseen_config")
 config.scale = config.scale_1 = 1.0
+sys.modules["unforeseen_config"] = config
 static = staticmethod(lambda: TABLE["scale"])
 FOLDER = SimpleNamespace(path=None)
 
@@ -84,6 +86,15 @@ def of_table(net, value):
     TABLE["scale"] = value
 
 
+def of_config(net, value):
+    config.scale = value
+
+
+def of_torch(net, value):
+    torch.set_default_dtype(torch.float64 if value == 3 else torch.float32)
+    torch.use_deterministic_algorithms(value == 2)
+
+
 def read_lines(net):
     with open(FOLDER.path / "scale.txt") as file:
         return float(file.readline())
@@ -106,6 +117,10 @@ READ = {
         lambda net, v: setattr(HOLDER.inner, "scale", v),
     ),
     "variables of a module": (lambda net: vars(config)["scale"], lambda net, v: setattr(config, "scale", v)),
+    "module by its name": (lambda net: sys.modules["unforeseen_config"].scale, of_config),
+    "module imported by its name": (lambda net: importlib.import_module("unforeseen_config").scale, of_config),
+    "default type": (lambda net: torch.tensor(0.1).double(), of_torch),
+    "setting of torch": (lambda net: 1 + torch.are_deterministic_algorithms_enabled(), of_torch),
     "file": (read_lines, write_text),
     "pathlib": (lambda net: float((FOLDER.path / "scale.txt").read_text()), write_text),
     "os.open": (lambda net: float(os.read(os.open(FOLDER.path / "scale.txt", os.O_RDONLY), 9)), write_text),
@@ -143,6 +158,8 @@ def _as_before(tmp_path, monkeypatch):
     monkeypatch.setenv("UNFORESEEN", "1.0")
     monkeypatch.setattr(sys, "argv", [*sys.argv, "1.0"])
     monkeypatch.setattr(sys, "unforeseen", 1.0, raising=False)
+    yield
+    of_torch(None, 1.0)
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
