@@ -74,9 +74,9 @@ def masked_episode(tasks: int, full: bool) -> Episode:
     return Episode(*part(4), *part(3))
 
 
-def difference_from_loop(net: nn.Module, maml: MAML, episode: Episode) -> float:
-    gradients = []
-    for module in (maml, MAML(net, inner_lr=0.1, inner_steps=2, execution="loop")):
+def difference_from_loop(net: nn.Module, maml: MAML, episode: Episode, **settings) -> float:
+    gradients, settings = [], {"inner_lr": 0.1, "inner_steps": 2, **settings}
+    for module in (maml, MAML(net, **settings, execution="loop")):
         module.zero_grad()
         module.training_step(episode, 0).backward()
         gradients.append({name: value.grad.clone() for name, value in net.named_parameters()})
@@ -157,6 +157,16 @@ def test_the_first_meta_step_is_exact_where_a_pullback_differs_from_the_loop(tas
     for _ in range(2):
         x, y = torch.randn(tasks, 6, 4, dtype=torch.float64), torch.randint(3, (tasks, 6))
         assert difference_from_loop(net, maml, Episode(x, y, x, y)) < 1e-9
+
+
+def test_small_gradients_are_compared_beside_the_large_ones_of_an_optimizers_state():
+    torch.manual_seed(0)
+    net = Scaled().double()
+    settings = {"inner_lr": 0.01, "inner_steps": 1, "inner_optimizer": "adam"}
+    maml = MAML(net, **settings)
+    for _ in range(2):
+        x, y = torch.randn(3, 6, 4, dtype=torch.float64), torch.randint(3, (3, 6))
+        assert difference_from_loop(net, maml, Episode(x, y, x, y), **settings) < 1e-9
 
 
 def test_few_tasks_that_cannot_be_traced_run_in_a_loop_and_many_vectorized(caplog):
