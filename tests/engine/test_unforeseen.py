@@ -1,6 +1,7 @@
 """Networks that read their scale from wherever Python can hide it, against the plain loop while it changes."""
 
 import copy
+import cProfile
 import datetime
 import importlib
 import os
@@ -17,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from maml_lightning import MAML
 from tests.engine.test_trials import episode, gradient
@@ -100,6 +102,11 @@ def read_lines(net):
         return float(file.readline())
 
 
+def read_named(net):
+    with open(net.file) as file:
+        return float(file.readline())
+
+
 def by_default(net, table=TABLE):
     return table["scale"]
 
@@ -174,6 +181,47 @@ def test_the_gradient_follows_what_is_read(kind):
         _, expected = reference(net, episode(), 0.1, 2, F.cross_entropy)
         assert relative_error(gradient(maml), expected) < 1e-9
     change(net, 1.0)
+
+
+@pytest.mark.parametrize("profiler", [cProfile.Profile(), lambda *event: None])
+def test_files_are_read_while_a_profiler_is_on(profiler):
+    enable = profiler.enable if isinstance(profiler, cProfile.Profile) else lambda: sys.setprofile(profiler)
+    net = Net(read_named).double()
+    net.file = str(FOLDER.path / "scale.txt")  # a path changes as it is used
+    maml = MAML(net, inner_lr=0.1, inner_steps=2)
+    for value in (1.0, 3.0, 2.0):
+        write_text(net, value)
+        enable()
+        try:
+            own = gradient(maml)
+            assert sys.getprofile() is profiler or sys.version_info >= (3, 12)
+        finally:
+            sys.setprofile(None)
+        assert relative_error(own, reference(net, episode(), 0.1, 2, F.cross_entropy)[1]) < 1e-9
+
+
+class Scaling(TorchFunctionMode):
+    """Scales all that ``torch.tanh`` gives."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        return result * self.scale if function is torch.tanh else result
+
+
+def test_the_users_own_modes_are_part_of_what_runs(caplog):
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh()).double()
+    maml = MAML(net, inner_lr=0.1, inner_steps=2)
+    for scale in (1.0, 2.0, 2.0, 3.0):
+        with Scaling(scale):
+            _, expected = reference(net, episode(), 0.1, 2, F.cross_entropy)
+            assert relative_error(gradient(maml), expected) < 1e-9
+    with torch.device("cpu"):
+        assert relative_error(gradient(maml), reference(net, episode(), 0.1, 2, F.cross_entropy)[1]) < 1e-9
+    assert "slower" not in caplog.text
 
 
 ASKED = {
