@@ -169,6 +169,19 @@ def test_small_gradients_are_compared_beside_the_large_ones_of_an_optimizers_sta
         assert difference_from_loop(net, maml, Episode(x, y, x, y), **settings) < 1e-9
 
 
+@pytest.mark.parametrize("tasks", [3, FEW])
+@pytest.mark.parametrize("settings", [{}, {"inner_optimizer": "adam"}, {"first_order": True}, {"execution": "loop"}])
+def test_sparse_gradients_are_those_of_dense_ones(settings, tasks):
+    x, y = torch.randint(9, (tasks, 6, 2)), torch.randint(3, (tasks, 6))
+    gradients = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Embedding(9, 4, sparse=sparse), nn.Flatten(), nn.Linear(8, 3)).double()
+        MAML(net, inner_lr=0.1, inner_steps=2, **settings).training_step(Episode(x, y, x, y), 0).backward()
+        gradients.append({name: value.grad for name, value in net.named_parameters()})
+    assert relative_error(*gradients) < 1e-9
+
+
 def test_few_tasks_that_cannot_be_traced_run_in_a_loop_and_many_vectorized(caplog):
     torch.manual_seed(0)
     net = Chosen().double()
