@@ -52,8 +52,8 @@ class Episode(NamedTuple):
         """Return the episode if its shapes agree.
 
         Raises:
-            SettingError: a part holds anything but tensors, the numbers of tasks differ, or those of inputs and targets
-                in a set that are one tensor each.
+            SettingError: a part holds anything but dense tensors, there is no task or no query example, or the numbers
+                of tasks differ, or those of inputs and targets in a set that are one tensor each.
         """
         episode = Episode(*map(plain, self))
         tensors = {name: leaves(part) for name, part in episode._asdict().items()}
@@ -64,11 +64,21 @@ class Episode(NamedTuple):
                     f"An Episode's {name} must be a tensor, or a tuple or dict of tensors; it holds "
                     f"{', '.join(sorted(others))}. Make tensors of it, or leave it out."
                 )
+            if any(leaf.is_nested or leaf.is_quantized or leaf.layout is not torch.strided for leaf in found):
+                raise SettingError(
+                    f"An Episode's {name} must be dense tensors; it holds a sparse, nested or quantized one. Pad it or "
+                    "use .to_dense(), and let the network do the rest, such as x.to_sparse()."
+                )
         sizes = {leaf.shape[:1] for found in tensors.values() for leaf in found}
         if len(sizes) != 1 or not all(sizes):
             shapes = ", ".join(f"{name} {describe(part)}" for name, part in episode._asdict().items())
             raise SettingError(
                 f"An Episode's tensors must share the task dimension T; got {shapes}. Add it with [None]."
+            )
+        if not all(leaf.numel() for leaf in tensors["query_targets"]):
+            raise SettingError(
+                f"An Episode needs at least one task, and a query example in each: got query_targets "
+                f"{describe(episode.query_targets)}. Leave empty batches out."
             )
         for part in ("support", "query"):
             inputs, targets = (getattr(episode, f"{part}_{kind}") for kind in ("inputs", "targets"))

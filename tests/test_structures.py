@@ -220,6 +220,25 @@ def test_parts_that_are_no_tensors_are_refused():
         episode._replace(query_targets=torch.tensor(1.0)).check()
 
 
+@pytest.mark.parametrize(
+    "made",
+    [torch.Tensor.to_sparse, torch.Tensor.to_mkldnn, lambda x: torch.nested.nested_tensor([x[0], x[1, :2]])],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_tensors_that_are_not_dense_are_refused_in_one_line(made):
+    x, y = torch.rand(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(SettingError, match=r"^An Episode's query_inputs must be dense tensors; .*\.to_dense.*$"):
+        MAML(nn.Linear(4, 2)).training_step(Episode(x, y, made(x), y), 0)
+
+
+@pytest.mark.parametrize("part", [lambda x: x[:0], lambda x: x[:, :0]])
+def test_batches_without_queries_are_refused_in_one_line(part):
+    x, y = torch.rand(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64)
+    episode = Episode(*((x, y) if len(part(x)) else (part(x), part(y))), part(x), part(y))
+    with pytest.raises(SettingError, match=r"^An Episode needs at least one task, and a query .* Leave empty batches"):
+        MAML(nn.Linear(4, 2)).training_step(episode, 0)
+
+
 def test_a_network_that_takes_other_names_is_refused_in_one_line():
     episode = episode_of(CASES["dict"])
     renamed = episode._replace(support_inputs={"tokens": episode.support_inputs["input_ids"]})

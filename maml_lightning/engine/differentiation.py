@@ -107,7 +107,9 @@ def gradients_of(
         allow_unused=True,
         materialize_grads=True,
     )
+    # `nn.Embedding(sparse=True)` has a sparse gradient, which few operators of an inner optimizer take.
+    dense = [value if value.layout is torch.strided else value.to_dense() for value in gradients]
     if len(wanted) == len(inputs):
-        return list(gradients)
-    found = iter(gradients)
+        return dense
+    found = iter(dense)
     return [next(found) if value.requires_grad else torch.zeros_like(value) for value in inputs]

@@ -1,8 +1,9 @@
 """What went wrong where a network was run, in a few words."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from maml_lightning.engine.memory import out_of_memory
 from maml_lightning.errors import SettingError
@@ -46,3 +47,12 @@ def naming_what_has_no_derivative() -> Iterator[None]:
             if re.search(pattern, str(error)):
                 raise SettingError(message.format(reason=reason_of(error))) from error
         raise
+
+
+def attempt(function: Callable[..., Any], *args: Any) -> Any:
+    """What the function gives; None where it cannot run: other ways may run what a loop cannot."""
+    try:
+        return function(*args)
+    except Exception as error:  # whatever a user's network raises
+        reason_of(error)
+        return None

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
 
 from maml_lightning.engine.values import all_plain, checksum, generator_state, identity, of_tensor, plain
 from maml_lightning.engine.variables import (
@@ -70,7 +71,7 @@ def fingerprint(objects: tuple) -> Hashable:
     """
     seen = _Seen(objects)
     try:
-        return _Hashed((_of(objects, seen), *_global_hooks(seen), *_progress(seen)))
+        return _Hashed((_of(objects, seen), *_global_hooks(seen), *_progress(seen), *_of_torch(seen)))
     except RecursionError:  # of objects nested too deeply to compare
         return object()
 
@@ -210,6 +211,13 @@ def _of_kind(value: Any, seen: _Seen) -> list[Hashable]:
 def _global_hooks(seen: _Seen) -> list[Hashable]:
     hooks = [getattr(nn.modules.module, f"_global{name}") for name in _HOOKS]
     return [_of(own, seen) for own in hooks if own]
+
+
+def _of_torch(seen: _Seen) -> list[Hashable]:
+    """PyTorch's own settings that its operators and code may ask for, and the user's modes: a graph keeps them."""
+    settings = (torch.get_default_device(), torch.get_float32_matmul_precision(), torch.get_num_threads())
+    modes = [_of(mode, seen) for mode in _get_current_function_mode_stack() if not is_of_library(mode)]
+    return [torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), *settings, *modes]
 
 
 def _progress(seen: _Seen) -> list[Hashable]:

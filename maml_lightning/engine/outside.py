@@ -6,6 +6,7 @@ import os
 import sys
 import time
 import uuid
+from _lsprof import Profiler
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import date
@@ -48,7 +49,7 @@ _ONCE = {"warnings", "linecache", "importlib", "traceback", "tokenize"}  # what 
 
 @contextmanager
 def calls_outside() -> Iterator[dict[str, None]]:
-    """Note what the user's own code asks, in words that follow "it"; nothing while a profiler of Python is on."""
+    """Note what the user's own code asks, in words that follow "it"; a profiler of Python rests meanwhile."""
     found: dict[str, None] = {}
 
     def note(frame: FrameType, event: str, called: Any) -> None:
@@ -59,14 +60,16 @@ def calls_outside() -> Iterator[dict[str, None]]:
         elif (what := _CALLS.get(id(called)) or _of_date(called)) and _is_users(frame):
             found[what] = None
 
-    if sys.getprofile() is not None:
-        yield found
-        return
+    profiler = sys.getprofile()
     sys.setprofile(note)
     try:
         yield found
     finally:
         sys.setprofile(None)
+        if isinstance(profiler, Profiler):
+            profiler.enable()
+        else:
+            sys.setprofile(profiler)
 
 
 def _is_seed(called: Any) -> bool:

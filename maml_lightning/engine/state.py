@@ -57,8 +57,10 @@ class Bound:
         return self.function(self.state.objects, *args)
 
 
-def without_state(function: Callable) -> Bound:
-    """A function that depends on tensors alone, in the form of those that depend on more."""
+def bound(function: Callable) -> Bound:
+    """The function itself if it has a state; one that depends on tensors alone, in the same form."""
+    if isinstance(function, Bound):
+        return function
     return State((), fingerprint(()), 0).bind(lambda _, *args: function(*args))
 
 

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from maml_lightning.devices import has_values, random_states, set_random_states
+from maml_lightning.engine.caches import emptied
 from maml_lightning.engine.fingerprints import attributes_of, fingerprint, is_of_library, variables_of
 from maml_lightning.engine.outside import calls_outside
-from maml_lightning.engine.variables import Manager, Variable, ingredients, is_fixed
+from maml_lightning.engine.variables import Cache, Manager, Variable, ingredients, is_fixed
 
 
 class Trial:
@@ -94,8 +95,10 @@ def _names(owner: Any) -> Mapping[str, Any]:
 
 def same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have the same type, shape and values; those that are no number are alike."""
-    if a.shape != b.shape or a.dtype != b.dtype or not has_values(a):
-        return a.shape == b.shape and a.dtype == b.dtype
+    if a.shape != b.shape or a.dtype != b.dtype or a.layout != b.layout or not has_values(a):
+        return a.shape == b.shape and a.dtype == b.dtype and a.layout == b.layout
+    if a.layout is not torch.strided:  # sparse tensors are not compared element by element
+        a, b = a.to_dense(), b.to_dense()
     return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
@@ -112,6 +115,7 @@ def _copied(
     memo: dict[int, Any] = {}
     functions: list[tuple[FunctionType, FunctionType]] = []
     managers: list[tuple[Manager, tuple]] = []
+    caches: list[Any] = []
     for value in _reachable((objects, [variable.value for variable in variables])):
         if isinstance(value, Tensor):
             if share_parameters and isinstance(value, nn.Parameter):
@@ -128,6 +132,10 @@ def _copied(
         elif isinstance(value, Manager) and (made_of := ingredients(value)) is not None:  # generators have no copies
             memo[id(value)] = manager = type(value)(*made_of)
             managers.append((manager, made_of))
+        elif isinstance(value, Cache):
+            caches.append(value)
+    for kept in caches:
+        memo[id(kept)] = emptied(kept, memo.get(id(kept.__wrapped__), kept.__wrapped__))
     for original, copied in functions:
         _complete(copied, original, memo)
     for manager, made_of in managers:

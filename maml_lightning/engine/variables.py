@@ -20,7 +20,9 @@ import torch
 
 PLAIN = {int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
 _FIXED = {"torch", "torchvision", "numpy", "maml_lightning", *sys.stdlib_module_names} - {"__main__"}
-_BY_NAME = {"globals", "locals", "vars", "eval", "exec", "modules", "import_module"}  # may give any variable
+_IMPORTS = {"modules", "import_module", "__import__"}  # give modules that code names in texts
+_BY_NAME = {"globals", "locals", "vars", "eval", "exec", *_IMPORTS}  # may give any variable
+Cache: Any = type(cache(len))  # of functools, also lru_cache
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 
 
@@ -79,10 +81,11 @@ def _found(names: Iterable[str], owner: dict[str, Any], plain: bool, modules: li
 
 
 def of_class(kind: type) -> Iterator[Variable]:
-    """The attributes of a class and its bases that are neither functions nor Python's own."""
+    """The attributes of a class and its bases that are neither functions, but for caches, nor Python's own."""
     for cls in own_classes(kind):
         for name, value in vars(cls).items():
-            own = _root(type(value).__module__) not in _FIXED or not hasattr(type(value), "__get__")
+            fixed = _root(type(value).__module__) in _FIXED and hasattr(type(value), "__get__")
+            own = not fixed or isinstance(value, Cache)
             if own and not name.startswith("__"):
                 yield Variable(cls, name, value)
 
@@ -96,7 +99,7 @@ def functions_of(kind: type) -> Iterator[tuple[str, FunctionType]]:
 def functions_in(cls: type) -> Iterator[tuple[str, FunctionType]]:
     """The functions of a class without its bases: methods, and those of properties and other descriptors."""
     for name, value in vars(cls).items():
-        for attribute in ("", "__func__", "fget", "func"):
+        for attribute in ("", "__func__", "fget", "func", "__wrapped__"):
             if isinstance(found := getattr(value, attribute, None) if attribute else value, FunctionType):
                 yield name, found
                 break
@@ -163,7 +166,10 @@ def _imported(function: FunctionType) -> list[ModuleType]:
 @cache
 def _import_names(code: CodeType) -> tuple[str, ...]:
     inner = [name for const in code.co_consts if isinstance(const, CodeType) for name in _import_names(const)]
-    return (*(step.argval for step in dis.get_instructions(code) if step.opname == "IMPORT_NAME"), *inner)
+    texts = (
+        [const for const in code.co_consts if isinstance(const, str)] if _IMPORTS.intersection(code.co_names) else []
+    )
+    return (*(step.argval for step in dis.get_instructions(code) if step.opname == "IMPORT_NAME"), *texts, *inner)
 
 
 @cache

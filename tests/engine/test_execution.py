@@ -74,9 +74,9 @@ def masked_episode(tasks: int, full: bool) -> Episode:
     return Episode(*part(4), *part(3))
 
 
-def difference_from_loop(net: nn.Module, maml: MAML, episode: Episode) -> float:
-    gradients = []
-    for module in (maml, MAML(net, inner_lr=0.1, inner_steps=2, execution="loop")):
+def difference_from_loop(net: nn.Module, maml: MAML, episode: Episode, **settings) -> float:
+    gradients, settings = [], {"inner_lr": 0.1, "inner_steps": 2, **settings}
+    for module in (maml, MAML(net, **settings, execution="loop")):
         module.zero_grad()
         module.training_step(episode, 0).backward()
         gradients.append({name: value.grad.clone() for name, value in net.named_parameters()})
@@ -132,6 +132,54 @@ def test_few_tasks_whose_shape_has_no_graph_yet_run_in_a_loop(layers, tasks, loo
         maml.training_step(Episode(x, y, x, y), 0)
     assert (tasks in calls) == looped
     assert difference_from_loop(net.eval(), maml, Episode(x, y, x, y)) < 1e-9
+
+
+class Scaled(nn.Module):
+    """Scales the gradient of its features, of the second derivative in a loop alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.body(x).tanh()
+        if features.requires_grad:
+            features.register_hook(lambda gradient: 1.3 * gradient)
+        return self.head(features)
+
+
+@pytest.mark.parametrize("settings", [{}, {"flat_memory": True}, {"tasks_per_chunk": 1}, {"tasks_per_chunk": None}])
+@pytest.mark.parametrize("tasks", [3, FEW])
+def test_the_first_meta_step_is_exact_where_a_pullback_differs_from_the_loop(tasks, settings):
+    torch.manual_seed(0)
+    net = Scaled().double()
+    maml = MAML(net, inner_lr=0.1, inner_steps=2, **settings)
+    for _ in range(2):
+        x, y = torch.randn(tasks, 6, 4, dtype=torch.float64), torch.randint(3, (tasks, 6))
+        assert difference_from_loop(net, maml, Episode(x, y, x, y)) < 1e-9
+
+
+def test_small_gradients_are_compared_beside_the_large_ones_of_an_optimizers_state():
+    torch.manual_seed(0)
+    net = Scaled().double()
+    settings = {"inner_lr": 0.01, "inner_steps": 1, "inner_optimizer": "adam"}
+    maml = MAML(net, **settings)
+    for _ in range(2):
+        x, y = torch.randn(3, 6, 4, dtype=torch.float64), torch.randint(3, (3, 6))
+        assert difference_from_loop(net, maml, Episode(x, y, x, y), **settings) < 1e-9
+
+
+@pytest.mark.parametrize("tasks", [3, FEW])
+@pytest.mark.parametrize("settings", [{}, {"inner_optimizer": "adam"}, {"first_order": True}, {"execution": "loop"}])
+def test_sparse_gradients_are_those_of_dense_ones(settings, tasks):
+    x, y = torch.randint(9, (tasks, 6, 2)), torch.randint(3, (tasks, 6))
+    gradients = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Embedding(9, 4, sparse=sparse), nn.Flatten(), nn.Linear(8, 3)).double()
+        MAML(net, inner_lr=0.1, inner_steps=2, **settings).training_step(Episode(x, y, x, y), 0).backward()
+        gradients.append({name: value.grad for name, value in net.named_parameters()})
+    assert relative_error(*gradients) < 1e-9
 
 
 def test_few_tasks_that_cannot_be_traced_run_in_a_loop_and_many_vectorized(caplog):

@@ -207,3 +207,22 @@ def test_what_a_context_manager_is_made_with_counts():
     before = fingerprint((net,))
     net.manager.args[0][0] = 3.0
     assert fingerprint((net,)) != before
+
+
+class Graph(nn.Module):
+    """A layer between products with a sparse buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.register_buffer("adjacency", (torch.eye(3) + 0.1).to_sparse())
+
+    def forward(self, x):
+        return torch.sparse.mm(self.adjacency, self.layer(x).T).T.tanh()
+
+
+def test_a_sparse_buffer_runs_as_in_a_loop():
+    torch.manual_seed(0)
+    net = Graph().double()
+    _, expected = reference(net, episode(), 0.1, 2, F.cross_entropy)
+    assert relative_error(gradient(MAML(net, inner_lr=0.1, inner_steps=2)), expected) < 1e-9

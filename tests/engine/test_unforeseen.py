@@ -1,7 +1,9 @@
 """Networks that read their scale from wherever Python can hide it, against the plain loop while it changes."""
 
 import copy
+import cProfile
 import datetime
+import importlib
 import os
 import random
 import secrets
@@ -16,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from maml_lightning import MAML
 from tests.engine.test_trials import episode, gradient
@@ -29,6 +32,7 @@ OPTIMIZER = torch.optim.SGD([torch.zeros(1)], lr=1.0)
 ARRAY, GENERATOR = np.ones(3), torch.Generator()
 config = ModuleType("unforeseen_config")
 config.scale = config.scale_1 = 1.0
+sys.modules["unforeseen_config"] = config
 static = staticmethod(lambda: TABLE["scale"])
 FOLDER = SimpleNamespace(path=None)
 
@@ -84,8 +88,22 @@ def of_table(net, value):
     TABLE["scale"] = value
 
 
+def of_config(net, value):
+    config.scale = value
+
+
+def of_torch(net, value):
+    torch.set_default_dtype(torch.float64 if value == 3 else torch.float32)
+    torch.use_deterministic_algorithms(value == 2)
+
+
 def read_lines(net):
     with open(FOLDER.path / "scale.txt") as file:
+        return float(file.readline())
+
+
+def read_named(net):
+    with open(net.file) as file:
         return float(file.readline())
 
 
@@ -106,6 +124,10 @@ READ = {
         lambda net, v: setattr(HOLDER.inner, "scale", v),
     ),
     "variables of a module": (lambda net: vars(config)["scale"], lambda net, v: setattr(config, "scale", v)),
+    "module by its name": (lambda net: sys.modules["unforeseen_config"].scale, of_config),
+    "module imported by its name": (lambda net: importlib.import_module("unforeseen_config").scale, of_config),
+    "default type": (lambda net: torch.tensor(0.1).double(), of_torch),
+    "setting of torch": (lambda net: 1 + torch.are_deterministic_algorithms_enabled(), of_torch),
     "file": (read_lines, write_text),
     "pathlib": (lambda net: float((FOLDER.path / "scale.txt").read_text()), write_text),
     "os.open": (lambda net: float(os.read(os.open(FOLDER.path / "scale.txt", os.O_RDONLY), 9)), write_text),
@@ -143,6 +165,8 @@ def _as_before(tmp_path, monkeypatch):
     monkeypatch.setenv("UNFORESEEN", "1.0")
     monkeypatch.setattr(sys, "argv", [*sys.argv, "1.0"])
     monkeypatch.setattr(sys, "unforeseen", 1.0, raising=False)
+    yield
+    of_torch(None, 1.0)
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -157,6 +181,47 @@ def test_the_gradient_follows_what_is_read(kind):
         _, expected = reference(net, episode(), 0.1, 2, F.cross_entropy)
         assert relative_error(gradient(maml), expected) < 1e-9
     change(net, 1.0)
+
+
+@pytest.mark.parametrize("profiler", [cProfile.Profile(), lambda *event: None])
+def test_files_are_read_while_a_profiler_is_on(profiler):
+    enable = profiler.enable if isinstance(profiler, cProfile.Profile) else lambda: sys.setprofile(profiler)
+    net = Net(read_named).double()
+    net.file = str(FOLDER.path / "scale.txt")  # a path changes as it is used
+    maml = MAML(net, inner_lr=0.1, inner_steps=2)
+    for value in (1.0, 3.0, 2.0):
+        write_text(net, value)
+        enable()
+        try:
+            own = gradient(maml)
+            assert sys.getprofile() is profiler or sys.version_info >= (3, 12)
+        finally:
+            sys.setprofile(None)
+        assert relative_error(own, reference(net, episode(), 0.1, 2, F.cross_entropy)[1]) < 1e-9
+
+
+class Scaling(TorchFunctionMode):
+    """Scales all that ``torch.tanh`` gives."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        return result * self.scale if function is torch.tanh else result
+
+
+def test_the_users_own_modes_are_part_of_what_runs(caplog):
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh()).double()
+    maml = MAML(net, inner_lr=0.1, inner_steps=2)
+    for scale in (1.0, 2.0, 2.0, 3.0):
+        with Scaling(scale):
+            _, expected = reference(net, episode(), 0.1, 2, F.cross_entropy)
+            assert relative_error(gradient(maml), expected) < 1e-9
+    with torch.device("cpu"):
+        assert relative_error(gradient(maml), reference(net, episode(), 0.1, 2, F.cross_entropy)[1]) < 1e-9
+    assert "slower" not in caplog.text
 
 
 ASKED = {
