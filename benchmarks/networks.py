@@ -192,6 +192,9 @@ REFUSED = """## What runs task by task
 
 A network runs task by task, with the side effects of a plain loop, if it draws Python's random numbers, sets a seed,
 changes its attributes or parameters (as an embedding does when `max_norm` rescales a vector), or writes to its inputs.
+So does a network with a branch on values, `.item()`, or a size that depends on values, such as `x[mask]` or a packed
+sequence. Multiply by the mask, or use `torch.where` or a padded batch, to train it as a recorded graph. torchvision's
+StochasticDepth runs task by task, too, unless its probability is 0.
 Random layers of other networks draw different numbers than a loop, from the same distribution. An attribute that is a
 tensor is compared at each step; register a large one as a buffer.
 

@@ -95,6 +95,10 @@ class InnerLoop:
         """Whether the backward pass recomputes the inner steps."""
         return self._flat_memory.active
 
+    def runs_task_by_task(self, tasks: int) -> bool:
+        """Whether a chunk of so many tasks runs in a loop over tasks now."""
+        return self._executor.way(self._state(), tasks) == "loop"
+
     @torch.no_grad()
     def gradient(
         self,

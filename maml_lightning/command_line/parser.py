@@ -71,6 +71,8 @@ class Parser(LightningArgumentParser):
         message = class_paths.explanation(message) or " ".join(message.split())
         if re.search(r"arguments are required: \w+\.data\b", message):
             message = "no data: give --data NAME, or a --config that has it, such as the config.yaml of a run"
+        if re.fullmatch(r"Option '\S+' is not accepted", message):
+            message += "; check its spelling, and give a class (--data NAME, --model.net CLASS) before its settings"
         page = "--help_all" if "--help_all" in self._option_string_actions else "--help"
         self.exit(2, f"error: {message} ({page} describes every setting)\n")
 

@@ -1,15 +1,16 @@
 """Whether what a fast way of running computes is what a loop over tasks computes."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from maml_lightning.devices import autocast_dtype, has_values, widest
 from maml_lightning.engine.failures import reason_of
 from maml_lightning.engine.jobs import Job
+from maml_lightning.engine.state import RandomState
 
 # Relative differences that rounding explains, of all tensors together; of one tensor it is ten times as much.
 _ROUNDING = {torch.float64: 2e-7, torch.complex128: 2e-7, torch.float32: 1e-2, torch.complex64: 1e-2}
@@ -80,13 +81,38 @@ def _is_tf32(device: torch.device) -> bool:
     )
 
 
-def untraced_disagreement(job: Job, expected: tuple[Any, Callable | None]) -> str:
-    """In which way a job of one task, vectorized, is not what is expected; empty where it is."""
+def untraced_disagreement(job: Job) -> str:
+    """In which way a job of one task that draws random numbers, vectorized, is not what a loop computes with the same.
+
+    Empty where it is the same.
+    """
+    before = RandomState(job.device())
     try:
-        outputs, pullback = job.untraced()
-        why = disagreement(outputs, expected[0])
-        if why or pullback is None or expected[1] is None:
-            return why
-        return disagreement(pullback(outputs), expected[1](outputs))
+        with _DrawnInOrder():
+            expected, reference = job.in_loop()
+            before.restore()
+            outputs, pullback = job.untraced()
+            why = disagreement(outputs, expected)
+            if why or pullback is None or reference is None:
+                return why
+            return disagreement(pullback(outputs), reference(outputs))
     except Exception as error:
         return reason_of(error)
+
+
+class _DrawnInOrder(TorchDispatchMode):
+    """Random numbers are drawn in the order of dimensions.
+
+    A loop otherwise fills a permuted tensor in the order of its memory, ``vmap`` in that of dimensions.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **(kwargs or {}))
+        ordered = pytree.tree_map_only(Tensor, Tensor.contiguous, args)
+        result = func(*ordered, **(kwargs or {}))
+        for argument, value, written in zip(func._schema.arguments, args, ordered, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write and value is not written:
+                value.copy_(written)
+                result = value if result is written else result
+        return result

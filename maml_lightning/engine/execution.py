@@ -242,7 +242,7 @@ class Executor:
         if deterministic or result is None or self._way(job.function.state) == LOOP:
             return result if deterministic else None
         with before.restored():
-            if why := untraced_disagreement(last, result):
+            if why := untraced_disagreement(last):
                 self._lower(job.function.state, LOOP, why)
         return None
 

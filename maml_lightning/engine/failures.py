@@ -1,24 +1,54 @@
 """What went wrong where a network was run, in a few words."""
 
 import re
+import sysconfig
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from maml_lightning.engine.memory import out_of_memory
 from maml_lightning.errors import SettingError
 
+# Files whose lines are not a user's.
+_LIBRARIES = (
+    sysconfig.get_path("purelib"),
+    sysconfig.get_path("stdlib"),
+    str(Path(torch.__file__).parent),
+    str(Path(__file__).parents[1]),
+    "<",
+)
+# What PyTorch says where code depends on values, which are not known when it is recorded or vectorized.
+_OF_VALUES = {
+    r"calling \.item\(\)|data pointer|data-dependent|_local_scalar": "it reads values, as a branch or .item() does",
+    r"dynamic shape|^aten\.[\w.]+$|masked_select": "a size depends on values, as in x[mask] or a packed sequence",
+}
+
 
 def reason_of(error: Exception) -> str:
-    """The first line of an error; memory that ran out is no reason to run in another way.
+    """Why a network did not run, in one line; memory that ran out is no reason to run in another way.
 
     Raises:
         Exception: the error, if memory ran out.
     """
     if isinstance(error, RuntimeError) and out_of_memory(error):
         raise error
-    line = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
+    text = str(error).strip()
+    for pattern, meaning in _OF_VALUES.items():
+        if re.search(pattern, text):
+            return meaning + _place(error)
+    line = text.split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
     return line if len(line) <= 120 else f"{line[:117]}..."
+
+
+def _place(error: Exception) -> str:
+    """The last line of a user's code that an error came through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)]
+    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
 
 
 _NOT_DIFFERENTIABLE = {

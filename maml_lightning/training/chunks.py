@@ -38,8 +38,8 @@ def reporting_choices(loop: InnerLoop, tasks: int) -> Iterator[None]:
     """
     chosen, flat = dict(loop.chosen), loop.flat
     yield
-    if loop.chosen != chosen:
-        size = next(size for what, size in loop.chosen.items() if what not in chosen)
+    size = next((size for what, size in loop.chosen.items() if what not in chosen), None)
+    if size and not loop.runs_task_by_task(size):
         rank_zero_info(f"model.tasks_per_chunk: {size} of the {tasks} tasks are vectorized together.")
     if loop.flat and not flat:
         rank_zero_info("model.flat_memory: the backward pass recomputes the inner steps, to save memory.")

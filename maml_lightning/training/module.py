@@ -156,7 +156,8 @@ class MAML(LightningModule):
         """A copy of the network, adapted to one task.
 
         With ``query_statistics`` batch, it normalizes with the statistics of the batch that it sees: give it queries
-        together with the support inputs, and drop the outputs of those.
+        together with the support inputs, and drop the outputs of those. Call ``maml.eval()`` first where the network
+        has dropout: in training mode it is active, while adapting and in the copy.
 
         Args:
             support_inputs: ``[N*K, C, H, W]``, or whatever the network takes, see `Episode`.

@@ -155,6 +155,22 @@ def annotated(out_features: int = 2) -> MAML:
     raise AssertionError
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--data.meta_batch_size", "8", "--data", "GlyphsDataModule"),
+        ("--data", "GlyphsDataModule", "--model.net", "maml_lightning.MLP", "--model.net.meta_batch_size", "8"),
+    ],
+)
+def test_a_setting_that_no_class_before_it_has_is_told_with_what_to_do(capsys, flags):
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", *flags])
+    assert capsys.readouterr().err == (
+        "error: Option 'meta_batch_size' is not accepted; check its spelling, and give a class "
+        "(--data NAME, --model.net CLASS) before its settings (--help describes every setting)\n"
+    )
+
+
 def test_other_messages_are_left_alone():
     assert explanation('Parser key "model.inner_lr": Expected a <class float>. Given value: x') is None
     assert explanation("Option 'hiden' is not accepted") is None

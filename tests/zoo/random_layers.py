@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from maml_lightning import ResNet12
 from tests.zoo.case import CLASSES, Case, classifier
 from tests.zoo.images import ViewFlatten, conv
+from tests.zoo.sequences import Encoder, series
 
 
 class StochasticBlock(nn.Module):
@@ -38,6 +39,24 @@ class LayerDrop(nn.Module):
         return self.head(x)
 
 
+class Permuted(nn.Module):
+    """A random layer of channels that come last in memory, as after attention or a layout for speed."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.movedim(1, -1).contiguous().movedim(-1, 1))
+
+
+class Noise(nn.Module):
+    """Noise of each value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x)
+
+
 def make(kind: str, p: float) -> nn.Module:
     layers = {
         "Dropout": lambda: nn.Dropout(p),
@@ -65,4 +84,16 @@ CASES = [
     *(Case(f"{kind} in evaluation mode", lambda kind=kind: make(kind, 0.5), evaluation=True, quick=kind == "RReLU")
       for kind in KINDS if kind != "LayerDrop"),
 ]  # fmt: skip
-RANDOM = [Case(f"{kind} with p=0.5", lambda kind=kind: make(kind, 0.5)) for kind in KINDS]
+PERMUTED = {
+    "Dropout": lambda: nn.Dropout(0.5),
+    "Dropout2d": lambda: nn.Dropout2d(0.5),
+    "AlphaDropout": lambda: nn.AlphaDropout(0.5),
+    "RReLU": lambda: nn.RReLU(0.2, 0.7),
+    "Noise": Noise,
+}
+RANDOM = [
+    *(Case(f"{kind} with p=0.5", lambda kind=kind: make(kind, 0.5)) for kind in KINDS),
+    *(Case(f"permuted {kind}", lambda layer=layer: ViewFlatten(conv(), Permuted(layer()), nn.Flatten(), nn.Tanh()))
+      for kind, layer in PERMUTED.items()),
+    series("TransformerEncoder with dropout", lambda: Encoder(dropout=0.5)),
+]  # fmt: skip

@@ -96,11 +96,11 @@ class Attention(nn.Module):
 
 
 class Encoder(nn.Module):
-    """nn.TransformerEncoder without dropout."""
+    """nn.TransformerEncoder."""
 
-    def __init__(self, **options: bool) -> None:
+    def __init__(self, dropout: float = 0.0, **options: bool) -> None:
         super().__init__()
-        layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True, **options)
+        layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=dropout, batch_first=True, **options)
         self.encoder, self.head = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), nn.Linear(4, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:

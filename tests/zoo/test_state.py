@@ -142,9 +142,19 @@ def test_tasks_draw_their_own_dropout_and_its_recomputation_the_same():
     assert torch.allclose(gradients[False], gradients[True], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("case", random_layers.RANDOM, ids=lambda case: case.name)
+def test_random_layers_run_as_a_recorded_graph(case):
+    maml = module(case, case.network(), **QUICK)
+    maml.training_step(case.episode(), 0).backward()
+    way = maml._inner_loop._executor.way(maml._inner_loop._state(), 3)
+    # Python draws, or an empty tensor that no task has a part in is filled.
+    assert way == ("loop" if case.name.startswith(("LayerDrop", "StochasticDepth", "DropBlock")) else "traced")
+
+
 @pytest.mark.exhaustive
-def test_the_mean_over_dropout_is_that_of_the_plain_loop():
-    case = next(case for case in random_layers.RANDOM if case.name.startswith("Dropout "))
+@pytest.mark.parametrize("name", ["Dropout with p=0.5", "permuted Dropout", "TransformerEncoder with dropout"])
+def test_the_mean_over_dropout_is_that_of_the_plain_loop(name):
+    case = next(case for case in random_layers.RANDOM if case.name == name)
     maml, plain, episode = module(case, case.network(), **QUICK), case.network(), case.episode()
     ours = torch.tensor([maml.training_step(episode, 0).item() for _ in range(300)])
     theirs = torch.tensor([loop(case, plain, episode, **QUICK)[0].loss for _ in range(300)])
