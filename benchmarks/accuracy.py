@@ -54,7 +54,8 @@ def ensemble(
         experiment: a config, such as configs/omniglot_20way_1shot_best.yaml.
         root: the folder of the data, for data on disk.
         seeds: of the networks and of their training episodes; 0, 1 and 2 by default. Test episodes are the first's.
-        flags: flags that override the config.
+        flags: flags that override the config; {seed} in them stands for each seed, so that networks trained apart may
+            begin with records of their own.
         tests: flags of each additional test.
     """
     _keep(run_ensemble(experiment, root, seeds or [0, 1, 2], flags or [], tests or [], Path("lightning_logs")))
@@ -151,14 +152,16 @@ def run_ensemble(
 
     Its validation curve is the first network's, with the minutes of all.
     """
-    records = [run(config, root, seed, flags, [], logs) for seed in seeds]
+    own = [[flag.replace("{seed}", str(seed)) for flag in flags] for seed in seeds]
+    records = [run(config, root, seed, each, [], logs) for seed, each in zip(seeds, own, strict=True)]
     checkpoints = [record["tests"][0]["results"]["checkpoint"] for record in records]
-    settings = [*_settings(config, root, seeds[0], flags, logs), _folder(config, seeds, flags, logs)]
+    settings = [*_settings(config, root, seeds[0], own[0], logs), _folder(config, seeds, flags, logs)]
     last = (record["validation"][-1][1] for record in records[1:])
     first, others = records[0], sum(last)
     return {
         **first,
         "seed": seeds,
+        "flags": flags,
         "validation": [[steps, round(minutes + others, 2), score] for steps, minutes, score in first["validation"]],
         "tests": [_tested([*settings, *test.split(), "--ensemble", *checkpoints], test) for test in ["", *tests]],
     }

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import accuracy as module
 from benchmarks.accuracy import RECORDS, accuracy, again, ensemble, named, score_of, table
@@ -82,6 +83,26 @@ def test_an_ensembles_record_comes_again(folder, trained, monkeypatch, capsys):
     recorded, now = capsys.readouterr().out.split("now:")
     lines = [[line for line in part.splitlines() if "test episodes" in line] for part in (recorded, now)]
     assert lines[0] == lines[1] != []
+
+
+def test_networks_of_an_ensemble_may_begin_with_records_of_their_own(folder, trained, monkeypatch):
+    monkeypatch.setattr(module, "RECORDS", folder / "records")
+    for seed in (1, 2):
+        accuracy(trained / "config.yaml", seed=seed)
+    flags = ["--initial_checkpoint=records/config_{seed}.json", "--model.outer_lr=1e-30"]
+    ensemble(trained / "config.yaml", seeds=[1, 2], flags=flags)
+    begun = [[flags[0].replace("{seed}", str(seed)), flags[1]] for seed in (1, 2)]
+    record = json.loads((folder / "records" / f"{named(trained / 'config.yaml', [1, 2], flags)}.json").read_text())
+    assert record["flags"] == flags
+    checkpoints = record["tests"][0]["results"]["ensemble"]
+    folders = [named(trained / "config.yaml", seed, own) for seed, own in zip((1, 2), begun, strict=True)]
+    assert [Path(path).parts[-5] for path in checkpoints] == folders
+    for seed, path in zip((1, 2), checkpoints, strict=True):
+        first = json.loads((folder / f"records/config_{seed}.json").read_text())["tests"][0]["results"]["checkpoint"]
+        files = (folder / first, folder / path)
+        started, ended = (torch.load(file, weights_only=False)["state_dict"] for file in files)
+        for name, value in started.items():  # it learns nothing
+            torch.testing.assert_close(ended[name], value)
 
 
 def test_a_table_has_a_row_for_each_test():
