@@ -104,9 +104,12 @@ def chunk_size(bytes_per_task: int, tasks: int, device: torch.device) -> int:
         tasks: in the meta-batch, ``T``.
         device: where they run.
     """
-    budget = VECTORIZED_BYTES if device.type == "cpu" else shared_bytes(device)
-    fitting, few = (bytes_ // max(bytes_per_task, 1) for bytes_ in (budget, 2 * budget))
-    most = max(min(max(fitting, min(few, _FEW)) if device.type == "cpu" else fitting, tasks), 1)
+    each = max(bytes_per_task, 1)
+    if device.type == "cpu":
+        fitting = max(VECTORIZED_BYTES // each, min(2 * VECTORIZED_BYTES // each, _FEW))
+    else:
+        fitting = shared_bytes(device) // each
+    most = max(min(fitting, tasks), 1)
     # Chunks of one size share their graphs; of unlike sizes they are at least nearly equal.
     even = next(size for size in range(most, 0, -1) if tasks % size == 0)
     return even if 2 * even > most else math.ceil(tasks / math.ceil(tasks / most))
