@@ -210,11 +210,18 @@ def run(config: Path, root: str | None, seed: int, flags: list[str], tests: list
         "commit": subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
         ).stdout.strip(),
-        "machine": f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__.split('+')[0]}",
+        "machine": f"{_processor()}, torch {torch.__version__.split('+')[0]}",
         "seconds_per_step": history.seconds_per_step,
         "validation": [[steps, round(history.minutes_at(steps), 2), round(score, 4)] for steps, score in history.curve],
         "tests": results,
     }
+
+
+def _processor() -> str:
+    """What trained: the GPU that Lightning takes where there is one, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} threads, {platform.machine()}"
 
 
 def described(record: dict[str, Any]) -> list[str]:
