@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -73,6 +74,11 @@ def _typed(episode: Episode, dtype: torch.dtype) -> Episode:
     return Episode(*(part.to(dtype) if part.is_floating_point() else part for part in episode))
 
 
+def _cudnn(enabled: bool, tf32: bool = True) -> Any:
+    """A context with cuDNN, whose recurrent layers have no second derivative; its convolutions are TF32 by default."""
+    return torch.backends.cudnn.flags(enabled=enabled, allow_tf32=tf32)
+
+
 def correctness(bench: Bench) -> None:
     """The relative error of the meta-gradient against a plain loop in float64, on the same device."""
     lstm = Case("LSTM", tasks=2, make=LSTM, shape=(5, 16))
@@ -81,12 +87,15 @@ def correctness(bench: Bench) -> None:
         net, batch = network(case).to(bench.device), _typed(episodes(case), torch.float32)
         batch = Episode(*(part.to(bench.device) for part in batch))
         double = network(case).to(bench.device).double()
-        with torch.backends.cudnn.flags(enabled=case is not lstm):  # its recurrent layers have no second derivative
+        with _cudnn(case.make is not LSTM):
             exact = plain_loop(double, _typed(batch, torch.float64), LR, case.steps)()
         wide = ours(double, _typed(batch, torch.float64), LR, case.steps)
         bench.attempt(f"{case.name}, float64", "relative error", partial(_error_of, wide, exact))
-        single = ours(net, batch, LR, case.steps)
-        bench.attempt(f"{case.name}, float32", "relative error", partial(_error_of, single, exact))
+        for tf32, (name, make) in product((False, True), {"maml_lightning": ours, "plain loop": plain_loop}.items()):
+            single = make(net, batch, LR, case.steps)
+            with _cudnn(case.make is not LSTM or make is ours, tf32):
+                what = f"{case.name}, {'tf32' if tf32 else 'float32'}: {name}"
+                bench.attempt(what, "relative error", partial(_error_of, single, exact))
         half = ours(net, batch, LR, case.steps)
         with torch.autocast(bench.device.type, torch.bfloat16):
             bench.attempt(f"{case.name}, bfloat16 autocast", "relative error", partial(_error_of, half, exact))
@@ -114,7 +123,7 @@ def speed(bench: Bench) -> None:
             runs["maml_lightning"]()
         taken: dict[str, list[float]] = {name: [] for name in runs}
         start = time.perf_counter()
-        while len(taken["maml_lightning"]) < 3 or (time.perf_counter() - start < 8 and not bench.quick):
+        while len(taken["maml_lightning"]) < 3 or (time.perf_counter() - start < 5 and not bench.quick):
             for name, run in runs.items():
                 taken[name].append(seconds(run, bench.device))
         medians = {name: statistics.median(times) for name, times in taken.items()}

@@ -125,12 +125,12 @@ def _accuracy(bench: Bench, config: str, ways: int, targets: list[float], limit:
 
 def accuracy_5way(bench: Bench) -> None:
     """Minutes to 95, 98 and 99 % at 5-way 1-shot."""
-    _accuracy(bench, "omniglot_5way_1shot_best", 5, [0.95, 0.98, 0.99], 60)
+    _accuracy(bench, "omniglot_5way_1shot_best", 5, [0.95, 0.98, 0.99], 45)
 
 
 def accuracy_20way(bench: Bench) -> None:
     """Minutes to 97 % at 20-way 1-shot."""
-    _accuracy(bench, "omniglot_5way_1shot_best", 20, [0.9, 0.95, 0.97], 65)
+    _accuracy(bench, "omniglot_5way_1shot_best", 20, [0.9, 0.95, 0.97], 45)
 
 
 def _communicate(rank: int, world: int, port: int, cuda: bool, file: str) -> None:
