@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import os
 import subprocess
 import zipfile
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ import torch
 from cli import main
 from tests.runs import TINY, words
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which torch does when it compiles
 torch.set_num_threads(1)  # the networks are tiny here: more threads only wait for each other
 
 ARCHIVES = Path(__file__).parents[2] / "shared" / "data" / "omniglot-py"

@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from maml_lightning.engine.kernels.convolution import COL2IM
+from maml_lightning.engine.kernels.patches import COL2IM
 
 
 def _hashable(value: Any) -> bool:

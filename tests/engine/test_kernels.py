@@ -13,6 +13,7 @@ from maml_lightning.engine.kernels import (
     lstm,
     mode,
     normalization,
+    patches,
     recurrent_unit,
 )
 
@@ -141,7 +142,7 @@ def test_shared_weight_and_shared_input(cache):
 
 def test_patches_of_one_channel_whatever_its_stride():
     x = torch.rand(2, 1, 6, 6, dtype=torch.float64)
-    seen = convolution._im2col(x.permute(0, 2, 3, 1), [3, 3], [2, 2], [0, 0])
+    seen = patches.im2col(x.permute(0, 2, 3, 1), [3, 3], [2, 2], [0, 0])
     assert torch.equal(seen.flatten(1, 2).mT, F.unfold(x, 3, stride=2))
 
 
@@ -159,6 +160,7 @@ def test_what_a_compiler_gets_is_what_is_called_otherwise(op):
         "col2im": (torch.randn(2, 3, 4, 18, dtype=torch.float64), [6, 5], *window),
         "standardize": (images, 1e-5),
         "project": (images, images.flip(0), scale),
+        "second_derivative": (images, scale, scale, images.flip(0), scale, images.sin(), scale, scale, scale),
     }[op._schema.name.split("::")[1]]
     for called, fused in zip(*map(pytree.tree_leaves, (op(*arguments), mode.COMPILED[op](*arguments))), strict=True):
         assert called.shape == fused.shape

@@ -29,58 +29,11 @@ from maml_lightning.engine.kernels.layout import (
     tasks_first,
 )
 from maml_lightning.engine.kernels.measured import MEASURED, Way, fastest
+from maml_lightning.engine.kernels.patches import col2im, im2col
 
 
-# Opaque operators: one node each in a traced graph, and free to loop and to work in place inside. All is channels-last:
-# images [B, H, W, C] or, task by task, [T, B, H, W, C]; weights [T, kh, kw, C, O].
-@custom_op("maml_lightning::im2col", mutates_args=())
-def _im2col(x: Tensor, kernel: Ints, stride: Ints, padding: Ints) -> Tensor:
-    x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0])).contiguous()
-    rows, cols = spans(x.shape[1:3], kernel, stride, [0, 0])
-    batch, height, width, channels = x.shape
-    row, col = width * channels, channels  # x.stride() says anything of a dimension of size 1
-    # A row of the window lies in one piece in memory: one long run to copy instead of kernel[1] short ones.
-    windows = x.as_strided(
-        (batch, rows, cols, kernel[0], kernel[1] * channels), (height * row, stride[0] * row, stride[1] * col, row, 1)
-    )
-    return windows.clone(memory_format=torch.contiguous_format).flatten(3)
-
-
-@_im2col.register_fake
-def _(x: Tensor, kernel: Ints, stride: Ints, padding: Ints) -> Tensor:
-    return x.new_empty(x.shape[0], *spans(x.shape[1:3], kernel, stride, padding), kernel[0] * kernel[1] * x.shape[3])
-
-
-@custom_op("maml_lightning::col2im", mutates_args=())
-def _col2im(columns: Tensor, size: Ints, kernel: Ints, stride: Ints, padding: Ints) -> Tensor:
-    batch, rows, cols, _ = columns.shape
-    windows = columns.reshape(batch, rows, cols, *kernel, -1)
-    x = columns.new_zeros(batch, *size, windows.shape[-1])
-    for i in range(kernel[0]):
-        above, to_rows = _inside(i - padding[0], stride[0], rows, size[0])
-        for j in range(kernel[1]):
-            left, to_cols = _inside(j - padding[1], stride[1], cols, size[1])
-            x[:, to_rows, to_cols] += windows[:, above, left, i, j]
-    return x
-
-
-def _inside(offset: int, stride: int, count: int, size: int) -> tuple[slice, slice]:
-    """Which of ``count`` windows have their point at ``offset`` inside ``size``, and where it lies there."""
-    first = max(0, -(offset // stride))
-    last = min(count, (size - 1 - offset) // stride + 1)
-    if last <= first:
-        return slice(0, 0), slice(0, 0)
-    return slice(first, last), slice(first * stride + offset, (last - 1) * stride + offset + 1, stride)
-
-
-@_col2im.register_fake
-def _(columns: Tensor, size: Ints, kernel: Ints, stride: Ints, padding: Ints) -> Tensor:
-    return columns.new_empty(columns.shape[0], *size, columns.shape[3] // (kernel[0] * kernel[1]))
-
-
-COL2IM = torch.ops.maml_lightning.col2im.default
-
-
+# Opaque operators, like those of ``patches.py``. All is channels-last: images [B, H, W, C] or, task by task,
+# [T, B, H, W, C]; weights [T, kh, kw, C, O].
 def _channels_first(x: Tensor) -> Tensor:
     return x.permute(NCHW)
 
@@ -149,7 +102,7 @@ def _(x: Tensor, g: Tensor, kernel: Ints, stride: Ints, padding: Ints, dilation:
 
 def _patches(x: Tensor, kernel: Ints, stride: Ints, padding: Ints) -> Tensor:
     """``[T, B, H, W, C] -> [T, B*H'*W', kh*kw*C]``."""
-    return _im2col(x.flatten(0, 1), kernel, stride, padding).unflatten(0, x.shape[:2]).flatten(1, 3)
+    return im2col(x.flatten(0, 1), kernel, stride, padding).unflatten(0, x.shape[:2]).flatten(1, 3)
 
 
 # The same three maps as matrix products of patches, of the same arguments.
@@ -162,7 +115,7 @@ def _product(x: Tensor, w: Tensor, stride: Ints, padding: Ints) -> Tensor:
 def _product_input(g: Tensor, w: Tensor, size: Ints, stride: Ints, padding: Ints) -> Tensor:
     columns = g.flatten(1, 3).bmm(w.flatten(1, 3).mT)
     columns = columns.reshape(-1, *g.shape[2:4], columns.shape[2])
-    return _col2im(columns, size, list(w.shape[1:3]), stride, padding).unflatten(0, g.shape[:2])
+    return col2im(columns, size, list(w.shape[1:3]), stride, padding).unflatten(0, g.shape[:2])
 
 
 def _product_weight(x: Tensor, g: Tensor, kernel: Ints, stride: Ints, padding: Ints) -> Tensor:
@@ -321,27 +274,3 @@ def convolve(input: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilatio
 def convolve_transposed(input: Tensor, weight: Tensor, size: Ints, *window: Any) -> Tensor:
     """The transpose of :func:`convolve` in its images: ``[B, O, H', W']`` to ``[B, C, *size]``."""
     return _InputGradient.apply(input, weight, size, *window)
-
-
-# The gathering and scattering of patches as a compiler fuses them.
-def im2col_views(x: Tensor, kernel: Ints, stride: Ints, padding: Ints) -> Tensor:
-    """``im2col`` in terms of torch."""
-    x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]))
-    windows = x.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])
-    return windows.permute(0, 1, 2, 4, 5, 3).flatten(3)
-
-
-def col2im_sum(columns: Tensor, size: Ints, kernel: Ints, stride: Ints, padding: Ints) -> Tensor:
-    """``col2im`` in terms of torch."""
-    batch, rows, cols, _ = columns.shape
-    windows = columns.view(batch, rows, 1, cols, 1, *kernel, -1)
-    # Zeros between the points, then each tap moved to its place.
-    spread = F.pad(windows, (0, 0, 0, 0, 0, 0, 0, stride[1] - 1, 0, 0, 0, stride[0] - 1))
-    spread = spread.flatten(3, 4).flatten(1, 2)
-    x = columns.new_zeros(())
-    for i in range(kernel[0]):
-        for j in range(kernel[1]):
-            top, left = i - padding[0], j - padding[1]
-            bottom, right = size[0] - top - spread.shape[1], size[1] - left - spread.shape[2]
-            x = x + F.pad(spread[:, :, :, i, j], (0, 0, left, right, top, bottom))
-    return x

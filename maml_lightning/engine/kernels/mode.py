@@ -13,10 +13,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from maml_lightning.engine.kernels.activations import hardsigmoid, rrelu
-from maml_lightning.engine.kernels.convolution import col2im_sum, im2col_views
 from maml_lightning.engine.kernels.convolution_layers import conv1d, conv2d, conv_transpose1d, conv_transpose2d
 from maml_lightning.engine.kernels.embedding import embedding_bag
-from maml_lightning.engine.kernels.normalization import batch_norm, instance_norm, project, standardize
+from maml_lightning.engine.kernels.normalization import (
+    batch_norm,
+    instance_norm,
+    project,
+    second_derivative,
+    standardize,
+)
+from maml_lightning.engine.kernels.patches import col2im_sum, im2col_views
 from maml_lightning.engine.kernels.pooling import max_pool, max_pool_backward, poolings
 from maml_lightning.engine.kernels.recurrence import recurrences
 from maml_lightning.engine.reached import may_call
@@ -57,6 +63,7 @@ COMPILED: dict[OpOverload, Callable[..., Any]] = {
     torch.ops.aten.max_pool2d_with_indices_backward.default: max_pool_backward,
     torch.ops.maml_lightning.standardize.default: standardize,
     torch.ops.maml_lightning.project.default: project,
+    torch.ops.maml_lightning.second_derivative.default: second_derivative,
     torch.ops.maml_lightning.im2col.default: im2col_views,
     torch.ops.maml_lightning.col2im.default: col2im_sum,
 }

@@ -14,6 +14,7 @@ from torch.autograd import Function
 from torch.library import custom_op
 from torch.overrides import TorchFunctionMode
 
+from maml_lightning.engine.kernels.fused import fused, is_fused
 from maml_lightning.engine.kernels.last_derivative import LastDerivative
 from maml_lightning.engine.kernels.layout import all_tasks_first, leaves_cache
 from maml_lightning.task_statistics import statistics_part
@@ -35,6 +36,8 @@ def standardize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 @custom_op("maml_lightning::standardize", mutates_args=())
 def _standardize_op(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if is_fused(x):
+        return fused("triton_normalization", "standardize", standardize, x, eps)
     if not leaves_cache(x, x[0].numel()):
         return standardize(x, eps)
     n, r = torch.empty_like(x), x.new_empty(x.shape[0], x.shape[-1])
@@ -60,6 +63,8 @@ def project(g: Tensor, n: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 @custom_op("maml_lightning::project", mutates_args=())
 def _project_op(g: Tensor, n: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if is_fused(g):
+        return fused("triton_normalization", "project", project, g, n, scale)
     if not leaves_cache(g, g[0].numel()):
         return project(g, n, scale)
     zero, one = torch.zeros_like(scale[0]), torch.ones_like(scale[0])
@@ -133,7 +138,7 @@ class _NormalizeBackward(Function):
         return g_bar, x_bar, weight_bar, None, None
 
 
-def _second_derivative(
+def second_derivative(
     u: Tensor,
     v: Tensor,
     w: Tensor,
@@ -168,6 +173,33 @@ def _second_derivative(
     g_bar = torch.addcmul(torch.addcmul(of_g, n, along_gn), u, to_gu)
     x_bar = torch.addcmul(torch.addcmul(torch.addcmul(of_x, n, to_n), g, to_g), u, to_u)
     return g_bar, x_bar, count * mean_ujg
+
+
+@custom_op("maml_lightning::second_derivative", mutates_args=())
+def _second_derivative_op(
+    u: Tensor,
+    v: Tensor,
+    w: Tensor,
+    g: Tensor,
+    weight: Tensor,
+    n: Tensor,
+    r: Tensor,
+    sum_gn: Tensor,
+    sum_g: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return fused(
+        "triton_normalization", "second_derivative", second_derivative, u, v, w, g, weight, n, r, sum_gn, sum_g
+    )
+
+
+@_second_derivative_op.register_fake
+def _(u: Tensor, v: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return u.new_empty(u.shape), u.new_empty(u.shape), v.new_empty(v.shape)
+
+
+def _second_derivative(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where kernels are fused one operator; elsewhere its terms, of which a graph drops those that nothing takes."""
+    return (_second_derivative_op if is_fused(tensors[0]) else second_derivative)(*tensors)
 
 
 def batch_norm(
