@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from maml_lightning.algorithms.calling import watched
 from maml_lightning.algorithms.curvature import identities, matrices_of
-from maml_lightning.algorithms.optimizers import Parameters, rate_of
+from maml_lightning.algorithms.optimizers import Parameters, rates_of
 from maml_lightning.errors import SettingError
 from maml_lightning.task_statistics import TaskNorm
 
@@ -232,7 +232,7 @@ class Adaptation(nn.Module):
         kept = {key.replace("/", "."): value for key, value in self.curvature.items()}
         matrices = matrices_of({name: own[name] for name in names}, kept, self._any_rows) if kept else {}
         if not self.learn:
-            return {name: rate_of(own[name], inner_lr) for name in names} | matrices
+            return rates_of({name: own[name] for name in names}, inner_lr) | matrices
         rates = {n: self.learnt.get("all" if self.learn == "network" else _key(n)) for n in names}
         for name, rate in rates.items():
             if rate is None or (self.learn == "weight" and rate.shape[1:] != own[name].shape):

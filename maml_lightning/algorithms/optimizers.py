@@ -130,3 +130,10 @@ def rate_of(parameter: Tensor, inner_lr: float) -> Tensor:
     double = parameter.dtype in (torch.float64, torch.complex128)
     # Filled where it is: a copy of a number would wait for a GPU, for each parameter in each meta-step.
     return torch.full((1,), inner_lr, dtype=torch.float64 if double else torch.float32, device=parameter.device)
+
+
+def rates_of(parameters: Parameters, inner_lr: float) -> Parameters:
+    """:func:`rate_of` each parameter, by name; those of one type share a tensor, which is one launch on a GPU."""
+    of_each_kind = {(value.dtype, value.device): value for value in parameters.values()}
+    rates = {kind: rate_of(value, inner_lr) for kind, value in of_each_kind.items()}
+    return {name: rates[value.dtype, value.device] for name, value in parameters.items()}

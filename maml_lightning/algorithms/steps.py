@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from maml_lightning.algorithms.calling import call_with
 from maml_lightning.algorithms.curvature import transformed
-from maml_lightning.algorithms.optimizers import InnerOptimizer, Parameters, rate_of
+from maml_lightning.algorithms.optimizers import InnerOptimizer, Parameters, rates_of
 from maml_lightning.engine.chunks import detached
 from maml_lightning.engine.differentiation import grad, grad_and_value, is_by_autograd
 from maml_lightning.engine.execution import Executor
@@ -230,7 +230,7 @@ def prepare(
     dims = {name: value.dim() for name, value in model.objects.net.named_parameters()}
     per_step = {name: value for name, value in values.items() if value.dim() > dims[name]}
     if not isinstance(rates, dict):
-        rates = {name: rate_of(value, rates) for name, value in values.items() if name not in per_step}
+        rates = rates_of({name: value for name, value in values.items() if name not in per_step}, rates)
     trained = {name for name, value in params.items() if value.requires_grad} or set(params)
     # Copies: a layer may write to its parameters (``max_norm`` of an embedding).
     values = {name: value.clone() if name in trained else value for name, value in values.items()}

@@ -22,7 +22,7 @@ class _Surrogate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple:
-        return None, None, *(scale * gradient for gradient in ctx.gradients)
+        return None, None, *torch._foreach_mul(ctx.gradients, scale)
 
 
 def surrogate_loss(loss: Tensor, *groups: tuple[Mapping[str, Tensor], Mapping[str, Tensor]]) -> Tensor:
