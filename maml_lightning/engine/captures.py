@@ -76,8 +76,8 @@ class Captures:
     """Runs functions of tensors, captured where that is possible. Copies and pickles begin anew.
 
     Args:
-        executor: runs what the functions consist of. Only what it replays from recorded graphs is captured, compiled
-            or not, and only with ``execution`` auto.
+        executor: runs what the functions consist of. Only what it replays from recorded graphs is captured, and only
+            with ``execution`` auto, without a compiler.
     """
 
     def __init__(self, executor: Executor) -> None:
@@ -132,7 +132,7 @@ class Captures:
         executor, devices = self.executor, {tensor.device for tensor in tensors}
         if len(devices) != 1 or next(iter(devices)).type not in CAPTURERS or self._failed:
             return False
-        if executor.execution != "auto" or state.number is None or executor.way(state) != "traced":
+        if executor.execution != "auto" or executor.compile or state.number is None or executor.way(state) != "traced":
             return False
         return all(type(leaf) in PLAIN or type(leaf) in (Tensor, nn.Parameter, nn.Buffer) for leaf in leaves)
 
@@ -193,9 +193,6 @@ class Captures:
         else:
             try:
                 with no_random_numbers(), without_autocast_cache():
-                    if self.executor.compile:  # anew under these settings, which a capture leaves no time for
-                        with self._nothing_shared():
-                            function(*args)
                     with self._nothing_shared(), Watch(device) as watch:
                         function(*args)
                     if watch.why or watch.operators > MAX_OPERATORS:

@@ -235,22 +235,12 @@ def test_only_execution_auto_is_captured(settings):
     assert captured() == 0
 
 
-def test_a_compiled_network_is_captured_too(monkeypatch):
-    compiler, compiled = torch.compile, []
-
-    def visible(graph, **settings):  # aot_eager: a tape sees operators, not a compiler's kernels
-        compiled.append(graph)
-        return compiler(graph, backend="aot_eager", **settings)
-
-    monkeypatch.setattr(torch, "compile", visible)
-    batches = [episode(seed) for seed in range(BEFORE + 2)]
-    maml = make(compile=True)
-    results = [gradients(maml, batch) for batch in batches]
-    assert compiled
-    assert (captured(), replays()) == (1, 3)
-    with no_captures():
-        other = make(compile=True)
-        assert same(results, [gradients(other, batch) for batch in batches])
+def test_a_compiled_network_is_not_captured(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
+    maml = make(layers, compile=True)
+    for seed in range(BEFORE):
+        maml.training_step(episode(seed, shape=(4,)), 0)
+    assert captured() == 0
 
 
 def test_a_failed_capture_changes_nothing_and_is_the_last(tapes, caplog):  # noqa: F811
