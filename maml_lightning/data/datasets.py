@@ -61,7 +61,8 @@ class EpisodeDataset(TaskDataset):
         shots: support examples per class ``K``, at least 1.
         query_shots: query examples per class ``Q``, at least 1.
         seed: seed of the episodes.
-        rotations: whether each class rotated by 90, 180 and 270 degrees is a class of its own (square images).
+        rotations: whether each class rotated by 90, 180 and 270 degrees is a class of its own (square images); with
+            "drawn" each episode draws by which of the four it rotates each of its classes.
         pretraining: return the examples of a batch of episodes as one query set without a support set, labeled with
             their classes among all of the split's.
         counts: how many examples each class has, if that differs; ``examples`` is then ``[sum of counts, C, H, W]``.
@@ -86,7 +87,7 @@ class EpisodeDataset(TaskDataset):
         shots: int = 1,
         query_shots: int = 1,
         seed: int = 0,
-        rotations: bool = False,
+        rotations: bool | Literal["drawn"] = False,
         pretraining: bool = False,
         counts: Sequence[int] | None = None,
         groups: Sequence[int] | None = None,
@@ -98,19 +99,20 @@ class EpisodeDataset(TaskDataset):
             examples = images(examples, counts)
         _check_sizes(examples, split, ways, shots, query_shots)
         if examples.targets is not None and (rotations or pretraining):
-            name = "rotations" if rotations else "pretraining"
+            name = ("eval_rotations" if rotations == "drawn" else "rotations") if rotations else "pretraining"
             raise SettingError(
                 f"data.{name} true needs classes as targets, but the {split} split has others; leave it out."
             )
         pictures.check(examples.inputs)
         if pictures.augmentation and examples.targets is not None:
             _check_augmentation(examples)
-        turns = 4 if rotations else 1
+        self.drawn_rotations = rotations == "drawn"
+        turns = 4 if rotations and not self.drawn_rotations else 1
         # rotated once, not after each draw: four times the memory, a third of the time
         self.examples = rotated(examples) if rotations else examples
         self.counts = np.array(self.examples.counts, np.int64)
         self.starts = torch.from_numpy(self.counts.cumsum() - self.counts)
-        self.ways, self.pretraining, self.classes = ways, pretraining, len(self.counts)
+        self.ways, self.pretraining, self.classes = ways, pretraining, len(examples.counts) * turns
         self.pictures, self.query_layout = pictures, query_layout
         if ways > self.classes:
             raise SettingError(
@@ -132,13 +134,17 @@ class EpisodeDataset(TaskDataset):
     def draw(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Which classes and examples make up balanced episodes: ``[T, N]`` and ``[T, N, K + Q]``, support first.
 
-        With rotations, class ``c + r * classes`` is class ``c`` rotated ``r`` times by 90 degrees, counter-clockwise.
+        With rotations, class ``c + r * classes`` is class ``c`` rotated ``r`` times by 90 degrees, counter-clockwise;
+        where they are drawn, an episode has a class but once.
         """
         per_class = self.shots + self.query_shots
         bits = random_bits(self.seed, self.split, indices, 2 * self.ways * (1 + per_class) + 1)
         groups = [self.groups[group] for group in below(bits[:, -1], len(self.groups))]
         chosen = choose(bits[:, : 2 * self.ways], np.array([len(members) for members in groups]))
         classes = np.stack([members[places] for members, places in zip(groups, chosen, strict=True)])
+        if self.drawn_rotations:
+            turns = random_bits(self.seed, f"{self.split} rotations", indices, self.ways)
+            classes = classes + self.classes * below(turns, 4)
         bits = bits[:, 2 * self.ways : -1].reshape(len(indices), self.ways, 2 * per_class)
         examples = choose(bits, self.counts[classes])
         return torch.from_numpy(classes), torch.from_numpy(examples)
@@ -239,7 +245,9 @@ def rotated(examples: Examples) -> Examples:
     inputs, count = examples.inputs, len(examples.counts)
     if not isinstance(inputs, Tensor) or inputs.ndim < 3 or inputs.shape[-1] != inputs.shape[-2]:
         shape = list(inputs.shape[1:]) if isinstance(inputs, Tensor) else "of several tensors, or not in memory"
-        raise SettingError(f"data.rotations true needs square pictures, but examples are {shape}; leave it out.")
+        raise SettingError(
+            f"data.rotations and data.eval_rotations need square pictures, but examples are {shape}; leave it out."
+        )
     names = [f"{examples.name(index)} rotated by {90 * turn}" for turn in range(1, 4) for index in range(count)]
     rows = examples.rows
     return Examples(

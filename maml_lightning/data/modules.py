@@ -155,6 +155,8 @@ class EpisodicDataModule(TaskDataModule):
 
     Args:
         rotations: whether training adds each class rotated by 90, 180 and 270 degrees as further classes.
+        eval_rotations: whether each validation and test episode rotates each class by a random multiple of 90 degrees,
+            as the code of MAML's authors does (Finn et al. 2017); easier with many ways.
         pretraining: train on all training classes at once, the examples of a meta-batch pooled, for a network
             with that many outputs in training and ``inner_steps`` 0 (ordinary pretraining, the baseline).
         ways: classes per episode ``N``, at least 2.
@@ -175,6 +177,7 @@ class EpisodicDataModule(TaskDataModule):
         self,
         *,
         rotations: bool = False,
+        eval_rotations: bool = False,
         pretraining: bool = False,
         ways: int = 5,
         mean: float | list[float] | None = None,
@@ -190,6 +193,7 @@ class EpisodicDataModule(TaskDataModule):
         self.ways: int | None = ways
         self.query_layout = query_layout
         self._drawn, self.rotations, self.pretraining = ways, rotations, pretraining
+        self.eval_rotations = eval_rotations
         if not isinstance(augmentation, list | tuple | None):
             name = type(augmentation).__name__
             raise SettingError(f"data.augmentation must be a list of transforms (got {name}); put it into a list.")
@@ -224,7 +228,7 @@ class EpisodicDataModule(TaskDataModule):
             shots=self.shots,
             query_shots=self.query_shots,
             seed=self.seed,
-            rotations=self.rotations and training,
+            rotations=self.rotations if training else self.eval_rotations and "drawn",
             pretraining=self.pretraining and training,
             groups=self.groups_of(split),
             pictures=self.pictures if training else self.pictures._replace(augmentation=()),

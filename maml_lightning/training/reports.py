@@ -107,7 +107,8 @@ class TestReport(Callback):
     """Prints a test's headline and writes ``test_results.json`` into the run's log folder.
 
     Both say under which protocol: ``ways``, ``shots``, ``query_shots``, ``query_layout``, ``query_statistics``,
-    ``head``, and ``transductive``: whether predictions depend on the other queries, as tried on the first episode.
+    ``head``, and ``transductive``: whether predictions depend on the other queries, as tried on the first episode. With
+    ``eval_rotations`` that is said, too.
 
     Episodes whose networks' outputs are not finite (with ``non_finite`` skip), or none of whose query targets counts,
     are in none of its figures; where there are any, ``skipped`` is their number. Of an ensemble, ``ensemble`` lists its
@@ -145,6 +146,7 @@ class TestReport(Callback):
             "head": _common(network.head for network in _networks(pl_module)),
             "transductive": self._transductive,
         }
+        protocol |= {"eval_rotations": True} if getattr(data, "eval_rotations", False) else {}
         checkpoint = None if trainer.ckpt_path is None else str(trainer.ckpt_path)
         results = {**results, **task, **protocol, "checkpoint": checkpoint}
         left = of = ""
@@ -192,6 +194,8 @@ def protocol_text(results: dict) -> str:
             "per class" if results["query_layout"] == "balanced" else f"per class on average, {results['query_layout']}"
         )
         words.append(f"{queries} {'query' if queries == 1 else 'queries'} {of if ways else 'per episode'}")
+    if results.get("eval_rotations"):
+        words.append("each class rotated at random")
     if results["transductive"] is not None:
         words.append("transductive" if results["transductive"] else "each query by itself")
     return ", ".join(filter(None, words))

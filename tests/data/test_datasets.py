@@ -84,12 +84,36 @@ def test_rotations_are_classes_of_their_own():
     assert len({tuple(episode) for episode in classes.tolist()}) > 15  # of 24 orders of the labels
 
 
+def test_rotations_can_be_drawn_for_each_class_of_an_episode():
+    plain, turned = dataset(), dataset(rotations="drawn")
+    (classes, examples), (drawn, others) = plain.draw(range(2000)), turned.draw(range(2000))
+    assert torch.equal(drawn % CLASSES, classes)  # the same episodes beside the rotations
+    assert torch.equal(others, examples)
+    turns = torch.bincount((drawn // CLASSES).flatten(), minlength=4)
+    assert len(turns) == 4
+    assert (turns - 1500).abs().max() < 4.5 * (6000 * 3 / 16) ** 0.5  # of 6,000, binomial
+    assert turned.classes == CLASSES
+    image = torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8).expand(4, 2, 2, 2)
+    turned = EpisodeDataset(image, "test", 1, ways=4, rotations="drawn")
+    quarter_turns = {(1, 2, 3, 4): 0, (2, 4, 1, 3): 1, (4, 3, 2, 1): 2, (3, 1, 4, 2): 3}  # counter-clockwise
+    batch, (classes, _) = turned.__getitems__(range(9)), turned.draw(range(9))
+    for inputs in (batch.support_inputs, batch.query_inputs):
+        pixels = (inputs * 255).round().long().flatten(2)
+        assert [[quarter_turns[tuple(p)] for p in episode] for episode in pixels.tolist()] == (classes // 4).tolist()
+
+
 def test_an_episode_can_keep_to_one_group():
     grouped = dataset(groups=[0, 1, 0, 1, 0, 1, 2])  # group 2 is too small for 3 ways
     classes = [frozenset(episode) for episode in grouped.draw(range(1000))[0].tolist()]
     assert set(classes) == {frozenset({0, 2, 4}), frozenset({1, 3, 5})}
     # equally likely: binomial, sigma is sqrt(1000) / 2
     assert abs(classes.count(frozenset({0, 2, 4})) - 500) < 4.5 * 1000**0.5 / 2
+
+
+def test_drawn_rotations_keep_to_a_group():
+    turned = dataset(groups=[0, 0, 0, 1, 1, 1, 1], rotations="drawn")
+    first = turned.draw(range(200))[0] % CLASSES < 3
+    assert (first.all(1) | ~first.any(1)).all()
 
 
 def test_a_turned_group_is_one_of_its_own():

@@ -48,6 +48,7 @@ SHARED: dict[str, Any] = {
 OF_IMAGES: dict[str, Any] = {
     "ways": 5,
     "rotations": False,
+    "eval_rotations": False,
     "pretraining": False,
     "mean": None,
     "std": None,

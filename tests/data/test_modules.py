@@ -47,6 +47,16 @@ def test_setup_loads_only_what_the_stage_needs():
     assert {split: data.classes for split, data in module.datasets.items()} == {"test": 7, "train": 28, "val": 7}
 
 
+def test_rotations_of_evaluation_are_those_of_its_episodes_alone():
+    plain, turned = Numbers(), Numbers(eval_rotations=True)
+    for module in (plain, turned):
+        module.setup("fit")
+        module.setup("test")
+    drawn = {split: data.drawn_rotations for split, data in turned.datasets.items()}
+    assert drawn == {"train": False, "val": True, "test": True}
+    assert equal(plain.datasets["train"][0], turned.datasets["train"][0])
+
+
 class Recorder(LightningModule):
     """Keeps the batches it is given."""
 

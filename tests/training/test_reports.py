@@ -91,6 +91,7 @@ def test_a_test_says_that_each_query_is_by_itself(folder):
             "1-shot, 15 queries per episode, each query by itself",
         ),
         ({"ways": None, "shots": None, "query_shots": None, "transductive": None}, ""),
+        ({"eval_rotations": True}, "5-way 1-shot, 1 query per class, each class rotated at random, transductive"),
     ],
 )
 def test_the_protocol_in_words(changed, text):
