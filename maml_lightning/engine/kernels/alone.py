@@ -31,7 +31,7 @@ def _instance_norm(
     eps: float,
     cudnn_enabled: bool,
 ) -> Tensor:
-    """Torch's own; but with running statistics it rounds them, in place, although it does not update them."""
+    """Torch's own; but with running statistics older versions round them, in place, where they do not update them."""
     if use_input_stats or running_mean is None:
         statistics = (running_mean, running_var, use_input_stats, momentum, eps, cudnn_enabled)
         return _instance_norm_of_torch(input, weight, bias, *statistics)
