@@ -26,8 +26,10 @@ from maml_lightning import (
     devices,
 )
 from maml_lightning.engine import agreement
+from maml_lightning.engine.differentiation import by_autograd
 from maml_lightning.engine.execution import Executor
-from maml_lightning.engine.kernels import mode
+from maml_lightning.engine.kernels import alone
+from maml_lightning.engine.kernels.recurrence import recurrences
 from maml_lightning.engine.state import RandomState
 
 META = torch.device("meta")
@@ -135,10 +137,15 @@ def test_recurrent_layers_in_a_loop_off_the_cpu_have_a_second_derivative(layer, 
     recurrent = {nn.GRU: "gru", nn.LSTM: "lstm", nn.RNN: "rnn_tanh"}[layer]
     net = layer(2, 3).to(META)
     x = torch.empty(4, 1, 2, device=META)
-    called = []
-    monkeypatch.setitem(mode._ALONE, getattr(torch, recurrent), lambda *args: called.append(args) or kernel(*args))
-    kernel = mode._off_the_cpu(cudnn, mode.REPLACEMENTS[getattr(torch, recurrent)])
-    with mode.loop_operators(net):
+    called, kernel = [], alone._off_the_cpu(cudnn, recurrences()[getattr(torch, recurrent)])
+
+    def run(*args: Any) -> Any:
+        called.append(args)
+        return kernel(*args)
+
+    places = [(owner, name, run if name == recurrent else own) for owner, name, own in alone._PLACES]
+    monkeypatch.setattr(alone, "_PLACES", places)
+    with by_autograd():
         (first,) = torch.autograd.grad(net(x)[0].sum(), net.weight_hh_l0, create_graph=True)
         (second,) = torch.autograd.grad(first.square().sum(), net.weight_hh_l0)
     assert len(called) == 1

@@ -1,15 +1,14 @@
 """A network called with other tensors in place of its own, which then has its own again."""
 
 from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from maml_lightning.engine.kernels.mode import loop_operators
 from maml_lightning.engine.trials import trying
 from maml_lightning.structures import call_arguments, leaves, logits_of, mapped
 
@@ -37,11 +36,6 @@ class _Places:
                         name = names.setdefault(id(value), f"{prefix}.{local}".lstrip("."))
                         self.tensors.append((owner, local, name, value))
 
-    @cached_property
-    def alone(self) -> AbstractContextManager[Any]:
-        """The operators that the network is called with in a loop over tasks."""
-        return loop_operators(self.net)
-
     def of(self, names: Container[str]) -> list[tuple[dict[str, Any], str, str, Tensor]]:
         """The places of tensors with these names; empty where the network has other layers or tensors by now."""
         found = [place for place in self.tensors if place[2] in names]
@@ -63,14 +57,13 @@ def calling(net: nn.Module) -> Iterator[None]:
         _KNOWN.reset(token)
 
 
-def call_with(net: nn.Module, tensors: Mapping[str, Tensor], inputs: Any, alone: bool = False) -> Tensor:
+def call_with(net: nn.Module, tensors: Mapping[str, Tensor], inputs: Any) -> Tensor:
     """The outputs of a network.
 
     Args:
         net: the network.
         tensors: in place of its parameters and buffers, by name; those without a name here stay.
         inputs: of the network, see :func:`~maml_lightning.structures.call_arguments`.
-        alone: of a task by itself: what has no second derivative is replaced.
     """
     known = _KNOWN.get()
     places = known[0] if known and known[0].net is net else _Places(net)
@@ -82,7 +75,7 @@ def call_with(net: nn.Module, tensors: Mapping[str, Tensor], inputs: Any, alone:
     try:
         for owner, local, name, _ in swapped:
             owner[local] = tensors[name]
-        with places.alone if alone else nullcontext(), _eager() if places.compiled else nullcontext():
+        with _eager() if places.compiled else nullcontext():
             return logits_of(net(*positional, **named))
     finally:
         for owner, local, _, value in swapped:

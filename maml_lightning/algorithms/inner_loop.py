@@ -97,7 +97,7 @@ class InnerLoop:
 
     def runs_task_by_task(self, tasks: int) -> bool:
         """Whether a chunk of so many tasks runs in a loop over tasks now."""
-        return self._executor.way(self._state(), tasks) == "loop"
+        return self._executor.way(self._state(tasks), tasks) == "loop"
 
     @torch.no_grad()
     def gradient(
@@ -148,7 +148,7 @@ class InnerLoop:
                 f"model.inner_steps must be at least {least} with model.algorithm {algorithm} (got {steps})."
             )
         name = "first order" if settings.first_order else method.measured_as or algorithm
-        state, labels = self._state(), self._labels(episode.support_targets, episode.query_targets)
+        state, labels = self._state(episode.tasks), self._labels(episode.support_targets, episode.query_targets)
 
         def run(params: Parameters, buffers: Parameters, rates: Any, episode: Episode, labels: Any) -> MetaGradient:
             setup = self._setup(state, params, buffers, rates, steps, labels)
@@ -207,7 +207,7 @@ class InnerLoop:
             ``steps + 1`` tensors ``[T, N*Q, ...]``.
         """
         with self._evaluating():
-            state, labels = self._state(), self._labels(episode.support_targets)
+            state, labels = self._state(episode.tasks), self._labels(episode.support_targets)
 
             def run(params: Parameters, buffers: Parameters, rates: Any, episode: Episode, labels: Any) -> list[Tensor]:
                 every, chunks = self._setup(state, params, buffers, rates, steps, labels), []
@@ -224,7 +224,7 @@ class InnerLoop:
         """How far ``steps`` inner steps move each task's parameters, in the Euclidean norm: ``[T]``."""
         with self._evaluating():
             labels, buffers = self._labels(episode.support_targets), dict(self.net.named_buffers())
-            every, norms = self._setup(self._state(), params, buffers, rates, steps, labels), []
+            every, norms = self._setup(self._state(episode.tasks), params, buffers, rates, steps, labels), []
             for chunk in self._evaluation_chunks(episode):
                 setup = of_tasks(every, chunk)
                 fast = inner.adapt(setup, chunk.support_inputs, chunk.support_targets)
@@ -247,7 +247,7 @@ class InnerLoop:
         """
         with self._evaluating():
             buffers = dict(self.net.named_buffers())
-            setup = self._setup(self._state(), params, buffers, rates, steps, self._labels(targets))
+            setup = self._setup(self._state(1), params, buffers, rates, steps, self._labels(targets))
             setup = of_task(setup, detached(inputs), detached(targets))
             state, step = setup.initial_state(), setup.model.bind(inner.step)
             with naming_what_has_no_derivative(), by_autograd():  # one task by itself, which runs as any network does
@@ -273,10 +273,10 @@ class InnerLoop:
         finally:
             self._executor.release()
 
-    def _state(self) -> State:
-        """The network, loss and optimizer as they are now."""
+    def _state(self, tasks: int) -> State:
+        """The network, loss and optimizer as they are now, for so many tasks."""
         of_support = self.query_statistics == "support"
-        return self._executor.state(inner.Model(self.net, self.loss, self.optimizer, self.proximal, of_support))
+        return self._executor.state(inner.Model(self.net, self.loss, self.optimizer, self.proximal, of_support), tasks)
 
     def _labels(self, *targets: Any) -> Tensor | None:
         return labels_of(*targets) if self.head == "prototypes" else None

@@ -151,9 +151,11 @@ def deciding(net: nn.Module, running: Collection[str] | None = None, collected: 
         running: the names of the layers that use running statistics; None goes by what the network is now.
         collected: the names of those that use the batch's, and update their running ones.
     """
-    running, before = uses_running_statistics(net) if running is None else running, []
+    layers, before = tracking_layers(net), []
+    if running is None:
+        running = uses_running_statistics(net) if layers else ()
     try:
-        for name, layer in tracking_layers(net).items():
+        for name, layer in layers.items():
             changes = {"training": True} if name in collected else _changes(layer, name in running)
             for key, value in changes.items():
                 before.append((layer, key, getattr(layer, key)))

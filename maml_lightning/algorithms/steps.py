@@ -65,9 +65,9 @@ def outputs(model: Model, fast: Parameters, shared: Parameters, constants: Param
         with task_operators():
             return call_with(model.net, tensors, x)
     if torch.is_grad_enabled():
-        return call_with(model.net, tensors, x, alone=True)
+        return call_with(model.net, tensors, x)
     with torch.enable_grad():  # it may take a gradient as it runs
-        return call_with(model.net, tensors, x, alone=True).detach()
+        return call_with(model.net, tensors, x).detach()
 
 
 def query_outputs(

@@ -27,7 +27,6 @@ from maml_lightning.algorithms.optimizers import Parameters
 from maml_lightning.algorithms.prototypes import of_task, with_pullback
 from maml_lightning.algorithms.steps import Setup, first_order_step, query_gradient, query_outputs, step
 from maml_lightning.engine.chunks import MetaGradient, add_sum
-from maml_lightning.engine.differentiation import gradients_of
 from maml_lightning.episodes import Episode
 from maml_lightning.structures import tasks_of
 
@@ -67,34 +66,36 @@ def _by_loop(
     model, constants = setup.model.objects, setup.constants
     run_step = first_order_step if first_order else step
     parts = [setup.initial, *setup.shared, *setup.learned]
-    values = {id(v): v.contiguous() for part in parts for v in part.values()}  # what several steps share counts once
-    sums, results = {key: torch.zeros_like(value) for key, value in values.items()}, []
+    # What several steps share is one leaf. Autograd adds the gradients of the tasks up in it.
+    values = {id(v): v.contiguous().detach().requires_grad_() for part in parts for v in part.values()}
+    initial, *others = ({name: values[id(value)] for name, value in part.items()} for part in parts)
+    setup = setup._replace(initial=initial, shared=others[: setup.steps + 1], learned=others[setup.steps + 1 :])
 
-    def objective(values: dict[int, Tensor], task: Episode) -> tuple[Tensor, Tensor]:
+    def objective(task: Episode) -> tuple[Tensor, Tensor]:
         support, beside, losses = (task.support_inputs, task.support_targets), setup.beside_queries(task), []
-        initial, *others = ({name: values[id(value)] for name, value in part.items()} for part in parts)
-        shared, learned = others[: setup.steps + 1], others[setup.steps + 1 :]
-        own = of_task(setup._replace(initial=initial, shared=shared, learned=learned), *support)
+        own = of_task(setup, *support)
         state, arguments = own.initial_state(), own.arguments()
         for k, weight in enumerate(weights):
             if weight or k == setup.steps:
-                predictions = query_outputs(model, state[0], shared[k], constants, task.query_inputs, beside)
+                predictions = query_outputs(model, state[0], setup.shared[k], constants, task.query_inputs, beside)
                 loss = model.loss(predictions, task.query_targets)
                 losses.append(loss if weight == 1 else weight * loss)
             if k < setup.steps:
                 state = run_step(model, (state, {}), arguments[k], constants, *support)
         return sum(losses[1:], losses[0]), predictions
 
+    results = []
     with setup.executor.looping(setup.model):
         for task in tasks_of(chunk):
-            leaves = {key: value.detach().requires_grad_() for key, value in values.items()}
             with torch.enable_grad():
-                loss, predictions = objective(leaves, task)
-            torch._foreach_add_([*sums.values()], gradients_of([loss], [*leaves.values()]))
+                loss, predictions = objective(task)
+            if loss.requires_grad:
+                torch.autograd.backward(loss, inputs=[*values.values()])
             results.append((loss.detach(), predictions.detach()))
+    sums = {key: value.grad for key, value in values.items() if value.grad is not None}
     totals = [total.gradient] * (2 + setup.steps) + [total.rates] * setup.steps
     for part, target, k in zip(parts, totals, [0, *range(setup.steps + 1), *range(setup.steps)], strict=True):
-        add_sum(target, {n: sums.pop(id(v))[None] for n, v in part.items() if id(v) in sums}, k)
+        add_sum(target, {n: sums.pop(id(v)).to_dense()[None] for n, v in part.items() if id(v) in sums}, k)
     losses, outputs = zip(*results, strict=True)
     return torch.stack(losses), torch.stack(outputs)
 

@@ -107,9 +107,11 @@ class Captures:
             state: of the objects that its parts depend on.
             args: pytrees of tensors and plain values.
         """
+        if not self._is_traced(state):
+            return function(*args)
         leaves, spec = pytree.tree_flatten(args)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if not self._possible(state, leaves, tensors):
+        if not self._possible(leaves, tensors):
             return function(*args)
         plain = tuple((type(leaf), leaf) for leaf in leaves if not isinstance(leaf, Tensor))
         learned = tuple(tensor.requires_grad for tensor in tensors)
@@ -128,11 +130,14 @@ class Captures:
         for entry in self._entries.values():
             entry.release()
 
-    def _possible(self, state: State, leaves: list[Any], tensors: list[Tensor]) -> bool:
-        executor, devices = self.executor, {tensor.device for tensor in tensors}
+    def _is_traced(self, state: State) -> bool:
+        executor = self.executor
+        by_default = executor.execution == "auto" and not executor.compile
+        return by_default and state.number is not None and executor.way(state) == "traced"
+
+    def _possible(self, leaves: list[Any], tensors: list[Tensor]) -> bool:
+        devices = {tensor.device for tensor in tensors}
         if len(devices) != 1 or next(iter(devices)).type not in CAPTURERS or self._failed:
-            return False
-        if executor.execution != "auto" or executor.compile or state.number is None or executor.way(state) != "traced":
             return False
         return all(type(leaf) in PLAIN or type(leaf) in (Tensor, nn.Parameter, nn.Buffer) for leaf in leaves)
 

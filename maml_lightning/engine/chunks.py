@@ -46,7 +46,8 @@ ChunkFunction = Callable[[Episode, MetaGradient], tuple[Tensor, Tensor]]
 
 def split(episode: Episode, size: int | None) -> Iterator[Episode]:
     """The episode in chunks of at most ``size`` tasks; None takes all at once."""
-    size = size or episode.tasks
+    if size is None or size >= episode.tasks:
+        return iter([episode])
     starts = range(0, episode.tasks, size)
     return (mapped(lambda tensor, start=start: tensor[start : start + size], episode) for start in starts)
 

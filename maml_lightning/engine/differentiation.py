@@ -15,15 +15,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from maml_lightning.engine.kernels.alone import twice_differentiable
+
 _AUTOGRAD = ContextVar("autograd", default=False)
 
 
 @contextmanager
 def by_autograd() -> Iterator[None]:
-    """While active, gradients are taken by autograd; attention is products, the only one with a second derivative."""
+    """While active, gradients are taken by autograd, of operators with a second derivative: attention is products."""
     token = _AUTOGRAD.set(True)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with twice_differentiable(), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         _AUTOGRAD.reset(token)

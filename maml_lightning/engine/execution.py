@@ -79,11 +79,11 @@ class Executor:
         vars(self).update(state)
         self._forget()
 
-    def state(self, objects: tuple) -> State:
-        """The state that ``objects`` are in now: their graphs are replayed while they are in it."""
-        state = State(objects, None, None)
-        if self._way(state) == LOOP and (self.execution == "loop" or self.knows(state)):
-            return state  # nothing is replayed
+    def state(self, objects: tuple, tasks: int = FEW) -> State:
+        """The state that ``objects`` are in now, to run for at most so many tasks: while it lasts, graphs are valid."""
+        state = State(objects, None, 0)
+        if self._way(state, tasks) == LOOP and (self.execution == "loop" or self.knows(state)):
+            return State(objects, None, None)  # nothing is replayed
         key = fingerprint(objects)
         if (number := self._states.number(key)) is None:
             why = f"its attributes changed in more than {MAX_STATES} of {WINDOW} steps"

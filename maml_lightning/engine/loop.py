@@ -54,9 +54,10 @@ def vjp(function: Callable, in_dims: Any, primal: Any, args: tuple) -> tuple[Any
 
     def pullback(cotangents: Any) -> Any:
         leaves, gradients = pytree.tree_leaves(cotangents), []
-        for task, (outputs, inputs, spec) in enumerate(records):
-            found = gradients_of(outputs, inputs, [leaf[task] for leaf in leaves], retain_graph=True)
-            gradients.append(pytree.tree_unflatten(found, spec))
+        with by_autograd():  # checkpointed layers run anew
+            for task, (outputs, inputs, spec) in enumerate(records):
+                found = gradients_of(outputs, inputs, [leaf[task] for leaf in leaves], retain_graph=True)
+                gradients.append(pytree.tree_unflatten(found, spec))
         return _stacked(gradients)
 
     return _stacked(results), pullback

@@ -4,8 +4,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import grad
 
-from maml_lightning import MAML, Episode
+from maml_lightning import MAML, Episode, InnerLoop
+from maml_lightning.engine import execution
 from maml_lightning.engine.execution import FEW, Executor
+from maml_lightning.engine.fingerprints import fingerprint
 from maml_lightning.engine.jobs import Job
 from maml_lightning.structures import mapped
 from tests.reference import relative_error
@@ -84,7 +86,7 @@ def difference_from_loop(net: nn.Module, maml: MAML, episode: Episode, **setting
 
 
 def way(maml: MAML, tasks: int) -> str:
-    return maml._inner_loop._executor.way(maml._inner_loop._state(), tasks)
+    return maml._inner_loop._executor.way(maml._inner_loop._state(tasks), tasks)
 
 
 def test_a_network_that_reads_no_values_where_it_is_compiled_is_traced():
@@ -192,6 +194,48 @@ def test_few_tasks_that_cannot_be_traced_run_in_a_loop_and_many_vectorized(caplo
         assert way(maml, tasks) == expected
     assert "runs task by task" in caplog.text
     assert "runs without a recorded graph" in caplog.text
+
+
+def test_few_tasks_that_run_in_a_loop_need_no_fingerprint_of_the_network(monkeypatch):
+    taken = []
+    monkeypatch.setattr(execution, "fingerprint", lambda objects: taken.append(objects) or fingerprint(objects))
+    torch.manual_seed(0)
+    net = Chosen().double()
+    maml = MAML(net, inner_lr=0.1, inner_steps=2, tasks_per_chunk=None)
+
+    def step(tasks: int) -> int:
+        taken.clear()
+        x, y = torch.randn(tasks, 4, 4, dtype=torch.float64), torch.randint(3, (tasks, 4))
+        assert difference_from_loop(net, maml, Episode(x, y, x, y)) < 1e-9
+        maml.trajectory(Episode(x, y, x, y))
+        return len(taken)
+
+    assert step(3) > 0  # on trial
+    net.mask = ~net.mask  # takes effect all the same
+    assert step(3) == 0
+    assert step(FEW) > 0
+
+
+class Owner(nn.Module):
+    """A loss with a parameter of its own, which the inner loop does not train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.scale * F.cross_entropy(outputs, targets)
+
+
+def test_a_loop_leaves_gradients_of_what_it_is_given_alone():
+    torch.manual_seed(0)
+    net, loss, x, y = Chosen().double(), Owner(), torch.randn(3, 4, 4, dtype=torch.float64), torch.randint(3, (3, 4))
+    net.unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    loop = InnerLoop(net, loss, execution="loop")
+    found = loop.meta_gradient(dict(net.named_parameters()), Episode(x, y, x, y), 0.1, 2).gradient
+    assert torch.equal(found["unused"], torch.zeros(2))
+    assert found["layer.weight"].norm() > 0
+    assert all(value.grad is None for value in (*net.parameters(), *loss.parameters()))
 
 
 class Chosen(nn.Module):

@@ -115,7 +115,7 @@ def network(name: str) -> nn.Module:
 
 
 def way(maml: MAML) -> str:
-    return maml._inner_loop._executor.way(maml._inner_loop._state(), 3)
+    return maml._inner_loop._executor.way(maml._inner_loop._state(3), 3)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

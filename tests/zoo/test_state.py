@@ -146,7 +146,7 @@ def test_tasks_draw_their_own_dropout_and_its_recomputation_the_same():
 def test_random_layers_run_as_a_recorded_graph(case):
     maml = module(case, case.network(), **QUICK)
     maml.training_step(case.episode(), 0).backward()
-    way = maml._inner_loop._executor.way(maml._inner_loop._state(), 3)
+    way = maml._inner_loop._executor.way(maml._inner_loop._state(3), 3)
     # Python draws, or an empty tensor that no task has a part in is filled.
     assert way == ("loop" if case.name.startswith(("LayerDrop", "StochasticDepth", "DropBlock")) else "traced")
 

@@ -1,13 +1,13 @@
 """Which operators the kernels replace: in an ordinary network as it runs, and in a graph that is compiled."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache, partial
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._ops import OpOverload
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -25,7 +25,6 @@ from maml_lightning.engine.kernels.normalization import (
 from maml_lightning.engine.kernels.patches import col2im_sum, im2col_views
 from maml_lightning.engine.kernels.pooling import max_pool, max_pool_backward, poolings
 from maml_lightning.engine.kernels.recurrence import recurrences
-from maml_lightning.engine.reached import may_call
 
 
 def _contiguous(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -37,11 +36,6 @@ def _contiguous(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *args, **kwargs: kernel(*args, **kwargs).clone(memory_format=torch.contiguous_format)
 
 
-# Without a second derivative in torch.
-DIFFERENTIABLE: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.hardsigmoid: hardsigmoid,
-    F.embedding_bag: embedding_bag,
-}
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     **{f: _contiguous(conv1d) for f in (torch.conv1d, F.conv1d)},
     **{f: _contiguous(conv2d) for f in (torch.conv2d, F.conv2d)},
@@ -52,7 +46,8 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.rrelu: rrelu,
     torch.rrelu: rrelu,
     torch.rrelu_: partial(rrelu, inplace=True),
-    **DIFFERENTIABLE,
+    F.hardsigmoid: hardsigmoid,
+    F.embedding_bag: embedding_bag,
     **poolings(),
     **recurrences(),
 }
@@ -98,47 +93,3 @@ def task_operators() -> Iterator[None]:
             yield
     finally:
         torch.compiler._is_compiling_flag = compiling
-
-
-def _instance_norm_alone(
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """Torch's own; but with running statistics it rounds them, in place, although it does not update them."""
-    run = F.instance_norm if use_input_stats else instance_norm
-    return run(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-
-
-def _off_the_cpu(own: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Torch's own on a CPU; elsewhere the kernel: cuDNN's recurrent layers have no second derivative."""
-
-    def run(input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (own if input.device.type == "cpu" else kernel)(input, *args, **kwargs)
-
-    return run
-
-
-_RECURRENT = {own: _off_the_cpu(own, kernel) for own, kernel in recurrences().items()}
-_ALONE = {**DIFFERENTIABLE, **_RECURRENT, F.instance_norm: _instance_norm_alone}
-
-
-@cache
-def _names() -> frozenset[str]:
-    """Of the operators that are replaced, and of the layers that call them; read when a network first needs it."""
-    functions = frozenset(function.__name__ for function in _ALONE)
-    layers = {name for name, layer in vars(nn).items() if isinstance(layer, type) and may_call(layer, functions)}
-    return functions | layers
-
-
-def loop_operators(net: nn.Module) -> AbstractContextManager[Any]:
-    """The same for a task by itself: torch's own operators where they have a second derivative.
-
-    Nothing for a network that calls none of the others: the mode takes time at each call of any operator.
-    """
-    return TaskKernels(_ALONE) if may_call(net, _names()) else nullcontext()
