@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, fx
 
 from maml_lightning.engine.graphs import depending_on, is_mutable, output_of, subgraph
+from maml_lightning.engine.kernels.convolution import CONVOLUTIONS
 
 _aten = torch.ops.aten
 _COSTLY = {
     op.default for op in (_aten.mm, _aten.bmm, _aten.addmm, _aten.baddbmm, _aten.convolution, _aten.embedding)
-} | {torch.ops.maml_lightning.convolution.default, torch.ops.maml_lightning.grouped_convolution.default}
+} | CONVOLUTIONS
 
 
 class Hoisted:

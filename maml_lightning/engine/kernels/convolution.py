@@ -100,6 +100,9 @@ def _(x: Tensor, g: Tensor, kernel: Ints, stride: Ints, padding: Ints, dilation:
     return x.new_empty(x.shape[0], *kernel, x.shape[4] // groups, g.shape[4])
 
 
+CONVOLUTIONS = {torch.ops.maml_lightning.convolution.default, torch.ops.maml_lightning.grouped_convolution.default}
+
+
 def _patches(x: Tensor, kernel: Ints, stride: Ints, padding: Ints) -> Tensor:
     """``[T, B, H, W, C] -> [T, B*H'*W', kh*kw*C]``."""
     return im2col(x.flatten(0, 1), kernel, stride, padding).unflatten(0, x.shape[:2]).flatten(1, 3)
