@@ -63,7 +63,13 @@ def calling(net: nn.Module) -> Iterator[None]:
         _KNOWN.reset(token)
 
 
-def call_with(net: nn.Module, tensors: Mapping[str, Tensor], inputs: Any, alone: bool = False) -> Tensor:
+def call_with(
+    net: nn.Module,
+    tensors: Mapping[str, Tensor],
+    inputs: Any,
+    alone: bool = False,
+    part: Callable[[Any], Any] = logits_of,
+) -> Any:
     """The outputs of a network.
 
     Args:
@@ -71,6 +77,7 @@ def call_with(net: nn.Module, tensors: Mapping[str, Tensor], inputs: Any, alone:
         tensors: in place of its parameters and buffers, by name; those without a name here stay.
         inputs: of the network, see :func:`~maml_lightning.structures.call_arguments`.
         alone: of a task by itself: what has no second derivative is replaced.
+        part: of what the network returns, its outputs.
     """
     known = _KNOWN.get()
     places = known[0] if known and known[0].net is net else _Places(net)
@@ -83,7 +90,7 @@ def call_with(net: nn.Module, tensors: Mapping[str, Tensor], inputs: Any, alone:
         for owner, local, name, _ in swapped:
             owner[local] = tensors[name]
         with places.alone if alone else nullcontext(), _eager() if places.compiled else nullcontext():
-            return logits_of(net(*positional, **named))
+            return part(net(*positional, **named))
     finally:
         for owner, local, _, value in swapped:
             if local in owner:

@@ -26,7 +26,7 @@ from maml_lightning.algorithms.calling import call_with, watched
 from maml_lightning.engine.chunks import detached
 from maml_lightning.engine.trials import copies_of_stored, same_random_numbers
 from maml_lightning.errors import SettingError
-from maml_lightning.structures import call, leaves, mapped
+from maml_lightning.structures import call, leaves, logits_of, mapped
 from maml_lightning.task_statistics import TaskNorm
 
 _TRACK = "track_running_stats"
@@ -164,7 +164,13 @@ def deciding(net: nn.Module, running: Collection[str] | None = None, collected: 
             setattr(layer, key, value)
 
 
-def called(net: nn.Module, values: Mapping[str, Tensor], inputs: Any, running: Collection[str]) -> Any:
+def called(
+    net: nn.Module,
+    values: Mapping[str, Tensor],
+    inputs: Any,
+    running: Collection[str],
+    part: Callable[[Any], Any] = logits_of,
+) -> Any:
     """The outputs of a network, which stays as it is, with the decided statistics.
 
     Args:
@@ -172,10 +178,11 @@ def called(net: nn.Module, values: Mapping[str, Tensor], inputs: Any, running: C
         values: in place of its parameters, by name.
         inputs: of the network.
         running: the names of the layers that use running statistics.
+        part: of what the network returns, its outputs.
     """
     with deciding(net, running):
         buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}  # a layer may write to them
-        return call_with(net, {**buffers, **values}, inputs)
+        return call_with(net, {**buffers, **values}, inputs, part=part)
 
 
 def adapted_copy(
