@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
+from weakref import ReferenceType
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from maml_lightning.devices import has_values, random_states, set_random_states
 from maml_lightning.engine.caches import emptied
 from maml_lightning.engine.fingerprints import attributes_of, fingerprint, is_of_library, variables_of
 from maml_lightning.engine.outside import calls_outside
-from maml_lightning.engine.variables import Cache, Manager, Variable, ingredients, is_fixed
+from maml_lightning.engine.variables import Cache, Manager, Variable, ingredients, is_fixed, is_installed, own_classes
 
 
 class Trial:
@@ -115,6 +116,7 @@ def _copied(
     memo: dict[int, Any] = {}
     functions: list[tuple[FunctionType, FunctionType]] = []
     managers: list[tuple[Manager, tuple]] = []
+    shells: list[tuple[Any, Any]] = []
     caches: list[Any] = []
     for value in _reachable((objects, [variable.value for variable in variables])):
         if isinstance(value, Tensor):
@@ -124,7 +126,7 @@ def _copied(
                 memo[id(value)] = value.detach().clone()
         elif isinstance(value, torch.Generator):
             memo[id(value)] = value.clone_state()
-        elif type(value) is object or _is_shared(value):
+        elif type(value) is object or _is_shared(value) or (isinstance(value, ModuleType) and is_fixed(value.__name__)):
             memo[id(value)] = value
         elif isinstance(value, FunctionType) and value.__closure__ and not is_fixed(value.__module__):
             memo[id(value)] = copied = _function_like(value)
@@ -134,10 +136,15 @@ def _copied(
             managers.append((manager, made_of))
         elif isinstance(value, Cache):
             caches.append(value)
+        elif _copies_itself(type(value)):
+            memo[id(value)] = shell = object.__new__(type(value))
+            shells.append((value, shell))
     for kept in caches:
         memo[id(kept)] = emptied(kept, memo.get(id(kept.__wrapped__), kept.__wrapped__))
     for original, copied in functions:
         _complete(copied, original, memo)
+    for original, shell in shells:
+        vars(shell).update({name: _copy_or_own(part, memo) for name, part in vars(original).items()})
     for manager, made_of in managers:
         vars(manager).update(vars(type(manager)(*(_copy(part, memo) for part in made_of))))
     parts = [_copy(part, memo) for part in objects]
@@ -149,9 +156,20 @@ def _copied(
         for v, value in others.values()
         if value is not v.value or isinstance(v.owner, dict | type | ContextVar)
     ]
+    own = {id(layer) for part in objects if isinstance(part, nn.Module) for layer in part.modules()}
+    if any(id(value) in own for value in _reachable((parts, [value for _, value in changed]))):
+        raise TypeError("a part of it refers to its layers, not to their copies, such as a weakref")
     if hasattr(objects, "_fields"):
         return objects._replace(**dict(zip(objects._fields, parts, strict=True))), changed
     return (*parts,), changed
+
+
+def _copies_itself(kind: type) -> bool:
+    """Whether the user says how objects of a class are copied: without their caches, say, or not at all."""
+    ways = ("__deepcopy__", "__getstate__", "__reduce__", "__reduce_ex__")
+    if kind.__new__ is not object.__new__:
+        return False
+    return any(name in vars(cls) for cls in own_classes(kind) if not is_installed(cls.__module__) for name in ways)
 
 
 def _complete(copied: FunctionType, original: FunctionType, memo: dict[int, Any]) -> None:
@@ -248,6 +266,8 @@ def _parts(value: Any) -> list[Any]:
         return list(made_of)
     if isinstance(value, MethodType):
         return [value.__func__, value.__self__]
+    if isinstance(value, ReferenceType):
+        return [value()]
     if isinstance(value, FunctionType):
         cells = value.__closure__ or () if not is_fixed(value.__module__) else ()
         return [cell.cell_contents for cell in cells if cell != CellType()]
