@@ -1,5 +1,6 @@
 """A network called with other tensors in place of its own, which then has its own again."""
 
+import sys
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -25,7 +26,7 @@ class _Places:
         self.net = net
         self.tensors: list[tuple[dict[str, Any], str, str, Tensor]] = []  # owner, name in it, name of the tensor
         self.layers: list[tuple[dict[str, Any], list[Any]]] = []
-        self.compiled = False
+        self.compiled = _compiles()
         # Parameters first: another layer may have one as a buffer, and that layer may come earlier.
         names = {id(value): name for name, value in net.named_parameters()}
         for prefix, layer in net.named_modules():
@@ -130,6 +131,12 @@ def watched(
             for layer, mode in modes.items():
                 layer.training = mode
     return True
+
+
+def _compiles() -> bool:
+    """Whether anything was given to ``torch.compile`` in this process, such as a function that the network calls."""
+    backends = getattr(sys.modules.get("torch._dynamo.eval_frame"), "cached_backends", {})
+    return any(backend is not None for backend in backends.values())
 
 
 @contextmanager

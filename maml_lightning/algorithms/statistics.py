@@ -9,7 +9,6 @@ With ``query_statistics`` running, layers whose input depends on no adapted para
 task. Their running statistics are collected as in any training, and used in evaluation.
 """
 
-import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -24,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from maml_lightning.algorithms.calling import call_with, watched
 from maml_lightning.engine.chunks import detached
-from maml_lightning.engine.trials import copies_of_stored, same_random_numbers
+from maml_lightning.engine.trials import copy_of, same_random_numbers
 from maml_lightning.errors import SettingError
 from maml_lightning.structures import call, leaves, logits_of, mapped
 from maml_lightning.task_statistics import TaskNorm
@@ -198,7 +197,7 @@ def adapted_copy(
             lets it use those of the batch.
     """
     with torch.inference_mode(False):
-        copied = copy.deepcopy(net, copies_of_stored(net))
+        copied = copy_of(net)
         for name, value in parameters.items():
             path, _, own = name.rpartition(".")
             layer = copied.get_submodule(path)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from maml_lightning import MAML, Episode
+from maml_lightning import MAML, Episode, SettingError
 from maml_lightning.engine.fingerprints import fingerprint
 from maml_lightning.engine.trials import Trial
 from tests.reference import reference, relative_error
@@ -281,7 +281,45 @@ def test_what_copies_do_not_copy_is_as_in_a_loop(kind, flat_memory, caplog):
     for _ in range(2):
         _, expected = reference(net, episode(), 0.1, 2, F.cross_entropy)
         assert relative_error(gradient(maml), expected) < 1e-9
-    assert ("cannot be copied" in caplog.text) == ("weak" in kind)
+    assert ("cannot be copied" in caplog.text) == ("dictionary" in kind)
+
+
+CALLED = {
+    "function": lambda: Owner(lambda net, h: net.kept(h), lambda net: lambda h: net.second(h)),
+    "vectorized": lambda: Owner(lambda net, h: net.kept(h), lambda net: torch.vmap(lambda h: net.second(h))),
+    "parent": lambda: Owner(
+        lambda net, h: net.first.owner().second(h), lambda net: setattr(net.first, "owner", weakref.ref(net))
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", [*NOT_COPIED, *CALLED])
+def test_an_adapted_network_calls_its_own_layers(kind):
+    torch.manual_seed(0)
+    net, each = {**NOT_COPIED, **CALLED}[kind]().double(), episode()
+    maml = MAML(net, inner_lr=0.5, inner_steps=3)
+    if kind == "weak dictionary":
+        with pytest.raises(
+            SettingError, match=r"^model.net cannot be copied \(a part of it refers to its layers, .*;?$"
+        ):
+            maml.adapt(each.support_inputs[0], each.support_targets[0])
+        return
+    adapted = maml.adapt(each.support_inputs[0], each.support_targets[0])
+    expected = maml.trajectory(each)
+    with torch.no_grad():
+        outputs = adapted(each.query_inputs[0])
+    assert torch.allclose(outputs, expected[-1][0], rtol=1e-9)
+    assert not torch.allclose(outputs, expected[0][0], rtol=1e-3)
+
+
+def test_an_adapted_network_shares_what_its_hooks_note():
+    noted = []
+    net = nn.Linear(4, 3)
+    net.register_forward_hook(lambda layer, args, output: noted.append(len(output)))
+    adapted = MAML(net, inner_lr=0.1).adapt(torch.rand(6, 4), torch.arange(3).repeat(2))
+    noted.clear()
+    adapted(torch.rand(5, 4))
+    assert noted == [5]
 
 
 class Clipped(nn.Module):
