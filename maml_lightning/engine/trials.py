@@ -163,14 +163,7 @@ def _copied(
     for manager, made_of in managers:
         vars(manager).update(vars(type(manager)(*(_copy(part, memo) for part in made_of))))
     parts = [_copy(part, memo) for part in objects]
-    others = {
-        (id(variable.owner), variable.name): (variable, _copy_or_own(variable.value, memo)) for variable in variables
-    }
-    changed = [
-        (v, value)
-        for v, value in others.values()
-        if value is not v.value or isinstance(v.owner, dict | type | ContextVar)
-    ]
+    changed = _changed(variables, memo)
     if _has_layers_of(objects, (parts, [value for _, value in changed])):
         raise TypeError("a part of it refers to its layers, not to their copies, such as a weak dictionary")
     if hasattr(objects, "_fields"):
@@ -178,12 +171,16 @@ def _copied(
     return (*parts,), changed
 
 
-def _copies_itself(kind: type) -> bool:
-    """Whether the user says how objects of a class are copied: without their caches, say, or not at all."""
-    ways = ("__deepcopy__", "__getstate__", "__reduce__", "__reduce_ex__")
-    if kind.__new__ is not object.__new__:
-        return False
-    return any(name in vars(cls) for cls in own_classes(kind) if not is_installed(cls.__module__) for name in ways)
+def _changed(variables: list[Variable], memo: dict[int, Any]) -> list[tuple[Variable, Any]]:
+    """Variables with copies of their values, where that makes a difference."""
+    others = {
+        (id(variable.owner), variable.name): (variable, _copy_or_own(variable.value, memo)) for variable in variables
+    }
+    return [
+        (v, value)
+        for v, value in others.values()
+        if value is not v.value or isinstance(v.owner, dict | type | ContextVar)
+    ]
 
 
 def _complete(copied: Any, original: Any, memo: dict[int, Any]) -> None:
