@@ -134,7 +134,7 @@ def _copied(
     begun: list[tuple[Any, Any]] = []  # with what they are copies of
     managers: list[tuple[Manager, tuple]] = []
     caches: list[Any] = []
-    for value in _reachable((objects, [variable.value for variable in variables])):
+    for value in _reachable((objects, [each.value for each in variables])):
         if isinstance(value, Tensor):
             if share_parameters and isinstance(value, nn.Parameter):
                 memo[id(value)] = value
@@ -162,13 +162,10 @@ def _copied(
         _complete(copied, original, memo)
     for manager, made_of in managers:
         vars(manager).update(vars(type(manager)(*(_copy(part, memo) for part in made_of))))
-    parts = [_copy(part, memo) for part in objects]
-    changed = _changed(variables, memo)
+    parts, changed = [_copy(part, memo) for part in objects], _changed(variables, memo)
     if _has_layers_of(objects, (parts, [value for _, value in changed])):
         raise TypeError("a part of it refers to its layers, not to their copies, such as a weak dictionary")
-    if hasattr(objects, "_fields"):
-        return objects._replace(**dict(zip(objects._fields, parts, strict=True))), changed
-    return (*parts,), changed
+    return type(objects)._make(parts) if hasattr(objects, "_fields") else (*parts,), changed
 
 
 def _changed(variables: list[Variable], memo: dict[int, Any]) -> list[tuple[Variable, Any]]:
@@ -181,6 +178,14 @@ def _changed(variables: list[Variable], memo: dict[int, Any]) -> list[tuple[Vari
         for v, value in others.values()
         if value is not v.value or isinstance(v.owner, dict | type | ContextVar)
     ]
+
+
+def _copies_itself(kind: type) -> bool:
+    """Whether the user says how objects of a class are copied: without their caches, say, or not at all."""
+    ways = ("__deepcopy__", "__getstate__", "__reduce__", "__reduce_ex__")
+    if kind.__new__ is not object.__new__:
+        return False
+    return any(name in vars(cls) for cls in own_classes(kind) if not is_installed(cls.__module__) for name in ways)
 
 
 def _complete(copied: Any, original: Any, memo: dict[int, Any]) -> None:
