@@ -1,5 +1,6 @@
 """A network called with other tensors in place of its own, which then has its own again."""
 
+import sys
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -24,7 +25,7 @@ class _Places:
         self.net = net
         self.tensors: list[tuple[dict[str, Any], str, str, Tensor]] = []  # owner, name in it, name of the tensor
         self.layers: list[tuple[dict[str, Any], list[Any]]] = []
-        self.compiled = False
+        self.compiled = _compiles()
         # Parameters first: another layer may have one as a buffer, and that layer may come earlier.
         names = {id(value): name for name, value in net.named_parameters()}
         for prefix, layer in net.named_modules():
@@ -57,13 +58,16 @@ def calling(net: nn.Module) -> Iterator[None]:
         _KNOWN.reset(token)
 
 
-def call_with(net: nn.Module, tensors: Mapping[str, Tensor], inputs: Any) -> Tensor:
+def call_with(
+    net: nn.Module, tensors: Mapping[str, Tensor], inputs: Any, part: Callable[[Any], Any] = logits_of
+) -> Any:
     """The outputs of a network.
 
     Args:
         net: the network.
         tensors: in place of its parameters and buffers, by name; those without a name here stay.
         inputs: of the network, see :func:`~maml_lightning.structures.call_arguments`.
+        part: of what the network returns, its outputs.
     """
     known = _KNOWN.get()
     places = known[0] if known and known[0].net is net else _Places(net)
@@ -76,7 +80,7 @@ def call_with(net: nn.Module, tensors: Mapping[str, Tensor], inputs: Any) -> Ten
         for owner, local, name, _ in swapped:
             owner[local] = tensors[name]
         with _eager() if places.compiled else nullcontext():
-            return logits_of(net(*positional, **named))
+            return part(net(*positional, **named))
     finally:
         for owner, local, _, value in swapped:
             if local in owner:
@@ -116,6 +120,12 @@ def watched(
             for layer, mode in modes.items():
                 layer.training = mode
     return True
+
+
+def _compiles() -> bool:
+    """Whether anything was given to ``torch.compile`` in this process, such as a function that the network calls."""
+    backends = getattr(sys.modules.get("torch._dynamo.eval_frame"), "cached_backends", {})
+    return any(backend is not None for backend in backends.values())
 
 
 @contextmanager

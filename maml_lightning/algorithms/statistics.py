@@ -9,7 +9,6 @@ With ``query_statistics`` running, layers whose input depends on no adapted para
 task. Their running statistics are collected as in any training, and used in evaluation.
 """
 
-import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -24,9 +23,9 @@ from torch.overrides import TorchFunctionMode
 
 from maml_lightning.algorithms.calling import call_with, watched
 from maml_lightning.engine.chunks import detached
-from maml_lightning.engine.trials import copies_of_stored, same_random_numbers
+from maml_lightning.engine.trials import copy_of, same_random_numbers
 from maml_lightning.errors import SettingError
-from maml_lightning.structures import call, leaves, mapped
+from maml_lightning.structures import call, leaves, logits_of, mapped
 from maml_lightning.task_statistics import TaskNorm
 
 _TRACK = "track_running_stats"
@@ -166,7 +165,13 @@ def deciding(net: nn.Module, running: Collection[str] | None = None, collected: 
             setattr(layer, key, value)
 
 
-def called(net: nn.Module, values: Mapping[str, Tensor], inputs: Any, running: Collection[str]) -> Any:
+def called(
+    net: nn.Module,
+    values: Mapping[str, Tensor],
+    inputs: Any,
+    running: Collection[str],
+    part: Callable[[Any], Any] = logits_of,
+) -> Any:
     """The outputs of a network, which stays as it is, with the decided statistics.
 
     Args:
@@ -174,10 +179,11 @@ def called(net: nn.Module, values: Mapping[str, Tensor], inputs: Any, running: C
         values: in place of its parameters, by name.
         inputs: of the network.
         running: the names of the layers that use running statistics.
+        part: of what the network returns, its outputs.
     """
     with deciding(net, running):
         buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}  # a layer may write to them
-        return call_with(net, {**buffers, **values}, inputs)
+        return call_with(net, {**buffers, **values}, inputs, part=part)
 
 
 def adapted_copy(
@@ -193,7 +199,7 @@ def adapted_copy(
             lets it use those of the batch.
     """
     with torch.inference_mode(False):
-        copied = copy.deepcopy(net, copies_of_stored(net))
+        copied = copy_of(net)
         for name, value in parameters.items():
             path, _, own = name.rpartition(".")
             layer = copied.get_submodule(path)

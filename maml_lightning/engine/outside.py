@@ -1,4 +1,4 @@
-"""What code does as it runs that no graph does: ask the clock, files, the terminal, code in texts; set a seed."""
+"""What code does as it runs that no graph does: ask the clock, files, the terminal; set a seed; hook a gradient."""
 
 import builtins
 import io
@@ -23,6 +23,8 @@ _CLOCK, _FILES, _RANDOM = (
     "draws the system's random numbers as it runs",
 )
 _SEED = "sets the seed of torch's random numbers as it runs"
+# Autograd runs a hook in each backward pass, a transform in one: where a hook clips, it is long the same.
+_HOOK, _HOOKS = "registers hooks of gradients as it runs", {"_register_hook_dict", "register_hook", "register_prehook"}
 _TEXT, _VARIABLES = "runs code that it has as text", "asks for all of its variables as it runs"
 _OF_TIME = {  # and the same in nanoseconds
     *("time", "perf_counter", "monotonic", "process_time", "thread_time", "clock_gettime"),
@@ -57,6 +59,8 @@ def calls_outside() -> Iterator[dict[str, None]]:
             return
         if _is_seed(called):
             found[_SEED] = None
+        elif called.__name__ in _HOOKS:
+            found[_HOOK] = None
         elif (what := _CALLS.get(id(called)) or _of_date(called)) and _is_users(frame):
             found[what] = None
 

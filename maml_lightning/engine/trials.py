@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
+from weakref import ReferenceType, ref
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ from maml_lightning.devices import has_values, random_states, set_random_states
 from maml_lightning.engine.caches import emptied
 from maml_lightning.engine.fingerprints import attributes_of, fingerprint, is_of_library, variables_of
 from maml_lightning.engine.outside import calls_outside
-from maml_lightning.engine.variables import Cache, Manager, Variable, ingredients, is_fixed
+from maml_lightning.engine.variables import Cache, Manager, Variable, ingredients, is_fixed, is_installed, own_classes
+from maml_lightning.errors import SettingError
 
 
 class Trial:
@@ -85,7 +87,9 @@ def replaced(variables: list[tuple[Variable, Any]]) -> Iterator[None]:
             variable.set(variable.value)
         for owner, names in zip(owners, before, strict=True):
             for name, value in list(_names(owner).items()):
-                if name not in names and not isinstance(value, ModuleType):  # imported for all time
+                # Modules are imported for all time; what torch.compile makes refers to the variables that it adds.
+                lasting = isinstance(value, ModuleType) or name.startswith("__")
+                if name not in names and not lasting:
                     owner.pop(name) if isinstance(owner, dict) else delattr(owner, name)
 
 
@@ -102,8 +106,21 @@ def same(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
+class _Copies(dict[int, Any]):
+    """The memo of ``copy.deepcopy``, in which a weak reference to a layer becomes one to the layer's copy."""
+
+    def get(self, key: int, default: Any = None) -> Any:
+        found = super().get(key, default)
+        if isinstance(found, ReferenceType) and isinstance(layer := found(), nn.Module):
+            return ref(copy.deepcopy(layer, self))
+        return found
+
+
 def _copied(
-    objects: Any, variables: list[Variable], share_parameters: bool = True
+    objects: Any,
+    variables: list[Variable],
+    share_parameters: bool = True,
+    follows: Callable[[Any], bool] = lambda value: True,
 ) -> tuple[Any, list[tuple[Variable, Any]]]:
     """Deep copies of a tuple and of variables' values, which share the objects of libraries.
 
@@ -111,12 +128,13 @@ def _copied(
         objects: a tuple.
         variables: those without a copy stay as they are.
         share_parameters: whether the copies have the same parameters.
+        follows: whether to copy a function with what it closes over, and an object not as its class says.
     """
-    memo: dict[int, Any] = {}
-    functions: list[tuple[FunctionType, FunctionType]] = []
+    memo = _Copies()
+    begun: list[tuple[Any, Any]] = []  # with what they are copies of
     managers: list[tuple[Manager, tuple]] = []
     caches: list[Any] = []
-    for value in _reachable((objects, [variable.value for variable in variables])):
+    for value in _reachable((objects, [each.value for each in variables])):
         if isinstance(value, Tensor):
             if share_parameters and isinstance(value, nn.Parameter):
                 memo[id(value)] = value
@@ -124,38 +142,57 @@ def _copied(
                 memo[id(value)] = value.detach().clone()
         elif isinstance(value, torch.Generator):
             memo[id(value)] = value.clone_state()
-        elif type(value) is object or _is_shared(value):
+        elif _is_shared(value):
             memo[id(value)] = value
         elif isinstance(value, FunctionType) and value.__closure__ and not is_fixed(value.__module__):
-            memo[id(value)] = copied = _function_like(value)
-            functions.append((value, copied))
+            if follows(value):
+                memo[id(value)] = copied = _function_like(value)
+                begun.append((value, copied))
         elif isinstance(value, Manager) and (made_of := ingredients(value)) is not None:  # generators have no copies
             memo[id(value)] = manager = type(value)(*made_of)
             managers.append((manager, made_of))
         elif isinstance(value, Cache):
             caches.append(value)
+        elif _copies_itself(type(value)) and follows(value):
+            memo[id(value)] = copied = object.__new__(type(value))
+            begun.append((value, copied))
     for kept in caches:
         memo[id(kept)] = emptied(kept, memo.get(id(kept.__wrapped__), kept.__wrapped__))
-    for original, copied in functions:
+    for original, copied in begun:
         _complete(copied, original, memo)
     for manager, made_of in managers:
         vars(manager).update(vars(type(manager)(*(_copy(part, memo) for part in made_of))))
-    parts = [_copy(part, memo) for part in objects]
+    parts, changed = [_copy(part, memo) for part in objects], _changed(variables, memo)
+    if _has_layers_of(objects, (parts, [value for _, value in changed])):
+        raise TypeError("a part of it refers to its layers, not to their copies, such as a weak dictionary")
+    return type(objects)._make(parts) if hasattr(objects, "_fields") else (*parts,), changed
+
+
+def _changed(variables: list[Variable], memo: dict[int, Any]) -> list[tuple[Variable, Any]]:
+    """Variables with copies of their values, where that makes a difference."""
     others = {
         (id(variable.owner), variable.name): (variable, _copy_or_own(variable.value, memo)) for variable in variables
     }
-    changed = [
+    return [
         (v, value)
         for v, value in others.values()
         if value is not v.value or isinstance(v.owner, dict | type | ContextVar)
     ]
-    if hasattr(objects, "_fields"):
-        return objects._replace(**dict(zip(objects._fields, parts, strict=True))), changed
-    return (*parts,), changed
 
 
-def _complete(copied: FunctionType, original: FunctionType, memo: dict[int, Any]) -> None:
-    """Give the copy of a function copies of what the function closes over, its defaults and attributes."""
+def _copies_itself(kind: type) -> bool:
+    """Whether the user says how objects of a class are copied: without their caches, say, or not at all."""
+    ways = ("__deepcopy__", "__getstate__", "__reduce__", "__reduce_ex__")
+    if kind.__new__ is not object.__new__:
+        return False
+    return any(name in vars(cls) for cls in own_classes(kind) if not is_installed(cls.__module__) for name in ways)
+
+
+def _complete(copied: Any, original: Any, memo: dict[int, Any]) -> None:
+    """Give a copy copies of its original's attributes; of a function, of what it closes over and its defaults, too."""
+    if not isinstance(original, FunctionType):
+        vars(copied).update({name: _copy_or_own(part, memo) for name, part in vars(original).items()})
+        return
     for cell, own in zip(original.__closure__ or (), copied.__closure__ or (), strict=True):
         if cell != CellType():
             own.cell_contents = copy.deepcopy(cell.cell_contents, memo)
@@ -172,13 +209,21 @@ def _function_like(function: FunctionType) -> FunctionType:
     return copied
 
 
+def _has_layers_of(objects: Any, value: Any) -> bool:
+    """Whether a value is made of layers of the networks among objects, beside others."""
+    layers = {id(layer) for part in objects if isinstance(part, nn.Module) for layer in part.modules()}
+    return any(id(part) in layers for part in _reachable(value))
+
+
 def _is_shared(value: Any) -> bool:
+    if type(value) in (object, ReferenceType) or (isinstance(value, ModuleType) and is_fixed(value.__name__)):
+        return True
     return is_of_library(value) and type(value).__module__.partition(".")[0] not in ("builtins", "numpy")
 
 
 def _copy(value: Any, memo: dict[int, Any]) -> Any:
     # Some versions of Python copy no function, not even one that is in the memo.
-    return memo[id(value)] if id(value) in memo else copy.deepcopy(value, memo)
+    return memo.get(id(value)) if id(value) in memo else copy.deepcopy(value, memo)
 
 
 def _copy_or_own(value: Any, memo: dict[int, Any]) -> Any:
@@ -206,10 +251,20 @@ def trying(*objects: Any, device: torch.device) -> Iterator[Any]:
         yield copies
 
 
-def copies_of_stored(net: nn.Module) -> dict[int, Tensor]:
-    """A memo for ``copy.deepcopy``, which cannot copy tensors with a graph: those that layers keep (activations)."""
-    stored = (value for value in _reachable((net,)) if isinstance(value, Tensor) and value.grad_fn is not None)
-    return {id(value): value.detach().clone() for value in stored}
+def copy_of(net: nn.Module) -> nn.Module:
+    """A copy of a network, with copies of the functions and objects that call its layers; others are as in any copy.
+
+    Raises:
+        SettingError: it has no copy that is apart from it.
+    """
+    try:
+        return _copied((net,), [], False, lambda value: _has_layers_of((net,), value))[0][0]
+    except Exception as error:  # whatever a part of it raises
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SettingError(
+            f"model.net cannot be copied ({why}), but an adapted network is a copy: let it hold its layers as "
+            "attributes, or take the outputs of adapted networks from trajectory."
+        ) from error
 
 
 @contextmanager
@@ -248,6 +303,8 @@ def _parts(value: Any) -> list[Any]:
         return list(made_of)
     if isinstance(value, MethodType):
         return [value.__func__, value.__self__]
+    if isinstance(value, ReferenceType):
+        return [value()]
     if isinstance(value, FunctionType):
         cells = value.__closure__ or () if not is_fixed(value.__module__) else ()
         return [cell.cell_contents for cell in cells if cell != CellType()]

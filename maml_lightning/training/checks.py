@@ -21,7 +21,7 @@ from maml_lightning.devices import has_values
 from maml_lightning.engine.trials import same_random_numbers, trying
 from maml_lightning.episodes import Episode, InputSpec
 from maml_lightning.errors import SettingError
-from maml_lightning.structures import describe, first_task, leaves, mapped
+from maml_lightning.structures import describe, first_task, leaves, logits_of, mapped
 from maml_lightning.training import earlier_releases
 from maml_lightning.training.chunks import naming_what_saves_memory
 from maml_lightning.training.first_batches import first_batches
@@ -29,6 +29,7 @@ from maml_lightning.training.loss_checks import (
     check_classes,
     check_labels,
     check_loss,
+    check_loss_of_one,
     first_line,
     is_computed,
     without_broadcasting,
@@ -66,9 +67,11 @@ def check_fit(loop: InnerLoop, metric: Any, episode: Episode, inner_steps: int, 
         inputs, targets = map(first_task, (all_inputs, all_targets))
         with trying(loop.net, loss, device=episode.device) as copies:
             for net, tried in (copies, (loop.net, loss)):
-                outputs = _outputs(net, loop.running or (), inputs, pretraining)
+                whole = _outputs(net, loop.running or (), inputs, pretraining)
+                outputs = logits_of(whole).detach()
                 if is_computed(tried, outputs, targets):
                     break  # else the loss may read what the network itself keeps as it runs
+            check_loss_of_one(tried, whole, outputs, targets)
             if loop.head == "prototypes":
                 outputs = outputs.new_zeros(*outputs.shape[:-1], len(labels_of(episode.support_targets, all_targets)))
             elif is_of_classes(loss) and isinstance(targets, Tensor) and has_values(targets):
@@ -186,13 +189,16 @@ def is_checked(checked: tuple, parts: tuple, episode: Episode) -> bool:
     return bool(checked) and checked[3] == kind_of(episode) and not any(map(is_not, checked, parts))
 
 
-def _outputs(net: nn.Module, running: Collection[str], inputs: Any, training: bool) -> Tensor:
-    """The network's outputs in training or evaluation mode; its own mode is restored."""
+def _outputs(net: nn.Module, running: Collection[str], inputs: Any, training: bool) -> Any:
+    """All that the network returns in training or evaluation mode; its own mode is restored."""
     modes = {layer: layer.training for layer in net.modules()}
 
-    def takes(inputs: Any) -> Tensor:
+    def whole(outputs: Any) -> Any:
+        return outputs.detach() if isinstance(outputs, Tensor) else outputs
+
+    def takes(inputs: Any) -> Any:
         with torch.enable_grad():  # it may take a gradient as it runs
-            return called(net.train(training), {}, mapped(torch.clone, inputs), running).detach()
+            return called(net.train(training), {}, mapped(torch.clone, inputs), running, whole)
 
     try:
         return takes(inputs)

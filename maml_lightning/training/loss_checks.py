@@ -1,5 +1,6 @@
 """Checks that a loss takes the network's outputs and the episodes' targets, each output with its own target."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from maml_lightning.devices import has_values, widest
+from maml_lightning.engine.trials import same_random_numbers
 from maml_lightning.errors import SettingError
 from maml_lightning.structures import describe, mapped
 from maml_lightning.training.remedies import remedy_of_targets
@@ -95,6 +97,36 @@ def check_loss(loss: Callable[..., Any], outputs: Tensor, targets: Any) -> None:
         raise SettingError(f"model.loss {name} gives {shape}, not one number; give another, such as {suggested}.")
     if not paired:
         raise _other_shape(outputs, targets)
+
+
+def check_loss_of_one(loss: Callable[..., Any], whole: Any, outputs: Tensor, targets: Any) -> None:
+    """Check that a loss does not need all that a network returns: it gets one tensor of it.
+
+    Some losses take either, and are of something else then: ``o[0], o[1]`` are two outputs, or two examples.
+
+    Args:
+        loss: of the outputs.
+        whole: what the network returns.
+        outputs: the tensor of it that is taken as its outputs.
+        targets: of one task.
+    """
+    if isinstance(whole, Tensor):
+        return
+
+    def value(given: Any) -> float:
+        try:
+            with torch.no_grad(), same_random_numbers(outputs.device), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return float(loss(given, mapped(torch.clone, targets)))
+        except Exception:  # it does not take it
+            return math.nan
+
+    of_whole = value(whole)
+    if not math.isnan(of_whole) and not math.isclose(of_whole, value(outputs), rel_tol=1e-4):
+        raise SettingError(
+            f"model.loss {_name(loss)} takes all that model.net returns ({type(whole).__name__}), but gets its outputs "
+            f"alone, {describe(outputs)}; let the network return one tensor (torch.cat), and the loss split it."
+        )
 
 
 def _remedy_of_outputs(loss: Callable[..., Any], outputs: Tensor, targets: Any) -> str:

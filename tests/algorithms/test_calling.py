@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from maml_lightning import MAML
 from maml_lightning.algorithms import calling
 from maml_lightning.algorithms.calling import call_with
-from tests.engine.test_trials import gradient
+from tests.engine.test_trials import episode, gradient
+from tests.reference import reference, relative_error
 
 
 class Counting(nn.Module):
@@ -58,3 +60,35 @@ def test_tensors_are_put_back_after_an_error():
     with pytest.raises(RuntimeError):
         call_with(net, {"weight": torch.ones(3, 5)}, torch.ones(1, 2))
     assert all(value is own[name] for name, value in net.named_parameters())
+
+
+gate = torch.compile(lambda x: x * torch.sigmoid(x), backend="aot_eager")  # which has no second derivative
+
+
+class CallsCompiled(nn.Module):
+    """Calls a compiled function, or a compiled method of its own."""
+
+    def __init__(self, method):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.hidden = torch.compile(self.own, backend="aot_eager") if method else lambda x: gate(self.a(x))
+
+    def own(self, x):
+        return torch.tanh(self.a(x))
+
+    def forward(self, x):
+        return self.b(self.hidden(x))
+
+
+@pytest.mark.parametrize("execution", ["auto", "loop"])
+@pytest.mark.parametrize("method", [False, True])
+def test_a_compiled_function_in_a_network_is_exact_and_stays_usable(method, execution):
+    torch.manual_seed(0)
+    net = CallsCompiled(method).double()
+    maml = MAML(net, inner_lr=0.1, inner_steps=2, execution=execution)
+    for _ in range(2):
+        with torch.compiler.set_stance("force_eager"):
+            _, expected = reference(net, episode(), 0.1, 2, F.cross_entropy)
+        assert relative_error(gradient(maml), expected) < 1e-9
+        with torch.no_grad():
+            assert net(episode().query_inputs[0]).isfinite().all()

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import random
+import weakref
 from collections import deque
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from maml_lightning import MAML, Episode
+from maml_lightning import MAML, Episode, SettingError
 from maml_lightning.engine.fingerprints import fingerprint
 from maml_lightning.engine.trials import Trial
 from tests.reference import reference, relative_error
@@ -226,3 +227,126 @@ def test_a_sparse_buffer_runs_as_in_a_loop():
     net = Graph().double()
     _, expected = reference(net, episode(), 0.1, 2, F.cross_entropy)
     assert relative_error(gradient(MAML(net, inner_lr=0.1, inner_steps=2)), expected) < 1e-9
+
+
+class Shared:
+    """Is the same in each copy of what holds it."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+class Owner(nn.Module):
+    """Calls its second layer in a way that copies do not follow."""
+
+    def __init__(self, call, kept):
+        super().__init__()
+        self.first, self.second, self.call = nn.Linear(4, 4), nn.Linear(4, 3), call
+        self.kept = kept(self)
+
+    def forward(self, x):
+        return self.call(self, torch.tanh(self.first(x)))
+
+
+class Forgetful(Owner):
+    """Does not keep all that it has where it is copied or saved."""
+
+    def __getstate__(self):
+        return {**vars(self), "kept": None}
+
+
+NOT_COPIED = {
+    "weak reference": lambda: Owner(lambda net, h: net.kept()(h), lambda net: weakref.ref(net.second)),
+    "weak dictionary": lambda: Owner(
+        lambda net, h: net.kept["own"](h), lambda net: weakref.WeakValueDictionary(own=net.second)
+    ),
+    "shared": lambda: Owner(lambda net, h: net.kept.layer(h), lambda net: Shared(net.second)),
+    "not in its state": lambda: Forgetful(lambda net, h: net.second(h) * net.kept[0], lambda net: [2.0]),
+    "gradient": lambda: Owner(
+        lambda net, h: net.second(torch.vmap(net.kept)(h)),
+        lambda net: torch.func.grad(lambda h: torch.tanh(net.first(h)).square().sum()),
+    ),
+}
+
+
+@pytest.mark.parametrize("flat_memory", [False, True])
+@pytest.mark.parametrize("kind", NOT_COPIED)
+def test_what_copies_do_not_copy_is_as_in_a_loop(kind, flat_memory, caplog):
+    torch.manual_seed(0)
+    net = NOT_COPIED[kind]().double()
+    maml = MAML(net, inner_lr=0.1, inner_steps=2, flat_memory=flat_memory)
+    for _ in range(2):
+        _, expected = reference(net, episode(), 0.1, 2, F.cross_entropy)
+        assert relative_error(gradient(maml), expected) < 1e-9
+    assert ("cannot be copied" in caplog.text) == ("dictionary" in kind)
+
+
+CALLED = {
+    "function": lambda: Owner(lambda net, h: net.kept(h), lambda net: lambda h: net.second(h)),
+    "vectorized": lambda: Owner(lambda net, h: net.kept(h), lambda net: torch.vmap(lambda h: net.second(h))),
+    "parent": lambda: Owner(
+        lambda net, h: net.first.owner().second(h), lambda net: setattr(net.first, "owner", weakref.ref(net))
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", [*NOT_COPIED, *CALLED])
+def test_an_adapted_network_calls_its_own_layers(kind):
+    torch.manual_seed(0)
+    net, each = {**NOT_COPIED, **CALLED}[kind]().double(), episode()
+    maml = MAML(net, inner_lr=0.5, inner_steps=3)
+    if kind == "weak dictionary":
+        with pytest.raises(
+            SettingError, match=r"^model.net cannot be copied \(a part of it refers to its layers, .*;?$"
+        ):
+            maml.adapt(each.support_inputs[0], each.support_targets[0])
+        return
+    adapted = maml.adapt(each.support_inputs[0], each.support_targets[0])
+    expected = maml.trajectory(each)
+    with torch.no_grad():
+        outputs = adapted(each.query_inputs[0])
+    assert torch.allclose(outputs, expected[-1][0], rtol=1e-9)
+    assert not torch.allclose(outputs, expected[0][0], rtol=1e-3)
+
+
+def test_an_adapted_network_shares_what_its_hooks_note():
+    noted = []
+    net = nn.Linear(4, 3)
+    net.register_forward_hook(lambda layer, args, output: noted.append(len(output)))
+    adapted = MAML(net, inner_lr=0.1).adapt(torch.rand(6, 4), torch.arange(3).repeat(2))
+    noted.clear()
+    adapted(torch.rand(5, 4))
+    assert noted == [5]
+
+
+class Clipped(nn.Module):
+    """Clips the gradient of its hidden values."""
+
+    def __init__(self, node):
+        super().__init__()
+        self.first, self.second, self.node = nn.Linear(4, 8), nn.Linear(8, 3), node
+
+    def forward(self, x):
+        h = self.first(x)
+        if h.requires_grad and self.node:
+            h.grad_fn.register_prehook(lambda gradients: (gradients[0].clamp(-0.02, 0.02),))
+        elif h.requires_grad:
+            h.register_hook(lambda gradient: gradient.clamp(-0.02, 0.02))
+        return self.second(torch.tanh(h))
+
+
+@pytest.mark.parametrize("node", [False, True])
+def test_hooks_of_gradients_that_seldom_do_something_run_as_in_a_loop(node):
+    torch.manual_seed(0)
+    net = Clipped(node).double()
+    maml = MAML(net, inner_lr=0.1, inner_steps=3)
+    for scale in (0.1, 10.0, 30.0):
+        each = episode()
+        each = each._replace(support_inputs=scale * each.support_inputs, query_inputs=scale * each.query_inputs)
+        _, expected = reference(net, each, 0.1, 3, F.cross_entropy)
+        maml.zero_grad()
+        maml.training_step(each, 0).backward()
+        assert relative_error({name: value.grad for name, value in net.named_parameters()}, expected) < 1e-9

@@ -1,10 +1,13 @@
 """What is said of a loss that does not take a network's outputs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from maml_lightning import SettingError
+from maml_lightning import MAML, Episode, SettingError
 from maml_lightning.training.loss_checks import check_loss
 
 PIXELS = torch.arange(3).repeat(2, 4, 1)  # [2, 4, 3]
@@ -20,3 +23,53 @@ def test_another_loss_is_named_where_no_outputs_would_do():
     with pytest.raises(SettingError, match=r"give another, such as cross_entropy for classes, mse_loss for numbers"):
         check_loss(F.nll_loss, torch.zeros(2, 3), torch.ones(2, 4, dtype=torch.bool))
     check_loss(F.cross_entropy, torch.zeros(2, 3, 4, 3), PIXELS)
+
+
+class Several(nn.Module):
+    """Returns a reconstruction and what it was made of, as ``kind`` makes it of both."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.encoder, self.decoder, self.kind = nn.Linear(4, 2), nn.Linear(2, 4), kind
+
+    def forward(self, x):
+        code = self.encoder(x)
+        return self.kind(self.decoder(code), code)
+
+
+def of_places(outputs, targets):  # of examples 0 and 1 where outputs are one tensor
+    return (outputs[0] - targets).square().mean() + outputs[1].square().mean()
+
+
+def of_names(outputs, targets):
+    return F.mse_loss(outputs["logits"], targets) + outputs["code"].square().mean()
+
+
+def of_either(outputs, targets):
+    return F.mse_loss(outputs if isinstance(outputs, torch.Tensor) else outputs[0], targets)
+
+
+def step(kind, loss):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    return MAML(Several(kind), inner_lr=0.1, loss=loss).training_step(Episode(x, x, x, x), 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss", "name"),
+    [
+        (lambda *both: both, of_places, "tuple"),
+        (lambda *both: list(both), of_places, "list"),
+        (lambda *both: dict(zip(("logits", "code"), both, strict=True)), of_names, "dict"),
+        (lambda *both: SimpleNamespace(logits=both[0], code=both[1]), lambda o, y: o.code.square().mean(), "Simple"),
+    ],
+)
+def test_a_loss_of_all_that_a_network_returns_is_refused(kind, loss, name):
+    match = rf"takes all that model.net returns \({name}.*\[3, 4\]; let the network return one tensor \(torch.cat\)"
+    with pytest.raises(SettingError, match=match):
+        step(kind, loss)
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, nn.MSELoss(), of_either])
+def test_a_loss_of_the_outputs_among_them_is_taken(loss):
+    assert step(lambda *both: both, loss).item() == step(lambda first, second: first, loss).item() > 0
