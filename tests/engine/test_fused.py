@@ -11,6 +11,8 @@ import torch
 from maml_lightning import MAML, ConvNet, Episode
 from maml_lightning.engine.kernels import fused, normalization, patches
 
+# Triton's interpreter up to 3.2 (torch 2.6).
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 SHAPES = [(2, 5, 7, 7, 64), (3, 3, 4, 4, 5), (1, 2, 40, 40, 70), (300, 4, 3)]
 WINDOWS = [
     ((7, 6), [3, 3], [2, 2], [1, 1]),
