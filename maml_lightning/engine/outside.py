@@ -1,6 +1,7 @@
 """What code does as it runs that no graph does: ask the clock, files, the terminal; set a seed; hook a gradient."""
 
 import builtins
+import gc
 import io
 import os
 import sys
@@ -87,8 +88,10 @@ def _of_date(called: Any) -> str:
 
 def _is_users(frame: FrameType | None) -> bool:
     """Whether the user's code called, or a function of a library that the user's code called."""
-    library = ""
+    library, collecting = "", {getattr(callback, "__code__", None) for callback in gc.callbacks}
     while frame is not None:
+        if frame.f_code in collecting:  # garbage is collected at any time
+            return False
         module = frame.f_globals.get("__name__", "")
         root = module.partition(".")[0]
         if root in _ONCE:
