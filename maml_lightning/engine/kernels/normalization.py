@@ -187,9 +187,10 @@ def _second_derivative_op(
     sum_gn: Tensor,
     sum_g: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return fused(
-        "triton_normalization", "second_derivative", second_derivative, u, v, w, g, weight, n, r, sum_gn, sum_g
-    )
+    tensors = (u, v, w, g, weight, n, r, sum_gn, sum_g)
+    if is_fused(u):
+        return fused("triton_normalization", "second_derivative", second_derivative, *tensors)
+    return second_derivative(*tensors)
 
 
 @_second_derivative_op.register_fake
