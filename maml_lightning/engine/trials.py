@@ -223,7 +223,7 @@ def _is_shared(value: Any) -> bool:
 
 def _copy(value: Any, memo: dict[int, Any]) -> Any:
     # Some versions of Python copy no function, not even one that is in the memo.
-    return memo.get(id(value)) if id(value) in memo else copy.deepcopy(value, memo)
+    return memo[id(value)] if id(value) in memo else copy.deepcopy(value, memo)
 
 
 def _copy_or_own(value: Any, memo: dict[int, Any]) -> Any:

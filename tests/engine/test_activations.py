@@ -54,14 +54,20 @@ BAGS = {
 }
 
 
-@pytest.mark.parametrize("name", BAGS)
-def test_embedding_bag_and_its_gradient_are_torchs(name):
-    torch.manual_seed(0)
+def bag_of(name):
+    """Indices, and the settings of what sums up their embeddings."""
     settings = dict(BAGS[name])
     index = torch.tensor([[0, 1, 1], [2, 2, 2], [4, 2, 0]])
     index = index.flatten()[:6] if "offsets" in settings else index
     if settings.pop("per_sample_weights", False):
         settings["per_sample_weights"] = torch.rand(3, 3, dtype=torch.float64)
+    return index, settings
+
+
+@pytest.mark.parametrize("name", BAGS)
+def test_embedding_bag_and_its_gradient_are_torchs(name):
+    torch.manual_seed(0)
+    index, settings = bag_of(name)
     results = []
     for bag in (embedding_bag, F.embedding_bag):
         weight = torch.linspace(-1, 1, 20, dtype=torch.float64).view(5, 4).requires_grad_()

@@ -17,7 +17,7 @@ from maml_lightning import Episode, InnerLoop
 from maml_lightning.engine.differentiation import by_autograd
 from maml_lightning.engine.kernels.alone import _OWN, _PLACES, twice_differentiable
 from maml_lightning.engine.loop import vjp
-from tests.engine.test_activations import BAGS
+from tests.engine.test_activations import BAGS, bag_of
 from tests.reference import reference, relative_error
 
 
@@ -149,11 +149,7 @@ def test_networks_run_without_a_mode():  # it would take time at each call of an
 @pytest.mark.parametrize("name", BAGS)
 def test_bags_of_embeddings_are_torchs(name):
     torch.manual_seed(0)
-    settings = dict(BAGS[name])
-    index = torch.tensor([[0, 1, 1], [2, 2, 2], [4, 2, 0]])
-    index = index.flatten()[:6] if "offsets" in settings else index
-    if settings.pop("per_sample_weights", False):
-        settings["per_sample_weights"] = torch.rand(3, 3, dtype=torch.float64)
+    index, settings = bag_of(name)
     weight = torch.linspace(-1, 1, 20, dtype=torch.float64).view(5, 4).requires_grad_()
     expected = renamed_bag(index, weight * 1, **settings)
     with twice_differentiable():

@@ -65,18 +65,10 @@ COMPILED: dict[OpOverload, Callable[..., Any]] = {
 
 
 class TaskKernels(TorchFunctionMode):
-    """While active, calls of an operator in a table (also from ``nn`` layers) run what replaces it.
-
-    Args:
-        table: operators, and what replaces them.
-    """
-
-    def __init__(self, table: dict[Callable[..., Any], Callable[..., Any]] = REPLACEMENTS) -> None:
-        super().__init__()
-        self.table = table
+    """While active, calls of an operator in :data:`REPLACEMENTS` (also from ``nn`` layers) run what replaces it."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        return self.table.get(func, func)(*args, **(kwargs or {}))
+        return REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))
 
 
 @contextmanager
