@@ -277,3 +277,20 @@ def test_dead_networks_are_not_kept():
     gradients(maml)
     gc.collect()
     assert gone() is None
+
+
+class Versioned(nn.Linear):
+    """Like torchvision's MNASNet, it takes only state dicts with the version of a saved one."""
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        if local_metadata.get("version") != 1:
+            raise ValueError("version should be set to 1")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+def test_a_network_that_loads_in_its_own_way_adapts():
+    torch.manual_seed(0)
+    net, x, y = Versioned(4, 3), torch.rand(6, 4), torch.arange(3).repeat(2)
+    adapted = MAML(net, inner_lr=0.5, inner_steps=1).adapt(x, y)
+    slope = torch.autograd.grad(F.cross_entropy(net(x), y), net.weight)[0]
+    assert torch.allclose(adapted.weight, net.weight - 0.5 * slope)

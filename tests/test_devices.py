@@ -25,11 +25,12 @@ from maml_lightning import (
     TextNet,
     devices,
 )
-from maml_lightning.engine import agreement
+from maml_lightning.engine import agreement, differentiation
 from maml_lightning.engine.differentiation import by_autograd
 from maml_lightning.engine.execution import Executor
 from maml_lightning.engine.kernels import alone
 from maml_lightning.engine.kernels.recurrence import recurrences
+from maml_lightning.engine.kernels.swapping import swapping
 from maml_lightning.engine.state import RandomState
 
 META = torch.device("meta")
@@ -144,7 +145,7 @@ def test_recurrent_layers_in_a_loop_off_the_cpu_have_a_second_derivative(layer, 
         return kernel(*args)
 
     places = [(owner, name, run if name == recurrent else own) for owner, name, own in alone._PLACES]
-    monkeypatch.setattr(alone, "_PLACES", places)
+    monkeypatch.setattr(differentiation, "twice_differentiable", swapping(places))
     with by_autograd():
         (first,) = torch.autograd.grad(net(x)[0].sum(), net.weight_hh_l0, create_graph=True)
         (second,) = torch.autograd.grad(first.square().sum(), net.weight_hh_l0)

@@ -206,7 +206,9 @@ def adapted_copy(
             if getattr(layer, own).shape != value.shape:  # a last layer of as many classes as the task has
                 setattr(layer, own, nn.Parameter(value.clone()))
                 setattr(layer, "out_features", len(value))  # noqa: B010
-        copied.load_state_dict(parameters, strict=False)
+            else:
+                with torch.no_grad():
+                    getattr(layer, own).copy_(value)
     for name, layer in tracking_layers(copied).items():
         training = layer.training
         for key, value in _changes(layer, name in running).items():

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from maml_lightning.engine.kernels.alone import twice_differentiable
+from maml_lightning.engine.kernels.recurrence import without_flattening
 
 _AUTOGRAD = ContextVar("autograd", default=False)
 
@@ -25,7 +26,7 @@ def by_autograd() -> Iterator[None]:
     """While active, gradients are taken by autograd, of operators with a second derivative: attention is products."""
     token = _AUTOGRAD.set(True)
     try:
-        with twice_differentiable(), sdpa_kernel(SDPBackend.MATH):
+        with twice_differentiable(), without_flattening(), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         _AUTOGRAD.reset(token)

@@ -9,6 +9,7 @@ from torch import nn
 
 from maml_lightning import Episode
 from maml_lightning.algorithms.inner_loop import InnerLoop
+from maml_lightning.engine.kernels import recurrence
 from tests.reference import perturbed, reference, relative_error
 
 LENGTH, FEATURES = 4, 6
@@ -138,3 +139,39 @@ def test_exact(name, training):
     with torch.no_grad():
         before = loop.trajectory(dict(net.named_parameters()), episode, 0.1, 1)[0][1]
         assert torch.allclose(before, net(episode.query_inputs[1]), rtol=1e-9)
+
+
+OWN = nn.RNNBase.flatten_parameters
+
+
+class Flattening(nn.Module):
+    """Puts the weights of its recurrent layer into one piece of memory at each call, as cuDNN's layers do on GPUs."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        assert nn.RNNBase.flatten_parameters is not OWN  # a graph cannot record that, and autograd does not know it
+        self.rnn.flatten_parameters()
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("execution", ["traced", "vectorized", "loop"])
+def test_weights_of_recurrent_layers_stay_where_they_are(execution):
+    net, x, y = Flattening(), torch.rand(2, 3, 5, 3), torch.arange(3).expand(2, 3)
+    loop = InnerLoop(net, F.cross_entropy, execution=execution)
+    loop.gradient("maml", dict(net.named_parameters()), Episode(x, y, x, y), 0.1, 1)
+    assert nn.RNNBase.flatten_parameters is OWN
+
+
+def test_packed_sequences_have_a_second_derivative_on_gpus():
+    enabled = []
+
+    def own(*args):
+        enabled.append(torch.backends.cudnn.enabled)
+
+    assert torch.backends.cudnn.enabled
+    recurrence._layers("lstm", own, torch.rand(3, 2), torch.tensor([2, 1]), (), [], True, 1, 0.0, True, False)
+    assert enabled == [False]
+    assert torch.backends.cudnn.enabled

@@ -28,13 +28,16 @@ class Result(NamedTuple):
 
 
 class _TwiceDifferentiable(TorchFunctionMode):
-    """Replaces operators whose second derivative PyTorch lacks by others with the same values."""
+    """Replaces operators whose second derivative PyTorch lacks, or has wrong, by others with the same values."""
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function is F.hardsigmoid:
             return F.relu6(args[0] + 3) / 6
         if function is F.embedding_bag:
             return _bag(*args, **(kwargs or {}))
+        if function is torch._weight_norm:  # that of a kernel of dimension 0
+            v, g, _ = args
+            return g * v / v.square().sum(list(range(1, v.dim())), keepdim=True).sqrt()
         return function(*args, **(kwargs or {}))
 
 
@@ -57,6 +60,7 @@ class Swapped:
     def __init__(self, net: nn.Module, buffers: str = "call") -> None:
         self.net, self.buffers = net, buffers
         self.replaces = any(isinstance(layer, nn.Hardsigmoid | nn.EmbeddingBag) for layer in net.modules())
+        self.replaces |= any("WeightNorm" in repr(vars(layer)) for layer in net.modules())
         self.names = {id(value): name for name, value in net.named_parameters()}
         self.places = [
             (self.names[id(value)], layer, name)

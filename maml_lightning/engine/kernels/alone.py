@@ -4,9 +4,8 @@ Those are replaced where PyTorch looks them up each time that it calls them, so 
 however it comes to call them. A ``TorchFunctionMode`` does the same, and takes time at each call of any operator.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from threading import Lock
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +15,8 @@ from maml_lightning.engine.kernels.activations import hardsigmoid
 from maml_lightning.engine.kernels.embedding import embedding_bag_of_offsets
 from maml_lightning.engine.kernels.normalization import instance_norm
 from maml_lightning.engine.kernels.recurrence import recurrences
+from maml_lightning.engine.kernels.swapping import swapping
+from maml_lightning.engine.kernels.weight_normalization import weight_norm
 
 _instance_norm_of_torch = torch.instance_norm
 
@@ -50,35 +51,20 @@ def _off_the_cpu(own: Callable[..., Any], kernel: Callable[..., Any]) -> Callabl
 _IN_TORCH: dict[str, Callable[..., Any]] = {
     "embedding_bag": embedding_bag_of_offsets,
     "instance_norm": _instance_norm,
+    "_weight_norm": weight_norm,
     **{own.__name__: _off_the_cpu(own, kernel) for own, kernel in recurrences().items()},
 }
 # Where PyTorch looks them up: `nn.functional` in `torch` and `torch._C._nn`, recurrent layers in `torch._VF`.
 _PLACES: list[tuple[Any, str, Callable[..., Any]]] = [
     (torch._C._nn, "hardsigmoid", hardsigmoid),
     (torch._C._nn, "hardsigmoid_", lambda input: hardsigmoid(input, inplace=True)),
+    (
+        sys.modules["torch.nn.utils.weight_norm"],
+        "_weight_norm",
+        weight_norm,
+    ),  # in `torch.nn.utils` a function has its name
     *((owner, name, kernel) for owner in (torch, torch._VF) for name, kernel in _IN_TORCH.items()),
 ]
-_OWN = [getattr(owner, name) for owner, name, _ in _PLACES]
-_lock, _active = Lock(), 0
-
-
-@contextmanager
-def twice_differentiable() -> Iterator[None]:
-    """While active, every operator that PyTorch's functions and layers call has a second derivative, if any has one.
-
-    In all threads: those of backward passes run checkpointed layers anew.
-    """
-    _enter(1)
-    try:
-        yield
-    finally:
-        _enter(-1)
-
-
-def _enter(change: int) -> None:
-    global _active
-    with _lock:
-        before, _active = _active, _active + change
-        if not (before and _active):
-            for (owner, name, kernel), own in zip(_PLACES, _OWN, strict=True):
-                setattr(owner, name, kernel if _active else own)
+# While active, every operator that PyTorch's functions and layers call has a second derivative, if any has one. In all
+# threads: those of backward passes run checkpointed layers anew.
+twice_differentiable = swapping(_PLACES)

@@ -24,7 +24,8 @@ from maml_lightning.engine.kernels.normalization import (
 )
 from maml_lightning.engine.kernels.patches import col2im_sum, im2col_views
 from maml_lightning.engine.kernels.pooling import max_pool, max_pool_backward, poolings
-from maml_lightning.engine.kernels.recurrence import recurrences
+from maml_lightning.engine.kernels.recurrence import recurrences, without_flattening
+from maml_lightning.engine.kernels.weight_normalization import weight_norm
 
 
 def _contiguous(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -48,6 +49,7 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.rrelu_: partial(rrelu, inplace=True),
     F.hardsigmoid: hardsigmoid,
     F.embedding_bag: embedding_bag,
+    torch._weight_norm: weight_norm,
     **poolings(),
     **recurrences(),
 }
@@ -81,7 +83,7 @@ def task_operators() -> Iterator[None]:
     """
     compiling, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, True
     try:
-        with TaskKernels(), sdpa_kernel(SDPBackend.MATH):
+        with TaskKernels(), sdpa_kernel(SDPBackend.MATH), without_flattening():
             yield
     finally:
         torch.compiler._is_compiling_flag = compiling

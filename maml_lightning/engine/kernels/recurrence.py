@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from maml_lightning.engine.kernels.lstm import lstm_layer
 from maml_lightning.engine.kernels.recurrent_unit import recurrent_layer
+from maml_lightning.engine.kernels.swapping import swapping
 
 State = tuple[Tensor, ...]
 Cell = Callable[[Tensor, State, Tensor, Tensor | None], State]
@@ -83,7 +84,8 @@ def _layers(
 ) -> tuple[Tensor, ...]:
     """The layers of ``torch.lstm``, ``torch.gru``, …, of the same arguments; packed sequences are left to torch."""
     if not isinstance(has_biases, bool):  # packed: input, batch_sizes, hx, params, …
-        return own(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
+        with torch.backends.cudnn.flags(enabled=False):  # cuDNN's has no second derivative
+            return own(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
     states = hx if isinstance(hx, (tuple, list)) else (hx,)
     directions = 2 if bidirectional else 1
     count = len(params) // (num_layers * directions)
@@ -111,6 +113,10 @@ def _cell(
     state = step(F.linear(x, w_ih, b_ih), tuple(hx) if several else (hx,), w_hh, b_hh)
     return state if several else state[0]
 
+
+# On GPUs recurrent layers put weights that are new to them into one piece of memory, in place, for cuDNN alone. A graph
+# cannot record that, and autograd knows nothing of it.
+without_flattening = swapping([(nn.RNNBase, "flatten_parameters", lambda layer: None)])
 
 _STEPS: dict[str, Cell] = {
     "lstm": _lstm_step,
