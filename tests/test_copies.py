@@ -294,3 +294,23 @@ def test_a_network_that_loads_in_its_own_way_adapts():
     adapted = MAML(net, inner_lr=0.5, inner_steps=1).adapt(x, y)
     slope = torch.autograd.grad(F.cross_entropy(net(x), y), net.weight)[0]
     assert torch.allclose(adapted.weight, net.weight - 0.5 * slope)
+
+
+def test_weights_of_copied_recurrent_layers_are_one_piece_of_memory(monkeypatch):  # else GPUs warn at each call
+    flattened = []
+    monkeypatch.setattr(nn.RNNBase, "flatten_parameters", lambda layer: flattened.append(layer))
+    net, x, y = Recurrent(), torch.rand(6, 5, 4), torch.arange(3).repeat(2)
+    maml = MAML(net, inner_lr=0.5, inner_steps=1)
+    flattened.clear()
+    adapted = maml.adapt(x, y)
+    assert adapted.rnn in flattened
+    assert net.rnn not in flattened
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.GRU(4, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0].mean(1))

@@ -31,6 +31,7 @@ def simplify(graph: fx.Graph) -> None:
         _share(graph)
         _merge_sums(graph)
         _copy_where_a_view_fails(graph)
+        _copy_for_group_norm(graph)
 
 
 def _share(graph: fx.Graph) -> None:
@@ -69,6 +70,24 @@ def _copy_where_a_view_fails(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.target in (_aten.view.default, _aten._unsafe_view.default):
             node.target = _aten.reshape.default
+
+
+_GROUP_NORM = {
+    _aten.native_group_norm.default: 1,
+    _aten.native_group_norm_backward.default: 2,
+}  # images among arguments
+
+
+def _copy_for_group_norm(graph: fx.Graph) -> None:
+    """On GPUs group normalization takes images in torch's own layout alone; on CPUs it is faster in channels-last."""
+    for node in graph.nodes:
+        for image in node.args[: _GROUP_NORM.get(node.target, 0)]:
+            if image.meta["val"].device.type == "cpu":
+                continue
+            with graph.inserting_before(node):
+                copy = graph.call_function(_aten.contiguous.default, (image,))
+            copy.meta = dict(image.meta)
+            node.replace_input_with(image, copy)
 
 
 _LINEAR = {

@@ -7,7 +7,7 @@ shared by the copies, which do not write to them. While a copy runs, the variabl
 import copy
 import random
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import CellType, FunctionType, MethodType, ModuleType
@@ -165,7 +165,14 @@ def _copied(
     parts, changed = [_copy(part, memo) for part in objects], _changed(variables, memo)
     if _has_layers_of(objects, (parts, [value for _, value in changed])):
         raise TypeError("a part of it refers to its layers, not to their copies, such as a weak dictionary")
+    for layer in _recurrent_layers(() if share_parameters else parts):
+        layer.flatten_parameters()  # else PyTorch warns at each call on a GPU
     return type(objects)._make(parts) if hasattr(objects, "_fields") else (*parts,), changed
+
+
+def _recurrent_layers(parts: Iterable[Any]) -> list[nn.RNNBase]:
+    modules = (layer for part in parts if isinstance(part, nn.Module) for layer in part.modules())
+    return [layer for layer in modules if isinstance(layer, nn.RNNBase)]
 
 
 def _changed(variables: list[Variable], memo: dict[int, Any]) -> list[tuple[Variable, Any]]:

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
+from maml_lightning.engine.graphs import simplify
 from maml_lightning.engine.kernels.mode import task_operators
 from maml_lightning.engine.tracing import trace
 
@@ -104,3 +105,17 @@ def test_a_network_that_writes_to_its_layers_results_keeps_no_copies():
     with task_operators():
         names = traced(torch.func.vmap(second_derivative), w, x)
     assert not {aten.clone.default, aten.as_strided.default} & set(names)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_group_norm_off_the_cpu_takes_images_in_torchs_own_layout(device):
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.empty(2, 4, 3, 3, device=device)
+    turned = graph.call_function(torch.ops.aten.permute.default, (x, [0, 1, 3, 2]))
+    turned.meta["val"] = x.meta["val"].permute(0, 1, 3, 2)
+    norm = graph.call_function(torch.ops.aten.native_group_norm.default, (turned, None, None, 2, 4, 9, 2, 1e-5))
+    graph.output(norm)
+    simplify(graph)
+    (image,) = norm.all_input_nodes
+    assert image.target is {"cpu": torch.ops.aten.permute, "meta": torch.ops.aten.contiguous}[device].default

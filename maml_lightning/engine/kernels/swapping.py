@@ -12,13 +12,15 @@ def swapping(places: list[tuple[Any, str, Callable[..., Any]]]) -> Callable[[], 
     Args:
         places: the object, the name of its attribute, and what takes its place.
     """
-    own = [getattr(owner, name) for owner, name, _ in places]
+    own: list[Any] = []
     lock, active = Lock(), 0
 
     def enter(change: int) -> None:
         nonlocal active
         with lock:
             before, active = active, active + change
+            if not before:
+                own[:] = [getattr(owner, name) for owner, name, _ in places]
             if not (before and active):
                 for (owner, name, other), original in zip(places, own, strict=True):
                     setattr(owner, name, other if active else original)
