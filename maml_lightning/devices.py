@@ -106,3 +106,13 @@ def synchronize(device: torch.device) -> None:
     module = getattr(torch, device.type, None)
     if device.type != "cpu" and hasattr(module, "synchronize"):
         module.synchronize(*_index(device))  # type: ignore[union-attr]
+
+
+def of_lost_gpu(error: BaseException) -> str:
+    """What to do where a GPU stopped at an index that is out of range; empty of another error."""
+    if "device-side assert" not in str(error):
+        return ""
+    return (
+        "The GPU stopped at an index out of range, such as a class that model.net has no output for, or a token without "
+        "an embedding; run the same with --trainer.accelerator cpu, which names it."
+    )

@@ -20,11 +20,14 @@ from maml_lightning import (
     Episode,
     GlyphsDataModule,
     GRUNet,
+    InnerLoop,
     LastCheckpoint,
     ResNet12,
+    SettingError,
     TextNet,
     devices,
 )
+from maml_lightning.command_line.errors import explain
 from maml_lightning.engine import agreement, differentiation
 from maml_lightning.engine.differentiation import by_autograd
 from maml_lightning.engine.execution import Executor
@@ -203,3 +206,20 @@ def test_a_graph_that_is_kept_keeps_no_example_of_its_cotangents():
     assert pullback(outputs).shape == (2, 3)
     (pair,) = executor._graphs.values()
     assert [cotangent.device for cotangent in pair.cotangents] == [META]
+
+
+def test_an_index_out_of_range_on_a_gpu_is_explained(monkeypatch):
+    error = RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors might be reported later")
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    maml = MAML(nn.Linear(2, 3), inner_steps=1)
+    x, y = torch.rand(1, 3, 2), torch.arange(3)[None]
+    maml.training_step(Episode(x, y, x, y), 0)
+    monkeypatch.setattr(InnerLoop, "gradient", fails)
+    with pytest.raises(
+        SettingError, match=r"^The GPU stopped at an index .* --trainer.accelerator cpu, which names it"
+    ):
+        maml.training_step(Episode(x, y, x, y), 0)
+    assert explain(error).startswith("The GPU stopped at an index out of range, such as a class")

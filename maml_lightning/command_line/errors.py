@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from maml_lightning.devices import of_lost_gpu
 from maml_lightning.errors import NonFiniteError, SettingError
 
 # Files whose frames do not tell where an error came from: those of libraries, and the command line's own.
@@ -60,6 +61,8 @@ def explain(error: BaseException) -> str:
             errno.EACCES: "; give another folder with --trainer.default_root_dir, or the right to use it",
         }.get(error.errno or 0, "")
         return f"{where}{error.strerror}{remedy}."
+    if lost := of_lost_gpu(error):
+        return lost
     if "gloo" in message or "NCCL" in message:
         return f"Another process of the run ended, or cannot be reached ({message})."
     name, message, frames = _of_worker(str(error)) or (

@@ -23,7 +23,7 @@ from maml_lightning.episodes import Episode, InputSpec
 from maml_lightning.errors import SettingError
 from maml_lightning.structures import describe, first_task, leaves, logits_of, mapped
 from maml_lightning.training import earlier_releases
-from maml_lightning.training.chunks import naming_what_saves_memory
+from maml_lightning.training.chunks import naming_what_helps
 from maml_lightning.training.first_batches import first_batches
 from maml_lightning.training.loss_checks import (
     check_classes,
@@ -152,7 +152,7 @@ def naming_misfits(module: Any, episode: Episode) -> Iterator[InnerLoop]:
     """
     loop = module._inner_loop
     try:
-        with naming_what_saves_memory(loop):
+        with naming_what_helps(loop):
             yield loop
     except SettingError:
         raise

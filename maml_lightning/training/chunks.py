@@ -6,20 +6,23 @@ from contextlib import contextmanager
 from lightning.pytorch.utilities import rank_zero_info
 
 from maml_lightning.algorithms.inner_loop import InnerLoop
+from maml_lightning.devices import of_lost_gpu
 from maml_lightning.engine.memory import out_of_memory
 from maml_lightning.errors import SettingError
 
 
 @contextmanager
-def naming_what_saves_memory(loop: InnerLoop) -> Iterator[InnerLoop]:
-    """Where memory runs out, raise an error that names the settings which need less.
+def naming_what_helps(loop: InnerLoop) -> Iterator[InnerLoop]:
+    """Where memory runs out, or the GPU is lost, raise an error that names what to do.
 
     Raises:
-        SettingError: memory ran out.
+        SettingError: memory ran out, or the GPU stopped.
     """
     try:
         yield loop
     except RuntimeError as error:
+        if why := of_lost_gpu(error):
+            raise SettingError(why) from error
         if not out_of_memory(error):
             raise
         raise SettingError(
