@@ -113,6 +113,6 @@ def of_lost_gpu(error: BaseException) -> str:
     if "device-side assert" not in str(error):
         return ""
     return (
-        "The GPU stopped at an index out of range, such as a class that model.net has no output for, or a token without "
-        "an embedding; run the same with --trainer.accelerator cpu, which names it."
+        "The GPU stopped at an index out of range, such as a class that model.net has no output for, or a token "
+        "without an embedding; run the same with --trainer.accelerator cpu, which names it."
     )

@@ -7,7 +7,7 @@ shared by the copies, which do not write to them. While a copy runs, the variabl
 import copy
 import random
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import CellType, FunctionType, MethodType, ModuleType
@@ -165,14 +165,16 @@ def _copied(
     parts, changed = [_copy(part, memo) for part in objects], _changed(variables, memo)
     if _has_layers_of(objects, (parts, [value for _, value in changed])):
         raise TypeError("a part of it refers to its layers, not to their copies, such as a weak dictionary")
-    for layer in _recurrent_layers(() if share_parameters else parts):
-        layer.flatten_parameters()  # else PyTorch warns at each call on a GPU
     return type(objects)._make(parts) if hasattr(objects, "_fields") else (*parts,), changed
 
 
-def _recurrent_layers(parts: Iterable[Any]) -> list[nn.RNNBase]:
-    modules = (layer for part in parts if isinstance(part, nn.Module) for layer in part.modules())
-    return [layer for layer in modules if isinstance(layer, nn.RNNBase)]
+def _flattened(copies: Any) -> Any:
+    """Copies with their own weights; those of recurrent layers in one piece, else each call on a GPU warns."""
+    for part in copies:
+        for layer in part.modules() if isinstance(part, nn.Module) else ():
+            if isinstance(layer, nn.RNNBase):
+                layer.flatten_parameters()
+    return copies
 
 
 def _changed(variables: list[Variable], memo: dict[int, Any]) -> list[tuple[Variable, Any]]:
@@ -252,6 +254,7 @@ def trying(*objects: Any, device: torch.device) -> Iterator[Any]:
     """
     try:
         copies, variables = _copied(objects, variables_of(objects), share_parameters=False)
+        _flattened(copies)
     except Exception:  # whatever a part of them raises
         copies, variables = objects, []
     with same_random_numbers(device), replaced(variables):
@@ -265,7 +268,7 @@ def copy_of(net: nn.Module) -> nn.Module:
         SettingError: it has no copy that is apart from it.
     """
     try:
-        return _copied((net,), [], False, lambda value: _has_layers_of((net,), value))[0][0]
+        return _flattened(_copied((net,), [], False, lambda value: _has_layers_of((net,), value))[0])[0]
     except Exception as error:  # whatever a part of it raises
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SettingError(
