@@ -194,6 +194,7 @@ def _outputs(net: nn.Module, running: Collection[str], inputs: Any, training: bo
     modes = {layer: layer.training for layer in net.modules()}
 
     def whole(outputs: Any) -> Any:
+        _check_gradient(net, logits_of(outputs))
         return outputs.detach() if isinstance(outputs, Tensor) else outputs
 
     def takes(inputs: Any) -> Any:
@@ -212,6 +213,16 @@ def _outputs(net: nn.Module, running: Collection[str], inputs: Any, training: bo
     finally:
         for layer, mode in modes.items():
             layer.training = mode
+
+
+def _check_gradient(net: nn.Module, outputs: Tensor) -> None:
+    """Check that outputs come with a gradient: without one, a network would stay as it is in silence."""
+    learns = any(value.requires_grad for value in net.parameters()) and not torch.is_inference_mode_enabled()
+    if learns and outputs.is_floating_point() and not outputs.requires_grad:
+        raise SettingError(
+            "model.net returns outputs without a gradient, from which nothing can be learned; take torch.no_grad(), "
+            ".detach() or .numpy() out of its forward."
+        )
 
 
 def check_trainer(trainer: Trainer) -> None:

@@ -348,3 +348,24 @@ def test_a_failure_that_is_none_of_the_data_stays_as_it_is():
     maml, batch = MAML(nn.Linear(4, 3)), episode(of_classes([0, 1, 2] * 2, [0] * 6))
     with pytest.raises(ValueError, match="of my own"), naming_misfits(maml, batch):
         raise ValueError("of my own")
+
+
+class Gradientless(nn.Linear):
+    """Has parameters that require gradients, and outputs without one, in a way of each kind."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(4, 3)
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "no_grad":
+            with torch.no_grad():
+                return super().forward(x)
+        return super().forward(x).detach()
+
+
+@pytest.mark.parametrize("kind", ["no_grad", "detach"])
+def test_outputs_without_a_gradient_are_refused(kind: str):
+    x, y = torch.rand(2, 6, 4), torch.arange(3).repeat(2, 2)
+    with pytest.raises(SettingError, match=r"returns outputs without a gradient, .* take torch\.no_grad\(\), \.detach"):
+        MAML(Gradientless(kind)).training_step(Episode(x, y, x, y), 0)
