@@ -168,6 +168,33 @@ def naming_misfits(module: Any, episode: Episode) -> Iterator[InnerLoop]:
         raise
 
 
+@contextmanager
+def naming_misfits_of_support(module: Any, inputs: Any, targets: Any) -> Iterator[None]:
+    """Where network or loss do not take the support set of one task, raise an error that names what to do.
+
+    Args:
+        module: whose network adapts meanwhile.
+        inputs, targets: the support set.
+
+    Raises:
+        SettingError: see above. Any other error stays as it is.
+    """
+    try:
+        yield
+    except SettingError:
+        raise
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        batch = mapped(lambda part: part[None] if isinstance(part, Tensor) else part, (inputs, targets))
+        try:
+            check_fit(module._inner_loop, None, Episode(*batch, *batch).check(), module.inner_steps, None)
+        except SettingError as reason:
+            raise SettingError(
+                "MAML.adapt takes the support set of one task, inputs [examples, ...] and targets [examples, ...]: "
+                f"{reason}"
+            ) from error
+        raise
+
+
 def _stage(module: Any) -> str:
     stage = None if module._trainer is None else module._trainer.state.stage
     return "training" if stage is None else stage.dataloader_prefix or "training"
