@@ -42,9 +42,12 @@ class Episode(NamedTuple):
         """
         if not isinstance(batch, tuple | list) or len(batch) != len(cls._fields):
             size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+            # Lightning takes a list as loaders, and draws a batch of each.
+            of_list = isinstance(batch, list) and len(batch) == 1
+            advice = " Where fit got a list, give it DataLoader(list, batch_size=None)." if of_list else ""
             raise SettingError(
                 f"A batch of the data loader is a {type(batch).__name__}{size}; give an Episode, or a tuple of its "
-                f"parts: {', '.join(cls._fields)}."
+                f"parts: {', '.join(cls._fields)}.{advice}"
             )
         return cls(*batch)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from maml_lightning.errors import SettingError
 from maml_lightning.task_statistics import TaskNorm
 
 _NORMALIZATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, TaskNorm)
+MAX_NAMES = 20  # of parameters, in an error
 
 
 def adapted_names(
@@ -49,14 +51,35 @@ def adapted_names(
         chosen, missed = groups[which], [] if groups[which] else [which]
     else:
         patterns = [which] if isinstance(which, str) else list(which)
+        if others := {type(pattern).__name__ for pattern in patterns if not isinstance(pattern, str)}:
+            raise SettingError(
+                f"model.adapted_parameters takes names (got {', '.join(others)}); give those of "
+                "net.named_parameters(), or patterns such as fc.*."
+            )
         chosen = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
         missed = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
+    if not names:
+        raise SettingError(
+            "model.net has no trainable parameter: it has none, or all are frozen (requires_grad_(False))."
+        )
     if missed or not chosen:
         raise SettingError(
             f"model.adapted_parameters {missed or which} matches no trainable parameter of model.net; "
-            f"they are {', '.join(names) or 'none'}."
+            f"{_remedy(missed, names)}."
         )
     return chosen
+
+
+def _remedy(missed: list[str], names: Sequence[str]) -> str:
+    """What to give in place of a pattern that matches none of the names: a layer's name needs ``.*``."""
+    shown = ", ".join(names if len(names) <= MAX_NAMES else [*names[:MAX_NAMES], f"... ({len(names)} in all)"])
+    parts = ["head", "body", "all", *dict.fromkeys(f"{name.rpartition('.')[0]}.*" for name in names), *names]
+    for pattern in missed:
+        if any(name.startswith(f"{pattern}.") for name in names):
+            return f"for all of the layer's, give {pattern}.*"
+        if near := get_close_matches(pattern, parts, 1):
+            return f"did you mean {near[0]}? They are {shown}"
+    return f"they are {shown}"
 
 
 def last_layer(net: nn.Module, inputs: Any) -> str | None:

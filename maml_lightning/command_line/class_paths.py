@@ -95,6 +95,11 @@ def explanation(message: str) -> str | None:
         "add_function_arguments|no signature found", message
     ):  # what jsonargparse takes for a class
         return f"{setting[1]}: {_function('it', BASES[setting[1]][1])}"
+    if setting and "Subclass types expect one of" in message:
+        got = re.search(r"Got value: (.+?)\s*Subclass types", message, re.DOTALL)
+        example = f"class_path: {_OWN.get(setting[1], f'my_module.My{BASES[setting[1]][0].__name__}')}"
+        found = " ".join(got[1].split()) if got else "none"
+        return f"{setting[1]} has no class_path (got {found}); give {example}, and its arguments in init_args."
     value = re.search(
         r"""Given\ value:\ \{'class_path':\ '([^']+)'|Given\ value:\ ([\w.]+)$|class_path\ '([^']+)'
         |Expected\ a\ path\ but\ (\S+)\ either|Import\ path\ (\S+)\ does\ not|import\ path\ string:\ (\S+)""",

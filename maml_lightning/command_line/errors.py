@@ -4,6 +4,8 @@ import errno
 import re
 import sysconfig
 import traceback
+from argparse import ArgumentParser, _SubParsersAction
+from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 
@@ -42,6 +44,27 @@ def check_words(words: list[str]) -> None:
                 Path(value).read_text()
             except UnicodeDecodeError as error:
                 raise SettingError(f"config {value} is not a text file ({error.reason}); give one in YAML.") from error
+
+
+def advice_for_unknown(parser: ArgumentParser, message: str) -> str:
+    """What to do about an option that there is none of, for the end of the message that says so; else empty.
+
+    Args:
+        parser: that wrote the message.
+        message: in one line.
+    """
+    if re.fullmatch(r"Option '\S+' is not accepted", message):
+        return "; check its spelling, and give a class (--data NAME, --model.net CLASS) before its settings"
+    found = re.search(
+        r"(?:Subcommand '(?P<command>\w+)' does not accept option '|unrecognized arguments: --)(?P<name>[\w.]+)",
+        message,
+    )
+    if not found:
+        return ""
+    commands = next((each.choices for each in parser._actions if isinstance(each, _SubParsersAction)), None) or {}
+    options = commands.get(found["command"], parser)._option_string_actions  # a config's are of its command
+    near = get_close_matches(f"--{found['name']}", options, 1)
+    return f"; did you mean {near[0].removeprefix('--')}?" if near else ""
 
 
 def explain(error: BaseException) -> str:

@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from maml_lightning import __version__
 from maml_lightning.command_line import abstract_numbers, class_paths, help, links, progress, resuming, screen, shipped
 from maml_lightning.command_line.ensembles import ensemble_of
+from maml_lightning.command_line.errors import advice_for_unknown
 from maml_lightning.errors import SettingError
 from maml_lightning.trained import packaged
 from maml_lightning.training import resume
@@ -71,8 +72,7 @@ class Parser(LightningArgumentParser):
         message = class_paths.explanation(message) or " ".join(message.split())
         if re.search(r"arguments are required: \w+\.data\b", message):
             message = "no data: give --data NAME, or a --config that has it, such as the config.yaml of a run"
-        if re.fullmatch(r"Option '\S+' is not accepted", message):
-            message += "; check its spelling, and give a class (--data NAME, --model.net CLASS) before its settings"
+        message += advice_for_unknown(self, message)
         page = "--help_all" if "--help_all" in self._option_string_actions else "--help"
         self.exit(2, f"error: {message} ({page} describes every setting)\n")
 

@@ -15,10 +15,12 @@ from rich.table import Table
 
 from maml_lightning.analysis.runs import algorithm_text, task_text
 from maml_lightning.command_line.help import command
+from maml_lightning.errors import SettingError
 from maml_lightning.files import short
 from maml_lightning.trained import packaged
 from maml_lightning.training.checkpoints import LastCheckpoint
 from maml_lightning.training.ensembles import Ensemble
+from maml_lightning.training.trust import check_settings
 
 # Messages of Lightning that repeat the header, or advertise.
 NOISE = (
@@ -150,8 +152,20 @@ def end_of_test(config: dict[str, Any], module: LightningModule) -> str | None:
         return None
     return (
         f"Classify your own pictures with it: {command()} predict --ckpt_path {_name(checkpoint)} "
-        "--data SupportQueryDataModule --data.support FOLDER --data.query FOLDER"
+        f"{_own_code(config.get('model') or {})}--data SupportQueryDataModule --data.support FOLDER --data.query FOLDER"
     )
+
+
+def _own_code(model: dict[str, Any]) -> str:
+    """The flags that name code of the user's own again: that which only a checkpoint names is not run."""
+    flags = ""
+    for setting in ("net", "loss", "metric"):
+        value = model.get(setting)
+        try:
+            check_settings({setting: value}, "checkpoint")
+        except SettingError:
+            flags += f"--model.{setting} {value['class_path'] if isinstance(value, dict) else value} "
+    return flags
 
 
 def say(line: str | None) -> None:

@@ -168,6 +168,33 @@ def naming_misfits(module: Any, episode: Episode) -> Iterator[InnerLoop]:
         raise
 
 
+@contextmanager
+def naming_misfits_of_support(module: Any, inputs: Any, targets: Any) -> Iterator[None]:
+    """Where network or loss do not take the support set of one task, raise an error that names what to do.
+
+    Args:
+        module: whose network adapts meanwhile.
+        inputs, targets: the support set.
+
+    Raises:
+        SettingError: see above. Any other error stays as it is.
+    """
+    try:
+        yield
+    except SettingError:
+        raise
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        batch = mapped(lambda part: part[None] if isinstance(part, Tensor) else part, (inputs, targets))
+        try:
+            check_fit(module._inner_loop, None, Episode(*batch, *batch).check(), module.inner_steps, None)
+        except SettingError as reason:
+            raise SettingError(
+                "MAML.adapt takes the support set of one task, inputs [examples, ...] and targets [examples, ...]: "
+                f"{reason}"
+            ) from error
+        raise
+
+
 def _stage(module: Any) -> str:
     stage = None if module._trainer is None else module._trainer.state.stage
     return "training" if stage is None else stage.dataloader_prefix or "training"
@@ -194,6 +221,7 @@ def _outputs(net: nn.Module, running: Collection[str], inputs: Any, training: bo
     modes = {layer: layer.training for layer in net.modules()}
 
     def whole(outputs: Any) -> Any:
+        _check_gradient(net, logits_of(outputs))
         return outputs.detach() if isinstance(outputs, Tensor) else outputs
 
     def takes(inputs: Any) -> Any:
@@ -212,6 +240,16 @@ def _outputs(net: nn.Module, running: Collection[str], inputs: Any, training: bo
     finally:
         for layer, mode in modes.items():
             layer.training = mode
+
+
+def _check_gradient(net: nn.Module, outputs: Tensor) -> None:
+    """Check that outputs come with a gradient: without one, a network would stay as it is in silence."""
+    learns = any(value.requires_grad for value in net.parameters()) and not torch.is_inference_mode_enabled()
+    if learns and outputs.is_floating_point() and not outputs.requires_grad:
+        raise SettingError(
+            "model.net returns outputs without a gradient, from which nothing can be learned; take torch.no_grad(), "
+            ".detach() or .numpy() out of its forward."
+        )
 
 
 def check_trainer(trainer: Trainer) -> None:

@@ -48,7 +48,8 @@ def check_classes(
     data = getattr(trainer, "datamodule", None)
     plain = getattr(data, "pretraining_classes" if pretraining else "ways", None) if targets.dim() == 1 else None
     counted = all_targets[all_targets != ignored_target(loss)]
-    if counted.numel() and (least := int(counted.min())) < 0:
+    least = int(counted.min()) if counted.numel() else 0
+    if least < 0:
         raise SettingError(
             f"model.loss is {_name(loss)}, but the episodes have class {least}; correct it to one from 0, or give a "
             f"loss that leaves it out, such as torch.nn.CrossEntropyLoss with ignore_index {least}."
@@ -56,12 +57,14 @@ def check_classes(
     classes = plain or (int(counted.max()) + 1 if counted.numel() else 1)
     fewer_classes = size > classes and (plain is None or (trainer is not None and bool(trainer.predicting)))
     if size != classes and not fewer_classes:
-        where = " in training (ConvNet: pretraining_classes)" if pretraining else ""
         last = classes - 1
+        from_1 = plain is None and size == last and least == 1
+        shifting = f", or subtract 1 from the targets, which are 1 to {last}" if from_1 else ""
+        where = " in training (ConvNet: pretraining_classes)" if pretraining else ""
         ignoring = f", or leave class {last} out, as torch.nn.CrossEntropyLoss with ignore_index {last} does"
         raise SettingError(
             f"model.net has {size} outputs, but the episodes have {classes} classes; give it {classes} outputs{where}"
-            f"{ignoring if targets.dim() > 1 and plain is None else ''}."
+            f"{shifting}{ignoring if targets.dim() > 1 and plain is None else ''}."
         )
 
 
@@ -133,6 +136,8 @@ def _remedy_of_outputs(loss: Callable[..., Any], outputs: Tensor, targets: Any) 
     """What to say where a loss of targets ``[K, H, W]`` takes outputs ``[K, classes, H, W]``, which these are not."""
     if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or targets.dim() < 2:
         return ""
+    if targets.shape[1:] == (1,) and is_computed(loss, outputs, targets[:, 0]):
+        return f"it takes the targets as {[len(targets)]}: give them so, with [..., 0]"
     examples, *shape = targets.shape
     classes = max(2, int(targets.max()) + 1)
     if outputs.shape[2:] == targets.shape[1:] or not is_computed(

@@ -164,9 +164,11 @@ class MAML(LightningModule):
             support_targets: ``[N*K]``, int64 in ``[0, N)``, or whatever the loss takes.
             steps: inner steps; None takes ``eval_inner_steps``.
         """
-        start, rates = self._start(inputs := plain(support_inputs))
-        steps = self.eval_inner_steps if steps is None else steps
-        return self._inner_loop.adapted(start, inputs, plain(support_targets), rates, steps)
+        inputs, targets = plain(support_inputs), plain(support_targets)
+        with checks.naming_misfits_of_support(self, inputs, targets):
+            start, rates = self._start(inputs)
+            steps = self.eval_inner_steps if steps is None else steps
+            return self._inner_loop.adapted(start, inputs, targets, rates, steps)
 
     def trajectory(self, episode: Episode, steps: int | None = None) -> list[Tensor]:
         """The outputs on the query inputs before adaptation and after each inner step, without gradients.

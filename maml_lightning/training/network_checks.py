@@ -15,9 +15,15 @@ def check_network(net: nn.Module, second_order: bool) -> None:
         second_order: whether second derivatives are needed.
 
     Raises:
-        SettingError: it is wrapped for several devices, has lazy layers that have not seen an input, or TorchScript,
-            whose second derivatives are wrong in PyTorch itself.
+        SettingError: it is no network, is wrapped for several devices or in MAML, has lazy layers that have not seen
+            an input, or TorchScript, whose second derivatives are wrong in PyTorch itself.
     """
+    if not isinstance(net, nn.Module):
+        what = f"the class {net.__name__}" if isinstance(net, type) else f"of type {type(net).__name__}"
+        remedy = f"an instance, {net.__name__}(...)" if isinstance(net, type) else "an instance of a torch.nn.Module"
+        raise SettingError(f"model.net is {what}; give {remedy}.")
+    if isinstance(getattr(net, "adaptation", None), nn.Module) and callable(getattr(net, "adapt", None)):
+        raise SettingError(f"model.net is a {type(net).__name__} already; give the network inside (maml.net).")
     if isinstance(net, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise SettingError(
             f"model.net is wrapped in {type(net).__name__}; give the network inside (net.module): several devices are "

@@ -25,10 +25,11 @@ def remedy_of_inputs(net: nn.Module, inputs: Any, takes: Callable[[Any], Any], e
         return f"the network takes them as {cast}"
     if re.search("dtype|scalar type", str(error)):
         return f"the network takes {_advice(kind)}, in the shape that it takes"
-    if isinstance(error, TypeError) and isinstance(inputs, Mapping):
-        return (
-            f"name the inputs as the arguments of its forward, {', '.join(inspect.signature(net.forward).parameters)}"
-        )
+    if isinstance(error, TypeError) and (isinstance(inputs, Mapping) or "positional argument" in str(error)):
+        arguments = ", ".join(inspect.signature(net.forward).parameters)
+        if isinstance(inputs, Mapping):
+            return f"name the inputs as the arguments of its forward, {arguments}"
+        return f"give a tuple of the arguments of its forward in their order, or a dict of them by name: {arguments}"
     numbers = [leaf for leaf in leaves(inputs) if not leaf.is_floating_point() and leaf.dtype != torch.bool]
     if isinstance(error, IndexError) and numbers:
         least, greatest = (min(int(leaf.min()) for leaf in numbers), max(int(leaf.max()) for leaf in numbers))

@@ -16,7 +16,13 @@ _LEAST = {
     "implicit_iterations": 1,
 }
 _POSITIVE = ("inner_lr", "outer_lr", "inner_clip_norm", "proximal")
-_CHOICES = {"query_statistics": ("batch", "support", "running"), "head": ("learned", "prototypes")}
+_CHOICES = {
+    "query_statistics": ("batch", "support", "running"),
+    "head": ("learned", "prototypes"),
+    "inner_optimizer": ("sgd", "momentum", "adam"),
+    "learn_inner_lr": (None, "network", "tensor", "step", "weight"),
+    "non_finite": ("stop", "skip"),
+}
 _OFF = (None, False, 0, "all", "learned")  # the defaults of settings that add something to plain MAML
 
 
@@ -36,8 +42,11 @@ def check_values(settings: Mapping[str, Any]) -> None:
         if value is not None and not value > 0:
             raise SettingError(f"model.{name} must be above 0 (got {value}).")
     for name, choices in _CHOICES.items():
-        if settings[name] not in choices:
-            raise SettingError(f"model.{name} must be one of {', '.join(choices)} (got {settings[name]}).")
+        value = settings[name]
+        if value not in choices:
+            got = value if isinstance(value, str) else f"one of type {type(value).__name__}"
+            raise SettingError(f"model.{name} must be one of {', '.join(map(str, choices))} (got {got}).")
+    _check_loss(settings["loss"])
     name = settings["algorithm"]
     algorithm = find_algorithm(name)
     for setting, reason in algorithm.unsupported.items():
@@ -54,6 +63,17 @@ def check_values(settings: Mapping[str, Any]) -> None:
         _raise_for(settings, ["per_step_normalization"], "model.query_statistics running has none for each step")
     if settings["first_order"]:
         _raise_for(settings, ["first_order_epochs"], "model.first_order is true in every epoch")
+
+
+def _check_loss(loss: Any) -> None:
+    """Check that a loss can be called with outputs and targets: not a name, nor a class of torch.nn itself."""
+    if isinstance(loss, type):
+        raise SettingError(f"model.loss is the class {loss.__name__}; give an instance of it, {loss.__name__}().")
+    if not callable(loss):
+        raise SettingError(
+            f"model.loss is {loss!r}, which cannot be called; give a function of (outputs, targets), such as "
+            "torch.nn.functional.mse_loss."
+        )
 
 
 def _at_least(name: str, value: float, least: int) -> None:

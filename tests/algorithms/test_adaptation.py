@@ -140,3 +140,35 @@ def test_frozen_parameters_and_another_network_keep_their_head():
     assert changed(maml) == {"head.weight"}
     maml.net = perturbed(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)))
     assert changed(maml) == {"1.weight", "1.bias"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("head.0", r"\['head\.0'\] matches no .*; did you mean head\.\*\? They are head\.weight, "),
+        ("body.2", r"\['body\.2'\] matches no .*; for all of the layer's, give body\.2\.\*\.$"),
+        ("haed", r"\['haed'\] matches no .*; did you mean head\? They are head\.weight, head\.bias, body"),
+        ("zzz", r"\['zzz'\] matches no trainable parameter of model\.net; they are head\.weight, "),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_named_with_one_that_does(pattern, said):
+    with pytest.raises(SettingError, match=said):
+        MAML(HeadFirst(), inner_lr=0.1, adapted_parameters=pattern)
+
+
+def test_the_names_of_a_large_network_are_not_all_said():
+    net = nn.Sequential(*(nn.Linear(2, 2) for _ in range(50)))
+    with pytest.raises(SettingError, match=r"they are 0\.weight, .*9\.bias, \.\.\. \(100 in all\)\.$") as error:
+        adapted_names(net, "zzz")
+    assert len(str(error.value)) < 400
+
+
+def test_parameters_in_place_of_their_names_are_refused():
+    net = HeadFirst()
+    with pytest.raises(SettingError, match=r"adapted_parameters takes names \(got Parameter\)"):
+        MAML(net, inner_lr=0.1, adapted_parameters=list(net.head.parameters()))
+
+
+def test_a_frozen_network_is_said_to_be_frozen():
+    with pytest.raises(SettingError, match=r"model\.net has no trainable parameter: .* all are frozen"):
+        MAML(HeadFirst().requires_grad_(False), inner_lr=0.1)

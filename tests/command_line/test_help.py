@@ -171,6 +171,36 @@ def test_a_setting_that_no_class_before_it_has_is_told_with_what_to_do(capsys, f
     )
 
 
+@pytest.mark.parametrize(
+    ("setting", "near"),
+    [("model.inner_learning_rate", "model.inner_lr"), ("trainr.max_epochs", "trainer.max_epochs"), ("zzzz", None)],
+)
+@pytest.mark.parametrize("of_file", [True, False], ids=["config", "flag"])
+def test_a_setting_that_there_is_none_of_is_told_with_the_nearest_one(setting, near, of_file, folder, capsys):
+    section, _, name = setting.rpartition(".")
+    (folder / "config.yaml").write_text(f"{section}:\n  {name}: 1\n" if section else f"{name}: 1\n")
+    words = ["--config", "config.yaml"] if of_file else ["--data", "GlyphsDataModule", f"--{setting}", "1"]
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", *words])
+    printed = capsys.readouterr().err
+    assert len(printed.splitlines()) == 1
+    assert setting in printed
+    assert ("; did you mean" in printed) == (near is not None)
+    assert near is None or f"; did you mean {near}? (--help" in printed
+
+
+def test_a_network_without_a_class_path_is_told_with_an_example(folder, capsys):
+    (folder / "config.yaml").write_text(
+        "data: GlyphsDataModule\nmodel:\n  net:\n    classpath: nets.Mine\n    init_args: {width: 8}\n"
+    )
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--config", "config.yaml"])
+    assert capsys.readouterr().err.startswith(
+        "error: model.net has no class_path (got {'classpath': 'nets.Mine', 'init_args': {'width': 8}}); give "
+        "class_path: my_module.MyNet, and its arguments in init_args. ("
+    )
+
+
 def test_other_messages_are_left_alone():
     assert explanation('Parser key "model.inner_lr": Expected a <class float>. Given value: x') is None
     assert explanation("Option 'hiden' is not accepted") is None

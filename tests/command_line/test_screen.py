@@ -1,6 +1,7 @@
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch import Trainer
@@ -10,7 +11,7 @@ from torch import nn
 from maml_lightning import MAML, TestReport
 from maml_lightning.cli import main
 from maml_lightning.command_line.progress import Bar, with_bar
-from maml_lightning.command_line.screen import header
+from maml_lightning.command_line.screen import end_of_test, header
 from maml_lightning.trained import packaged
 from tests.runs import ROOT, TINY, in_terminal, words
 
@@ -108,3 +109,20 @@ def test_scores_are_a_table_that_verbose_switches_off(folder, capsys):
     assert float(row.split("│")[2]) == pytest.approx(maml.test_scores["accuracy"][:, -1].mean().item(), rel=1e-3)
     main(words("test", **short, verbose=False))
     assert "test/accuracy" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("model", "flags"),
+    [
+        ({"net": {"class_path": "maml_lightning.ConvNet", "init_args": {}}, "loss": None}, ""),
+        ({"net": {"class_path": "nets.Mine", "init_args": {"width": 8}}}, "--model.net nets.Mine "),
+        ({"net": {"class_path": "torch.nn.Linear"}, "loss": "nets.loss"}, "--model.loss nets.loss "),
+    ],
+)
+def test_the_command_that_predicts_names_code_of_ones_own(model, flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = SimpleNamespace(inputs=object())
+    line = end_of_test({"model": model, "ckpt_path": str(tmp_path / "best.ckpt")}, module)
+    assert line.endswith(
+        f"predict --ckpt_path best.ckpt {flags}--data SupportQueryDataModule --data.support FOLDER --data.query FOLDER"
+    )

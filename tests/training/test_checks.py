@@ -348,3 +348,70 @@ def test_a_failure_that_is_none_of_the_data_stays_as_it_is():
     maml, batch = MAML(nn.Linear(4, 3)), episode(of_classes([0, 1, 2] * 2, [0] * 6))
     with pytest.raises(ValueError, match="of my own"), naming_misfits(maml, batch):
         raise ValueError("of my own")
+
+
+class Gradientless(nn.Linear):
+    """Has parameters that require gradients, and outputs without one, in a way of each kind."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(4, 3)
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "no_grad":
+            with torch.no_grad():
+                return super().forward(x)
+        return super().forward(x).detach()
+
+
+@pytest.mark.parametrize("kind", ["no_grad", "detach"])
+def test_outputs_without_a_gradient_are_refused(kind: str):
+    x, y = torch.rand(2, 6, 4), torch.arange(3).repeat(2, 2)
+    with pytest.raises(SettingError, match=r"returns outputs without a gradient, .* take torch\.no_grad\(\), \.detach"):
+        MAML(Gradientless(kind)).training_step(Episode(x, y, x, y), 0)
+
+
+class Masked(nn.Linear):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return super().forward(x * mask)
+
+
+def test_arguments_that_forward_lacks_are_named():
+    x, y = torch.rand(2, 6, 4), torch.arange(3).repeat(2, 2)
+    maml = MAML(Masked(4, 3))
+    with pytest.raises(SettingError, match=r"argument: 'mask'\); give a tuple of the arguments .* by name: x, mask\."):
+        maml.training_step(Episode(x, y, x, y), 0)
+    assert maml.training_step(Episode((x, x), y, {"x": x, "mask": x}, y), 0).isfinite()
+
+
+X, Y = torch.rand(6, 4), torch.arange(3).repeat(2)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "targets", "said"),
+    [
+        (X.numpy(), Y, "support_inputs must be a tensor, .*; it holds ndarray. Make tensors of it"),
+        (X.tolist(), Y.tolist(), "support_inputs must be a tensor, .*; it holds float. Make tensors of it"),
+        (X, Y[:5], r"one target per support input: got support_inputs \[1, 6, 4\] and support_targets \[1, 5\]"),
+        (X, Y + 1, "or subtract 1 from the targets, which are 1 to 3"),
+        (X, Y.float(), "targets are floats"),
+        (X[:, :3], Y, r"does not take the episodes' inputs, \[6, 3\]"),
+        (X.double(), Y, r"the network takes them as float32"),
+    ],
+)
+def test_a_support_set_that_does_not_fit_is_named(inputs, targets, said: str):
+    maml = MAML(nn.Linear(4, 3)).eval()
+    with pytest.raises(SettingError, match=f"^MAML.adapt takes the support set of one task, .*: .*{said}"):
+        maml.adapt(inputs, targets)
+    assert maml.adapt(X, Y)(X).shape == (6, 3)
+
+
+def test_a_list_of_batches_in_place_of_a_loader_is_named(tmp_path):
+    batch = episode(torch.arange(3).repeat(2, 2))
+    trainer = Trainer(
+        max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, default_root_dir=tmp_path
+    )
+    with pytest.raises(
+        SettingError, match=r"is a list of 1; .* fit got a list, give it DataLoader\(list, batch_size=N"
+    ):
+        trainer.fit(MAML(nn.Linear(4, 3)), [batch], DataLoader([batch], batch_size=None))

@@ -73,3 +73,16 @@ def test_a_loss_of_all_that_a_network_returns_is_refused(kind, loss, name):
 @pytest.mark.parametrize("loss", [F.mse_loss, nn.MSELoss(), of_either])
 def test_a_loss_of_the_outputs_among_them_is_taken(loss):
     assert step(lambda *both: both, loss).item() == step(lambda first, second: first, loss).item() > 0
+
+
+def test_classes_that_begin_at_1_are_said_to():
+    x, y = torch.zeros(2, 3, 4), torch.tensor([1, 2, 3]).repeat(2, 1)
+    said = r"but the episodes have 4 classes; give it 4 outputs, or subtract 1 from the targets, which are 1 to 3\.$"
+    with pytest.raises(SettingError, match=said):
+        MAML(nn.Linear(4, 3)).training_step(Episode(x, y, x, y), 0)
+
+
+def test_classes_with_a_dimension_too_many_are_named():
+    with pytest.raises(SettingError, match=r"it takes the targets as \[3\]: give them so, with \[\.\.\., 0\]"):
+        check_loss(F.cross_entropy, torch.zeros(3, 3), torch.arange(3)[:, None])
+    check_loss(F.cross_entropy, torch.zeros(3, 3), torch.arange(3)[:, None][..., 0])
