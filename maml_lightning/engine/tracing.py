@@ -6,8 +6,8 @@ the forward half computed.
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.func import functionalize
 from torch.utils import _pytree as pytree
 
-from maml_lightning.devices import autocast_dtype
+from maml_lightning.devices import autocast_dtype, without_autocast
 from maml_lightning.engine.graphs import cut, is_mutable, simplify, take_as_inputs
 from maml_lightning.engine.hoisting import Hoisted
 from maml_lightning.engine.jobs import COTANGENT
@@ -78,6 +78,17 @@ def _forward(graph: fx.GraphModule, compiled: bool) -> Callable[..., Any]:
     return _ready(graph, compiled) if compiled else Hoisted(graph)
 
 
+@contextmanager
+def _in_recorded_types(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """A graph has the casts of autocast in it; the operators between them run in the types that they had."""
+    kinds = dict.fromkeys(["cpu", *(tensor.device.type for tensor in tensors)])
+    with ExitStack() as stack:
+        for kind in kinds:
+            if autocast_dtype(kind) is not None:
+                stack.enter_context(without_autocast(kind))
+        yield
+
+
 class TracedCall(NamedTuple):
     """A function as a graph.
 
@@ -91,7 +102,8 @@ class TracedCall(NamedTuple):
 
     def __call__(self, leaves: list[Tensor]) -> Any:
         """The outputs."""
-        return pytree.tree_unflatten(self.forward(*leaves), self.out_spec)
+        with _in_recorded_types(leaves):
+            return pytree.tree_unflatten(self.forward(*leaves), self.out_spec)
 
 
 def traced_call(function: Callable, args: tuple, compiled: bool) -> TracedCall:
@@ -133,13 +145,15 @@ class TracedPair(NamedTuple):
 
     def outputs(self, leaves: list[Tensor]) -> tuple[Any, list[Tensor]]:
         """The outputs, and the residuals that the pullback takes."""
-        outputs, residuals = self.forward(*leaves)
+        with _in_recorded_types(leaves):
+            outputs, residuals = self.forward(*leaves)
         return pytree.tree_unflatten(outputs, self.out_spec), residuals
 
     def pullback(self, residuals: list[Tensor], cotangents: Any) -> Any:
         """The gradients to the primal."""
         like = zip(pytree.tree_leaves(cotangents), self.cotangents, strict=True)
-        gradients = self.backward(*residuals, *(_restride(cotangent, traced) for cotangent, traced in like))
+        with _in_recorded_types(residuals):
+            gradients = self.backward(*residuals, *(_restride(cotangent, traced) for cotangent, traced in like))
         return pytree.tree_unflatten(gradients, self.primal_spec)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.library import custom_op
 
+from maml_lightning.devices import without_autocast
 from maml_lightning.engine.kernels.last_derivative import LastDerivative, of_one_task
 from maml_lightning.engine.kernels.layout import all_tasks_first
 
@@ -182,7 +183,8 @@ def _backward(
     g_h: Tensor, g_c: Tensor, x: Tensor, h_0: Tensor, c_0: Tensor, weight: Tensor, h: Tensor, c: Tensor, gates: Tensor
 ) -> tuple[Tensor, ...]:
     d_a, d_h, d_c = _backward_op(g_h, g_c, c_0, weight, c, gates)
-    return d_a, d_h, d_c, outer(d_a, before(h, h_0))
+    with without_autocast(d_a.device.type):  # the operator above does without it, too
+        return d_a, d_h, d_c, outer(d_a, before(h, h_0))
 
 
 class _Layer(Function):

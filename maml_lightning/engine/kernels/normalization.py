@@ -246,10 +246,15 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``torch.nn.functional.instance_norm``, which updates no running statistics; arguments as in torch."""
+    """``torch.nn.functional.instance_norm``, which updates no running statistics; arguments as in torch.
+
+    Half precision is normalized in float32, and comes back in half precision.
+    """
     if not use_input_stats and running_mean is not None and running_var is not None:
         return _with_statistics(input, running_mean, running_var, weight, bias, eps)
-    return F.instance_norm(input, None, None, weight, bias, use_input_stats, momentum, eps)
+    x = input.float() if input.dtype in _HALF else input
+    weight, bias = (None if value is None else value.to(x.dtype) for value in (weight, bias))
+    return F.instance_norm(x, None, None, weight, bias, use_input_stats, momentum, eps).to(input.dtype)
 
 
 def _with_statistics(

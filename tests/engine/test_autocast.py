@@ -1,0 +1,91 @@
+"""Graphs under autocast: the casts are in the graph, and nothing else is cast when it is replayed."""
+
+import logging
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch._C import DispatchKey, DispatchKeySet
+from torch.utils._pytree import tree_map
+
+from maml_lightning import MAML, Episode
+from tests.zoo import test_zoo
+from tests.zoo.loop import meta_gradient, relative_error
+
+# Rules of GPUs that CPUs do not have: float32 comes out of these.
+TO_FLOAT = ("softplus", "layer_norm", "group_norm", "exp", "log", "rsqrt", "log1p", "pow.Tensor_Scalar", "logsumexp")
+WITH_DTYPE = ("softmax.int", "log_softmax.int", "sum", "sum.dim_IntList", "cumsum", "linalg_vector_norm")
+
+
+def run(operator, has_dtype, *args, **kwargs):
+    with torch._C._ExcludeDispatchKeyGuard(DispatchKeySet(DispatchKey.AutocastCPU)):
+        if has_dtype:
+            single = args[0].dtype in (torch.bfloat16, torch.float32)
+            return operator(*args, **({"dtype": torch.float32} | kwargs) if single else kwargs)
+        return operator(*tree_map(_widened, args))
+
+
+def _widened(value):
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 else value
+
+
+@pytest.fixture
+def rules_of_gpus():
+    """Autocast on the CPU with rules of GPUs."""
+    library = torch.library.Library("aten", "IMPL")
+    for name in TO_FLOAT + WITH_DTYPE:
+        base, _, overload = name.partition(".")
+        operator = getattr(getattr(torch.ops.aten, base), overload or "default")
+        library.impl(name, partial(run, operator, name in WITH_DTYPE), "AutocastCPU")
+    yield
+    library._destroy()
+
+
+def single(episode):
+    return Episode(*(part.float() if part.is_floating_point() else part for part in episode))
+
+
+NETWORKS = [
+    *("conv, Mish, pool, view", "conv, GroupNorm, Tanh", "conv, InstanceNorm2d, Tanh"),
+    *("MultiheadAttention, module", "TransformerEncoder", "LSTM", "squeeze-excite"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_run_as_graphs_with_the_rules_of_gpus(name, rules_of_gpus, caplog):
+    case = test_zoo.BY_NAME[name]
+    net, plain, episode = case.network().float(), case.network(plain=True), case.episode()
+    expected = meta_gradient(plain, episode, case.lr, 2, case.loss)
+    maml = test_zoo.module(case, net, inner_steps=2)
+    with caplog.at_level(logging.WARNING), torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            maml.zero_grad()
+            maml.training_step(single(episode), 0).backward()
+    assert "slower" not in caplog.text
+    found = {name: value.grad.double() for name, value in net.named_parameters()}
+    assert relative_error(found, expected.gradient) < 0.05
+
+
+class Island(nn.Module):
+    """Its last layer runs in float32, as parts do that bfloat16 is too coarse for."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return self.head(x.float())
+
+
+@pytest.mark.parametrize("execution", ["traced", "vectorized", "loop"])
+def test_parts_without_autocast_stay_in_float32(execution):
+    torch.manual_seed(0)
+    net, x, y = Island(), torch.randn(3, 6, 4), torch.arange(3).repeat(3, 2)
+    maml = MAML(net, inner_lr=0.5, inner_steps=1, execution=execution)
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            before, _ = maml.trajectory(Episode(x, y, x, y))
+    assert torch.allclose(before, net.head(x), rtol=1e-5)
