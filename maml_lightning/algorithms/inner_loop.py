@@ -231,7 +231,7 @@ class InnerLoop:
                 each = setup.state is not None  # whether a task has an initialization of its own
                 moves = [(fast[n] - v).expand(chunk.tasks, *v.shape[each:]) for n, v in setup.initial.items()]
                 norms.append(
-                    torch.stack([move.reshape(chunk.tasks, -1).square().sum(1) for move in moves]).sum(0).sqrt()
+                    torch.stack([move.reshape(chunk.tasks, -1).abs().square().sum(1) for move in moves]).sum(0).sqrt()
                 )
             return torch.cat(norms)
 
