@@ -23,11 +23,14 @@ def adapted_names(
 ) -> list[str]:
     """Names of the parameters that the inner loop changes; frozen ones (``requires_grad=False``) never are.
 
+    One that several layers share belongs to each of them, whatever layer it is named after.
+
     Args:
         net: the network.
         which: all; head, the last layer with parameters; body, all but the head; or name patterns such as
             ``"body.3.*"``.
-        head: the name of the last layer, see :func:`last_layer`; None takes the last that is registered.
+        head: the name of the last layer, see :func:`last_layer`; None takes the last registered one with a parameter
+            to choose from.
         names: of the parameters to choose from; None takes those that are not frozen.
 
     Raises:
@@ -41,16 +44,16 @@ def adapted_names(
         names = [name for name, value in net.named_parameters() if value.requires_grad]
     if which == "all" and names:
         return list(names)
-    layers = _layers(net)
-    last = (layers[-1] if layers else "") if head is None else head
-    of_head = [name for name in names if name.startswith(f"{last}." if last else "")]
+    every = _every_name(net)
+    of_head = _of_layer(_last_registered(net, names) if head is None else head, names, every)
     groups = {"all": list(names), "head": of_head, "body": [name for name in names if name not in of_head]}
     if isinstance(which, str) and which in groups:
         chosen, missed = groups[which], [] if groups[which] else [which]
     else:
         patterns = [which] if isinstance(which, str) else list(which)
-        chosen = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
-        missed = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
+        found = {p: {name for name in names if any(fnmatchcase(own, p) for own in every[name])} for p in patterns}
+        chosen = [name for name in names if any(name in of_pattern for of_pattern in found.values())]
+        missed = [pattern for pattern, of_pattern in found.items() if not of_pattern]
     if missed or not chosen:
         raise SettingError(
             f"model.adapted_parameters {missed or which} matches no trainable parameter of model.net; "
@@ -97,6 +100,24 @@ def last_layer(net: nn.Module, inputs: Any) -> str | None:
     return layers[max(range(len(layers)), key=lambda index: (when(index), index))]
 
 
+def _every_name(net: nn.Module) -> dict[str, list[str]]:
+    """All names of each parameter, by the first: several layers may share it."""
+    first, found = {id(value): name for name, value in net.named_parameters()}, dict[str, list[str]]()
+    for name, value in net.named_parameters(remove_duplicate=False):
+        found.setdefault(first[id(value)], []).append(name)
+    return found
+
+
+def _of_layer(layer: str, names: Sequence[str], every: dict[str, list[str]]) -> list[str]:
+    return [name for name in names if any(own.startswith(f"{layer}." if layer else "") for own in every[name])]
+
+
+def _last_registered(net: nn.Module, names: Sequence[str]) -> str:
+    """The last layer that is registered of those with any of these parameters."""
+    every = _every_name(net)
+    return next((layer for layer in reversed(_layers(net)) if _of_layer(layer, names, every)), "")
+
+
 def _layers(net: nn.Module) -> list[str]:
     """The names of the layers that have parameters of their own, as they are registered."""
     return [name for name, layer in net.named_modules() if any(True for _ in layer.parameters(recurse=False))]
@@ -141,11 +162,12 @@ class Adaptation(nn.Module):
         self.learn, self.adapted = learn, adapted
         self.by_step = nn.ParameterDict()
         if per_step_normalization:
+            names = {id(value): name for name, value in net.named_parameters()}  # layers may share one
             values = {
-                f"{layer}.{name}".lstrip("."): value
-                for layer, module in net.named_modules()
+                names[id(value)]: value
+                for module in net.modules()
                 if isinstance(module, _NORMALIZATIONS)
-                for name, value in module.named_parameters(recurse=False)
+                for value in module.parameters(recurse=False)
             }
             if not values:
                 raise SettingError(
@@ -170,8 +192,8 @@ class Adaptation(nn.Module):
         # `learnt`, like `by_step`, is part of the names in checkpoints.
         self.learnt = nn.ParameterDict({_key(n): nn.Parameter(torch.full(s, inner_lr)) for n, s in shapes.items()})
         self.any_classes = any_classes
-        last = f"{_layers(net)[-1]}." if any_classes else None
-        self._any_rows = [name for name in self.names if last is not None and name.startswith(last)]
+        last = _last_registered(net, self.trainable)
+        self._any_rows = _of_layer(last, self.names, _every_name(net)) if any_classes else []
         matrices = identities({n: net.get_parameter(n) for n in self.names}, self._any_rows) if curvature else {}
         self.curvature = nn.ParameterDict({_key(name): nn.Parameter(value) for name, value in matrices.items()})
 
@@ -192,19 +214,21 @@ class Adaptation(nn.Module):
         head = last_layer(net, inputs)
         if head is None:
             return
-        if head != layers[-1] and (len(self.curvature) or self.learn not in (None, "network")):
+        own = {name for name, _ in net.named_parameters()}
+        trainable = [name for name in self.trainable if name in own] or None
+        names = adapted_names(net, self.adapted, head, trainable)
+        guess = _last_registered(net, trainable or list(own))
+        if head != guess and (len(self.curvature) or self.learn not in (None, "network")):
             setting = "model.meta_curvature true" if len(self.curvature) else f"model.learn_inner_lr {self.learn}"
-            names = [head] if self.adapted == "head" else [layer for layer in layers if layer != head]
-            patterns = ", ".join(f"{name}.*" for name in names)
+            chosen = [head] if self.adapted == "head" else [layer for layer in layers if layer != head]
+            patterns = ", ".join(f"{layer}.*" for layer in chosen)
             by = "model.head prototypes" if self.any_classes else f"model.adapted_parameters {self.adapted}"
             remedy = "register it last" if self.any_classes else f"give model.adapted_parameters [{patterns}]"
             raise SettingError(
                 f"{by} with {setting} needs a network whose last layer to run ({head}) is also the last that is "
-                f"registered ({layers[-1]}); {remedy}."
+                f"registered ({guess}); {remedy}."
             )
-        self.head, self._head_of = head, layers
-        own = {name for name, _ in net.named_parameters()}
-        self.names = adapted_names(net, self.adapted, head, [name for name in self.trainable if name in own] or None)
+        self.head, self._head_of, self.names = head, layers, names
 
     def params(self, net: nn.Module) -> Parameters:
         """The network's parameters by name, those per step with a leading dimension ``[S+1, ...]``."""
