@@ -1,13 +1,15 @@
 """Which parameters adapt at which learning rate: the settings in which the members of the MAML family differ."""
 
-import math
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from maml_lightning.algorithms.calling import watched
 from maml_lightning.algorithms.curvature import identities, matrices_of
@@ -66,7 +68,8 @@ def last_layer(net: nn.Module, inputs: Any) -> str | None:
     """The name of the network's last layer: of those with parameters of their own, the one that runs last.
 
     A layer whose parameters another one reads without calling it, as ``nn.MultiheadAttention`` those of its
-    ``out_proj``, runs with that one. Where nothing tells two layers apart, the one registered later counts.
+    ``out_proj``, runs with that one; if the network itself reads them, it runs then. Where nothing tells two layers
+    apart, the one registered later counts.
 
     Args:
         net: the network; it runs once, in evaluation mode.
@@ -86,18 +89,42 @@ def last_layer(net: nn.Module, inputs: Any) -> str | None:
         >>> last_layer(HeadFirst(), torch.rand(5, 4))
         'head'
     """
-    layers, calls = _layers(net), list[str]()
-    if not layers or not watched(net, inputs, lambda name, _: calls.append(name)):
-        return None
-    last = {name: place for place, name in enumerate(calls)}  # when each was last called
+    layers, clock, called = _layers(net), itertools.count(), dict[str, int]()
+    values = {name: value.detach() for name, value in net.named_parameters()}
 
-    def when(index: int) -> float:
-        name = layers[index]
-        while name and name not in last:  # the layer that it is part of
+    def note(name: str, _: tuple) -> None:
+        called[name] = next(clock)
+
+    with _Reads({id(value): name.rpartition(".")[0] for name, value in values.items()}, clock) as read:
+        if not layers or not watched(net, inputs, note, values):
+            return None
+
+    def when(layer: str) -> int:
+        name = layer
+        while name and name not in called:  # the layer that it is part of
             name = name.rpartition(".")[0]
-        return last[name] if name else (math.inf if index == len(layers) - 1 else -1)
+        return called[name] if name else read.last.get(layer, -1) if layer else -1
 
-    return layers[max(range(len(layers)), key=lambda index: (when(index), index))]
+    return layers[max(range(len(layers)), key=lambda index: (when(layers[index]), index))]
+
+
+class _Reads(TorchFunctionMode):
+    """While active, notes when tensors of a layer were last given to a function.
+
+    Args:
+        layers: by the identity of the tensor.
+        clock: counts calls and reads.
+    """
+
+    def __init__(self, layers: dict[int, str], clock: Iterator[int]) -> None:
+        super().__init__()
+        self.layers, self.clock, self.last = layers, clock, dict[str, int]()
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        for value in pytree.tree_leaves((args, kwargs)):
+            if (layer := self.layers.get(id(value))) is not None:
+                self.last[layer] = next(self.clock)
+        return func(*args, **(kwargs or {}))
 
 
 def _every_name(net: nn.Module) -> dict[str, list[str]]:

@@ -97,6 +97,27 @@ def test_the_last_layer_is_the_registered_one_where_it_runs_last():
     assert last_layer(HeadFirst(), torch.rand(6, 9)) is None
 
 
+class WithAuxiliary(nn.Module):
+    """A second head that only pretraining calls, or one of its own that is read and not called."""
+
+    def __init__(self, functional: bool = False) -> None:
+        super().__init__()
+        self.functional = functional
+        self.head, self.body, self.pretraining_head = nn.Linear(4, 3), nn.Linear(4, 4), nn.Linear(4, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x).tanh()
+        return F.linear(x, self.head.weight, self.head.bias) if self.functional else self.head(x)
+
+
+@pytest.mark.parametrize("functional", [False, True])
+def test_a_layer_that_does_not_run_is_no_head(functional):
+    net = perturbed(WithAuxiliary(functional))
+    adapted = MAML(net, adapted_parameters="head").adapt(episode()[0][0], episode()[1][0])
+    assert not torch.equal(adapted.head.weight, net.head.weight)
+    assert torch.equal(adapted.body.weight, net.body.weight)
+
+
 class Tied(nn.Module):
     """A head whose weight is that of the body, and by choice a norm whose weight is that of another."""
 
