@@ -30,7 +30,8 @@ class InnerLoop:
 
     Args:
         net: any ``nn.Module``; its own parameters are never written.
-        loss: ``loss(outputs, targets)``, a scalar mean over the examples.
+        loss: ``loss(outputs, targets)``, a scalar mean over the examples. Of a network that returns several tensors it
+            gets ``logits`` or the first; that it needs no others is checked by MAML, not here.
         tasks_per_chunk: how many tasks are vectorized together, at least 1; None takes all; "auto" goes by the memory
             that a task of the first meta-batch needs, and keeps it in ``chosen``.
         flat_memory: keep only the fast weights of each step and recompute the rest in the backward pass, for about a
