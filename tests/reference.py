@@ -32,11 +32,15 @@ def curved(gradient: Tensor, matrices: list) -> Tensor:
     """Meta-Curvature: the n-mode products of a gradient with ``[1, n, n]`` matrices; of a vector, its factors."""
     if gradient.dim() < 2:
         return gradient if matrices[0] is None else gradient * matrices[0][0]
-    result = gradient.reshape(*gradient.shape[:2], -1)
+    result = gradient.flatten(2) if gradient.dim() > 2 else gradient.unsqueeze(2)
     for matrix, product in zip(matrices, ("ab,bif->aif", "ab,obf->oaf", "ab,oib->oia"), strict=True):
         if matrix is not None:
-            result = torch.einsum(product, matrix[0], result)
+            result = torch.einsum(product, matrix[0].to(result.dtype), result)
     return result.reshape(gradient.shape)
+
+
+def squared(value: Tensor) -> Tensor:
+    return (value * value.conj()).real
 
 
 @sdpa_kernel(SDPBackend.MATH)  # the others have no second derivative
@@ -76,7 +80,7 @@ def family(maml: nn.Module, net: nn.Module, episode: Episode, loss, steps: int, 
                 break
             inner = loss(functional_call(net, parameters_at(fast, k), (x,)), y)
             inner = inner + settings.get("proximal", 0) / 2 * sum(
-                ((fast[name] - leaves[f"net.{name}"]) ** 2).sum() for name in adapted
+                squared(fast[name] - leaves[f"net.{name}"]).sum() for name in adapted
             )
             create = not settings.get("first_order", False)
             grads = dict(
@@ -94,7 +98,7 @@ def family(maml: nn.Module, net: nn.Module, episode: Episode, loss, steps: int, 
                     g = buffer[name]
                 if settings.get("optimizer") == "adam":
                     buffer[name] = 0.9 * buffer[name] + 0.1 * g
-                    square[name] = 0.999 * square[name] + 0.001 * g**2
+                    square[name] = 0.999 * square[name] + 0.001 * squared(g)
                     mean, second = buffer[name] / (1 - 0.9 ** (k + 1)), square[name] / (1 - 0.999 ** (k + 1))
                     g = mean / torch.sqrt(second + 1e-8)
                 fast = {**fast, name: fast[name] - rate(name, k) * g}

@@ -1,7 +1,7 @@
 """Which parameters adapt at which learning rate: the settings in which the members of the MAML family differ."""
 
-import math
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from maml_lightning.algorithms.calling import watched
 from maml_lightning.algorithms.curvature import identities, matrices_of
@@ -25,11 +27,14 @@ def adapted_names(
 ) -> list[str]:
     """Names of the parameters that the inner loop changes; frozen ones (``requires_grad=False``) never are.
 
+    One that several layers share belongs to each of them, whatever layer it is named after.
+
     Args:
         net: the network.
         which: all; head, the last layer with parameters; body, all but the head; or name patterns such as
             ``"body.3.*"``.
-        head: the name of the last layer, see :func:`last_layer`; None takes the last that is registered.
+        head: the name of the last layer, see :func:`last_layer`; None takes the last registered one with a parameter
+            to choose from.
         names: of the parameters to choose from; None takes those that are not frozen.
 
     Raises:
@@ -43,21 +48,17 @@ def adapted_names(
         names = [name for name, value in net.named_parameters() if value.requires_grad]
     if which == "all" and names:
         return list(names)
-    layers = _layers(net)
-    last = (layers[-1] if layers else "") if head is None else head
-    of_head = [name for name in names if name.startswith(f"{last}." if last else "")]
+    every = _every_name(net)
+    of_head = _of_layer(_last_registered(net, names) if head is None else head, names, every)
     groups = {"all": list(names), "head": of_head, "body": [name for name in names if name not in of_head]}
     if isinstance(which, str) and which in groups:
         chosen, missed = groups[which], [] if groups[which] else [which]
     else:
         patterns = [which] if isinstance(which, str) else list(which)
-        if others := {type(pattern).__name__ for pattern in patterns if not isinstance(pattern, str)}:
-            raise SettingError(
-                f"model.adapted_parameters takes names (got {', '.join(others)}); give those of "
-                "net.named_parameters(), or patterns such as fc.*."
-            )
-        chosen = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
-        missed = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
+        _check_strings(patterns)
+        found = {p: {name for name in names if any(fnmatchcase(own, p) for own in every[name])} for p in patterns}
+        chosen = [name for name in names if any(name in of_pattern for of_pattern in found.values())]
+        missed = [pattern for pattern, of_pattern in found.items() if not of_pattern]
     if not names:
         raise SettingError(
             "model.net has no trainable parameter: it has none, or all are frozen (requires_grad_(False))."
@@ -68,6 +69,14 @@ def adapted_names(
             f"{_remedy(missed, names)}."
         )
     return chosen
+
+
+def _check_strings(patterns: list[Any]) -> None:
+    if others := {type(pattern).__name__ for pattern in patterns if not isinstance(pattern, str)}:
+        raise SettingError(
+            f"model.adapted_parameters takes names (got {', '.join(others)}); give those of "
+            "net.named_parameters(), or patterns such as fc.*."
+        )
 
 
 def _remedy(missed: list[str], names: Sequence[str]) -> str:
@@ -86,7 +95,8 @@ def last_layer(net: nn.Module, inputs: Any) -> str | None:
     """The name of the network's last layer: of those with parameters of their own, the one that runs last.
 
     A layer whose parameters another one reads without calling it, as ``nn.MultiheadAttention`` those of its
-    ``out_proj``, runs with that one. Where nothing tells two layers apart, the one registered later counts.
+    ``out_proj``, runs with that one; if the network itself reads them, it runs then. Where nothing tells two layers
+    apart, the one registered later counts.
 
     Args:
         net: the network; it runs once, in evaluation mode.
@@ -106,18 +116,60 @@ def last_layer(net: nn.Module, inputs: Any) -> str | None:
         >>> last_layer(HeadFirst(), torch.rand(5, 4))
         'head'
     """
-    layers, calls = _layers(net), list[str]()
-    if not layers or not watched(net, inputs, lambda name, _: calls.append(name)):
-        return None
-    last = {name: place for place, name in enumerate(calls)}  # when each was last called
+    layers, clock, called = _layers(net), itertools.count(), dict[str, int]()
+    values = {name: value.detach() for name, value in net.named_parameters()}
 
-    def when(index: int) -> float:
-        name = layers[index]
-        while name and name not in last:  # the layer that it is part of
+    def note(name: str, _: tuple) -> None:
+        called[name] = next(clock)
+
+    with _Reads({id(value): name.rpartition(".")[0] for name, value in values.items()}, clock) as read:
+        if not layers or not watched(net, inputs, note, values):
+            return None
+
+    def when(layer: str) -> int:
+        name = layer
+        while name and name not in called:  # the layer that it is part of
             name = name.rpartition(".")[0]
-        return last[name] if name else (math.inf if index == len(layers) - 1 else -1)
+        return called[name] if name else read.last.get(layer, -1) if layer else -1
 
-    return layers[max(range(len(layers)), key=lambda index: (when(index), index))]
+    return layers[max(range(len(layers)), key=lambda index: (when(layers[index]), index))]
+
+
+class _Reads(TorchFunctionMode):
+    """While active, notes when tensors of a layer were last given to a function.
+
+    Args:
+        layers: by the identity of the tensor.
+        clock: counts calls and reads.
+    """
+
+    def __init__(self, layers: dict[int, str], clock: Iterator[int]) -> None:
+        super().__init__()
+        self.layers, self.clock, self.last = layers, clock, dict[str, int]()
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        for value in pytree.tree_leaves((args, kwargs)):
+            if (layer := self.layers.get(id(value))) is not None:
+                self.last[layer] = next(self.clock)
+        return func(*args, **(kwargs or {}))
+
+
+def _every_name(net: nn.Module) -> dict[str, list[str]]:
+    """All names of each parameter, by the first: several layers may share it."""
+    first, found = {id(value): name for name, value in net.named_parameters()}, dict[str, list[str]]()
+    for name, value in net.named_parameters(remove_duplicate=False):
+        found.setdefault(first[id(value)], []).append(name)
+    return found
+
+
+def _of_layer(layer: str, names: Sequence[str], every: dict[str, list[str]]) -> list[str]:
+    return [name for name in names if any(own.startswith(f"{layer}." if layer else "") for own in every[name])]
+
+
+def _last_registered(net: nn.Module, names: Sequence[str]) -> str:
+    """The last layer that is registered of those with any of these parameters."""
+    every = _every_name(net)
+    return next((layer for layer in reversed(_layers(net)) if _of_layer(layer, names, every)), "")
 
 
 def _layers(net: nn.Module) -> list[str]:
@@ -164,11 +216,12 @@ class Adaptation(nn.Module):
         self.learn, self.adapted = learn, adapted
         self.by_step = nn.ParameterDict()
         if per_step_normalization:
+            names = {id(value): name for name, value in net.named_parameters()}  # layers may share one
             values = {
-                f"{layer}.{name}".lstrip("."): value
-                for layer, module in net.named_modules()
+                names[id(value)]: value
+                for module in net.modules()
                 if isinstance(module, _NORMALIZATIONS)
-                for name, value in module.named_parameters(recurse=False)
+                for value in module.parameters(recurse=False)
             }
             if not values:
                 raise SettingError(
@@ -193,8 +246,8 @@ class Adaptation(nn.Module):
         # `learnt`, like `by_step`, is part of the names in checkpoints.
         self.learnt = nn.ParameterDict({_key(n): nn.Parameter(torch.full(s, inner_lr)) for n, s in shapes.items()})
         self.any_classes = any_classes
-        last = f"{_layers(net)[-1]}." if any_classes else None
-        self._any_rows = [name for name in self.names if last is not None and name.startswith(last)]
+        last = _last_registered(net, self.trainable)
+        self._any_rows = _of_layer(last, self.names, _every_name(net)) if any_classes else []
         matrices = identities({n: net.get_parameter(n) for n in self.names}, self._any_rows) if curvature else {}
         self.curvature = nn.ParameterDict({_key(name): nn.Parameter(value) for name, value in matrices.items()})
 
@@ -215,19 +268,21 @@ class Adaptation(nn.Module):
         head = last_layer(net, inputs)
         if head is None:
             return
-        if head != layers[-1] and (len(self.curvature) or self.learn not in (None, "network")):
+        own = {name for name, _ in net.named_parameters()}
+        trainable = [name for name in self.trainable if name in own] or None
+        names = adapted_names(net, self.adapted, head, trainable)
+        guess = _last_registered(net, trainable or list(own))
+        if head != guess and (len(self.curvature) or self.learn not in (None, "network")):
             setting = "model.meta_curvature true" if len(self.curvature) else f"model.learn_inner_lr {self.learn}"
-            names = [head] if self.adapted == "head" else [layer for layer in layers if layer != head]
-            patterns = ", ".join(f"{name}.*" for name in names)
+            chosen = [head] if self.adapted == "head" else [layer for layer in layers if layer != head]
+            patterns = ", ".join(f"{layer}.*" for layer in chosen)
             by = "model.head prototypes" if self.any_classes else f"model.adapted_parameters {self.adapted}"
             remedy = "register it last" if self.any_classes else f"give model.adapted_parameters [{patterns}]"
             raise SettingError(
                 f"{by} with {setting} needs a network whose last layer to run ({head}) is also the last that is "
-                f"registered ({layers[-1]}); {remedy}."
+                f"registered ({guess}); {remedy}."
             )
-        self.head, self._head_of = head, layers
-        own = {name for name, _ in net.named_parameters()}
-        self.names = adapted_names(net, self.adapted, head, [name for name in self.trainable if name in own] or None)
+        self.head, self._head_of, self.names = head, layers, names
 
     def params(self, net: nn.Module) -> Parameters:
         """The network's parameters by name, those per step with a leading dimension ``[S+1, ...]``."""

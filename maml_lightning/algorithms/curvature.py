@@ -116,7 +116,8 @@ def _transformed(gradient: Tensor, matrices: list[Tensor | None]) -> Tensor:
     # Near the identity, bfloat16 has three digits: too few for what training changes in a meta-step.
     with without_autocast(gradient.device.type):
         of_output, of_input, of_filter = (None if matrix is None else matrix.to(wide.dtype) for matrix in matrices)
-        result = wide.reshape(*wide.shape[:2], -1).permute(2, 1, 0)  # [F, I, O], as a convolution lies in memory
+        # [F, I, O], as a convolution lies in memory. Of a parameter without elements, -1 says no size.
+        result = wide.reshape(*wide.shape[:2], math.prod(wide.shape[2:])).permute(2, 1, 0)
         if of_output is not None:
             result = result @ of_output.T
         if of_input is not None:

@@ -50,7 +50,9 @@ def _conjugate_gradients(product: Callable[[Parameters], Parameters], b: Paramet
     """Solve ``product(x) = b`` for each task, ``product`` linear, symmetric and positive definite."""
 
     def dot(a: Parameters, b: Parameters) -> Tensor:
-        return torch.stack([(value * b[name]).reshape(len(value), -1).sum(1) for name, value in a.items()]).sum(0)
+        """The real inner product: a complex number counts as two."""
+        products = [(value.conj() * b[name]).real for name, value in a.items()]
+        return torch.stack([product.reshape(len(product), -1).sum(1) for product in products]).sum(0)
 
     def move(a: Parameters, scale: Tensor, b: Parameters) -> Parameters:
         return {n: torch.addcmul(v, b[n], scale.view(-1, *[1] * (v.dim() - 1))) for n, v in a.items()}

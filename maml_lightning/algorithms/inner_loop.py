@@ -30,7 +30,8 @@ class InnerLoop:
 
     Args:
         net: any ``nn.Module``; its own parameters are never written.
-        loss: ``loss(outputs, targets)``, a scalar mean over the examples.
+        loss: ``loss(outputs, targets)``, a scalar mean over the examples. Of a network that returns several tensors it
+            gets ``logits`` or the first; that it needs no others is checked by MAML, not here.
         tasks_per_chunk: how many tasks are vectorized together, at least 1; None takes all; "auto" goes by the memory
             that a task of the first meta-batch needs, and keeps it in ``chosen``.
         flat_memory: keep only the fast weights of each step and recompute the rest in the backward pass, for about a
@@ -231,7 +232,7 @@ class InnerLoop:
                 each = setup.state is not None  # whether a task has an initialization of its own
                 moves = [(fast[n] - v).expand(chunk.tasks, *v.shape[each:]) for n, v in setup.initial.items()]
                 norms.append(
-                    torch.stack([move.reshape(chunk.tasks, -1).square().sum(1) for move in moves]).sum(0).sqrt()
+                    torch.stack([move.reshape(chunk.tasks, -1).abs().square().sum(1) for move in moves]).sum(0).sqrt()
                 )
             return torch.cat(norms)
 

@@ -29,7 +29,19 @@ class InnerOptimizer(NamedTuple):
 
 
 def _descend(params: Parameters, direction: Parameters, rates: Parameters) -> Parameters:
-    return {name: torch.addcmul(value, direction[name], rates[name], value=-1) for name, value in params.items()}
+    """``theta - rate * direction``, in the type of ``theta``: rates and moments are wider than half precision."""
+    moved = {name: torch.addcmul(value, direction[name], rates[name], value=-1) for name, value in params.items()}
+    return {name: value.to(params[name].dtype) for name, value in moved.items()}
+
+
+def _wide(value: Tensor) -> Tensor:
+    """In float32 at least: squares of half precision overflow or vanish, and ``beta_2`` rounds to 1."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def _squared(value: Tensor) -> Tensor:
+    """``|g|^2``, which is real where ``g`` is complex."""
+    return (value * value.conj()).real if value.is_complex() else value * value
 
 
 def _zeros(params: Parameters) -> Parameters:
@@ -62,8 +74,9 @@ def momentum(decay: float = MOMENTUM) -> InnerOptimizer:
 
 
 def _adam_state(params: Parameters) -> Any:
-    like = next(iter(params.values()))
-    return {"mean": _zeros(params), "square": _zeros(params), "count": like.new_zeros(())}
+    mean = {name: torch.zeros_like(_wide(value)) for name, value in params.items()}
+    square = {name: torch.zeros_like(value.real) for name, value in mean.items()}
+    return {"mean": mean, "square": square, "count": next(iter(square.values())).new_zeros(())}
 
 
 def _adam(
@@ -75,9 +88,9 @@ def _adam(
     beta_2: float,
     eps: float,
 ) -> tuple[Parameters, Any]:
-    count = state["count"] + 1
+    gradient, count = {name: _wide(g) for name, g in gradient.items()}, state["count"] + 1
     mean = {name: torch.lerp(g, state["mean"][name], beta_1) for name, g in gradient.items()}
-    square = {name: torch.lerp(g * g, state["square"][name], beta_2) for name, g in gradient.items()}
+    square = {name: torch.lerp(_squared(g), state["square"][name], beta_2) for name, g in gradient.items()}
     first, second = 1 - beta_1**count, 1 - beta_2**count
     direction = {name: m / first * (square[name] / second + eps**2).rsqrt() for name, m in mean.items()}
     return _descend(params, direction, rates), {"mean": mean, "square": square, "count": count}
@@ -87,7 +100,8 @@ def adam(beta_1: float = MOMENTUM, beta_2: float = BETA_2, eps: float = EPS) -> 
     """Adam (Kingma and Ba 2015, algorithm 1) with ``sqrt(v + eps^2)`` for ``sqrt(v) + eps``.
 
     The square root alone has no derivative where a gradient is zero. Where gradients are much larger than ``eps``
-    the first step is ``rate * sign(g)``, whose derivative is zero.
+    the first step is ``rate * sign(g)``, whose derivative is zero. Of a complex weight ``v`` is the mean of ``|g|^2``:
+    its step has the direction of ``g``. (:class:`torch.optim.Adam` takes real and imaginary part for two weights.)
     """
     return InnerOptimizer(_adam_state, partial(_adam, beta_1=beta_1, beta_2=beta_2, eps=eps))
 
@@ -102,9 +116,9 @@ def _regularized(
     clip_norm: float | None,
 ) -> tuple[Parameters, Any]:
     if clip_norm is not None:
-        square = torch.stack([g.square().sum() for g in gradient.values()]).sum()
+        square = torch.stack([_squared(_wide(g)).sum() for g in gradient.values()]).sum()
         scale = clip_norm * square.clamp_min(clip_norm**2).rsqrt()
-        gradient = {name: g * scale for name, g in gradient.items()}
+        gradient = {name: (g * scale).to(g.dtype) for name, g in gradient.items()}
     if weight_decay:
         gradient = {name: torch.add(g, params[name], alpha=weight_decay) for name, g in gradient.items()}
     return base(gradient, state, params, rates)

@@ -4,6 +4,7 @@ import itertools
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from operator import is_not
 from typing import Any
 
@@ -32,6 +33,7 @@ from maml_lightning.training.loss_checks import (
     check_loss_of_one,
     first_line,
     is_computed,
+    warn_of_constants,
     without_broadcasting,
 )
 from maml_lightning.training.metrics import metric_scores
@@ -79,6 +81,8 @@ def check_fit(loop: InnerLoop, metric: Any, episode: Episode, inner_steps: int, 
             elif is_of_labels(loss) and isinstance(targets, Tensor) and has_values(targets):
                 check_labels(loss, all_targets)
             check_loss(tried, outputs, targets)
+            if net is not loop.net and all_inputs is episode.query_inputs:  # a copy, which may run again
+                warn_of_constants(net, tried, partial(_outputs, net, loop.running or (), inputs, pretraining), targets)
     if metric is not None:
         with without_broadcasting(), same_random_numbers(episode.device):
             metric_scores(metric, [outputs[None].clone()], mapped(lambda tensor: tensor[None].clone(), targets))

@@ -97,6 +97,90 @@ def test_the_last_layer_is_the_registered_one_where_it_runs_last():
     assert last_layer(HeadFirst(), torch.rand(6, 9)) is None
 
 
+class WithAuxiliary(nn.Module):
+    """A second head that only pretraining calls, or one of its own that is read and not called."""
+
+    def __init__(self, functional: bool = False) -> None:
+        super().__init__()
+        self.functional = functional
+        self.head, self.body, self.pretraining_head = nn.Linear(4, 3), nn.Linear(4, 4), nn.Linear(4, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x).tanh()
+        return F.linear(x, self.head.weight, self.head.bias) if self.functional else self.head(x)
+
+
+@pytest.mark.parametrize("functional", [False, True])
+def test_a_layer_that_does_not_run_is_no_head(functional):
+    net = perturbed(WithAuxiliary(functional))
+    adapted = MAML(net, adapted_parameters="head").adapt(episode()[0][0], episode()[1][0])
+    assert not torch.equal(adapted.head.weight, net.head.weight)
+    assert torch.equal(adapted.body.weight, net.body.weight)
+
+
+class Tied(nn.Module):
+    """A head whose weight is that of the body, and by choice a norm whose weight is that of another."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.body, self.first, self.second = nn.Linear(4, 4), nn.LayerNorm(4), nn.LayerNorm(4)
+        self.head = nn.Linear(4, 4, bias=bias)
+        self.head.weight, self.second.weight = self.body.weight, self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(self.body(x)).tanh()))
+
+
+def test_a_shared_parameter_belongs_to_each_of_its_layers():
+    norms = ["first.weight", "first.bias", "second.bias"]
+    for bias in (True, False):
+        net, of_head = perturbed(Tied(bias)), ["body.weight", *["head.bias"] * bias]
+        assert adapted_names(net, "head") == of_head
+        assert adapted_names(net, "body") == ["body.bias", *norms]
+        assert adapted_names(net, ["head.*"]) == of_head
+        assert adapted_names(net, "head.weight") == ["body.weight"]
+        maml = MAML(net, adapted_parameters="head", inner_steps=2)
+        maml.training_step(episode(), 0).backward()
+        assert maml.adaptation.names == of_head
+
+
+def test_a_shared_normalization_weight_has_one_value_for_each_step():
+    net, untouched = perturbed(Tied()), perturbed(Tied())
+    maml = MAML(net, inner_lr=0.3, inner_steps=2, per_step_normalization=True)
+    assert set(maml.adaptation.by_step) == {"first/weight", "first/bias", "second/bias"}
+    maml.training_step(episode(), 0).backward()
+    meaning = {"weights": [0.0, 0.0, 1.0], "adapted": ["body.weight", "body.bias", "head.bias"], "inner_lr": 0.3}
+    _, expected = family(maml, untouched, episode(), F.cross_entropy, 2, **meaning)
+    assert relative_error({name: value.grad for name, value in maml.named_parameters()}, expected) < 1e-9
+
+
+class FrozenLast(nn.Module):
+    """A frozen layer that is registered last and runs first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.features = nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(4, 4)
+        self.features.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.features(x)).tanh())
+
+
+@pytest.mark.parametrize("settings", [{}, {"learn_inner_lr": "tensor"}, {"meta_curvature": True}])
+def test_a_frozen_layer_that_is_registered_last_is_no_head(settings):
+    for which, names in (("head", ["head.weight", "head.bias"]), ("body", ["body.weight", "body.bias"])):
+        maml = MAML(perturbed(FrozenLast()), adapted_parameters=which, **settings)
+        maml.training_step(episode(), 0).backward()
+        assert maml.adaptation.names == names
+
+
+def test_a_frozen_head_is_not_adapted():
+    net = perturbed(HeadFirst())
+    net.head.requires_grad_(False)
+    with pytest.raises(SettingError, match=r"head.* matches no trainable parameter"):
+        MAML(net, adapted_parameters="head", learn_inner_lr="tensor").training_step(episode(), 0)
+
+
 def test_looking_for_the_head_leaves_no_trace():
     net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(), nn.Linear(3, 2)).train()
     net[1].eval()

@@ -241,6 +241,15 @@ class Words(nn.Module):
         return self.head(self.embedding(x).mean(1))
 
 
+def test_a_parameter_without_elements_keeps_its_gradient():
+    net = nn.Sequential(nn.Linear(4, 3))
+    net.register_parameter("none", nn.Parameter(torch.zeros(0, 6)))
+    maml, x, y = MAML(net, meta_curvature=True), torch.rand(2, 6, 4), torch.arange(6).expand(2, 6) % 3
+    maml.training_step(Episode(x, y, x, y), 0).backward()
+    assert net[0].weight.grad.abs().sum() > 0
+    assert net.none.grad.shape == (0, 6)
+
+
 def test_a_huge_matrix_is_refused():
     with pytest.raises(SettingError, match=r"matrix of 50000 x 50000 for embedding\.weight \[50000, 4\].*leave embed"):
         MAML(Words(50000), meta_curvature=True)

@@ -113,6 +113,74 @@ def test_gradients_are_exact_in_a_loop(name, flat_memory):
     assert_exact(convolutional(), *{**VARIANTS, **NORMALIZED}[name], execution="loop", flat_memory=flat_memory)
 
 
+class Waves(nn.Module):
+    """A complex weight and bias, and by choice real parameters besides."""
+
+    def __init__(self, head=True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(100, 3, dtype=torch.complex128) / 10)
+        self.bias = nn.Parameter(3 + torch.randn(3, dtype=torch.complex128))  # where abs is smooth
+        self.head = nn.Linear(3, 3) if head else nn.Identity()
+
+    def forward(self, x):
+        return self.head((x.flatten(1).to(self.weight.dtype) @ self.weight + self.bias).abs())
+
+
+OF_WAVES = {
+    **{name: VARIANTS[name] for name in ("Meta-SGD", "Adam", "momentum", "weight decay", "clipping")},
+    "matrices": ({"meta_curvature": True, "inner_clip_norm": 0.5}, {"clip": 0.5}),
+}
+
+
+@pytest.mark.parametrize("settings", [{"tasks_per_chunk": None}, {"execution": "loop"}], ids=["traced", "loop"])
+@pytest.mark.parametrize("head", [True, False], ids=["and real ones", "alone"])
+@pytest.mark.parametrize("name", OF_WAVES)
+def test_gradients_of_complex_parameters_are_exact(name, head, settings):
+    torch.manual_seed(0)
+    assert_exact(Waves(head), *OF_WAVES[name], **settings)
+
+
+def test_the_update_norm_of_complex_parameters_is_that_of_the_parameters():
+    maml, episode = MAML(Waves(), inner_lr=LR).double(), images(tasks=2)
+    adapted = maml.adapt(episode.support_inputs[0], episode.support_targets[0])
+    moves = [(a - b).abs().flatten() for a, b in zip(adapted.parameters(), maml.net.parameters(), strict=True)]
+    assert maml.inner_update_norms(episode)[0].item() == pytest.approx(torch.cat(moves).norm().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("settings", [{}, {"execution": "loop"}], ids=["traced", "loop"])
+@pytest.mark.parametrize("name", ["MAML", "Meta-SGD", "clipping"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_network_in_half_precision_has_the_gradients_of_one_in_double(dtype, name, settings, caplog):
+    changes, meaning = VARIANTS[name]
+    net = nn.Sequential(nn.Flatten(), nn.Linear(100, 4), nn.Tanh(), nn.Linear(4, 3), Scaled())
+    net = perturbed(net).to(dtype)
+    untouched, episode = copy.deepcopy(net).double(), images(tasks=2)
+    maml = MAML(net=net, **{"inner_lr": LR, "inner_steps": STEPS, "tasks_per_chunk": None, **changes, **settings})
+    meaning = {"weights": LAST, "adapted": maml.adaptation.names, "inner_lr": maml.inner_lr, **meaning}
+    _, expected = family(copy.deepcopy(maml).double(), untouched, episode, F.cross_entropy, STEPS, **meaning)
+    half = episode._replace(support_inputs=episode[0].to(dtype), query_inputs=episode[2].to(dtype))
+    maml.training_step(half, 0).backward()
+    found = {name: value.grad.double() for name, value in maml.named_parameters() if value.grad is not None}
+    assert relative_error(found, expected) < 0.05
+    adapted = maml.adapt(half.support_inputs[0], half.support_targets[0])
+    assert {value.dtype for value in adapted.parameters()} == {dtype}
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_adam_in_half_precision_moves_as_in_double(dtype):
+    net, (x, y, *_) = perturbed(nn.Sequential(nn.Flatten(), nn.Linear(100, 4), nn.ReLU(), nn.Linear(4, 3))), images()
+    with torch.no_grad():
+        net[1].bias[0] -= 1000  # a unit that is not active: its gradients are zero
+    moves = []
+    for kind in (dtype, torch.float64):
+        maml = MAML(copy.deepcopy(net).to(dtype).to(kind), inner_lr=0.1, inner_steps=2, inner_optimizer="adam")
+        adapted = maml.adapt(x[0].to(kind), y[0])
+        pairs = zip(adapted.parameters(), maml.net.parameters(), strict=True)
+        moves.append(torch.cat([(a - b).double().flatten() for a, b in pairs]))
+    assert (moves[0] - moves[1]).norm() / moves[1].norm() < 0.05
+
+
 def test_a_network_that_runs_in_a_loop_is_measured_once(monkeypatch):
     runs, sweeps = [], []
     measure, sweep = inner_loop.inner.bytes_per_task, torch.autograd.backward
@@ -314,11 +382,16 @@ def test_implicit_gradient_of_an_own_network_is_the_solve_with_its_hessian(make)
     assert (found - expected).norm() / expected.norm() < 1e-8
 
 
-@pytest.mark.parametrize("which", ["all", "head"])
-def test_implicit_gradient_is_the_limit_of_many_proximal_steps(which):
-    net = perturbed(MLP(100, 3, (5,)))
+def smooth():
+    net = MLP(100, 3, (5,))
     net.body[2] = nn.Tanh()  # smooth, so that the steps converge
-    untouched, episode, steps, mu = copy.deepcopy(net), images(tasks=2), 800, 3.0
+    return net
+
+
+@pytest.mark.parametrize(("make", "which"), [(smooth, "all"), (smooth, "head"), (Waves, "all"), (Waves, "head")])
+def test_implicit_gradient_is_the_limit_of_many_proximal_steps(make, which):
+    net = perturbed(make())
+    untouched, episode, steps, mu = copy.deepcopy(net), images(tasks=2), 200, 20.0
     settings = {"algorithm": "imaml", "proximal": mu, "implicit_iterations": 60, "adapted_parameters": which}
     maml = MAML(net=net, inner_lr=0.02, inner_steps=steps, **settings)
     maml.training_step(episode, 0).backward()

@@ -86,3 +86,45 @@ def test_classes_with_a_dimension_too_many_are_named():
     with pytest.raises(SettingError, match=r"it takes the targets as \[3\]: give them so, with \[\.\.\., 0\]"):
         check_loss(F.cross_entropy, torch.zeros(3, 3), torch.arange(3)[:, None])
     check_loss(F.cross_entropy, torch.zeros(3, 3), torch.arange(3)[:, None][..., 0])
+
+
+class Weighed(nn.Module):
+    """A loss with a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, outputs, targets):
+        return F.cross_entropy(outputs * self.scale, targets)
+
+
+class Balanced(nn.Module):
+    """Keeps a penalty for the loss as it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.penalty = nn.Linear(4, 3), 0.0
+
+    def forward(self, x):
+        outputs = self.layer(x)
+        self.penalty = outputs.square().mean()
+        return outputs
+
+
+def test_a_loss_that_reads_parameters_by_itself_is_said_once(recwarn):
+    x, y = torch.rand(2, 6, 4), torch.arange(3).repeat(2, 2)
+    net, balanced = nn.Linear(4, 3), Balanced()
+    for read, module, loss in (
+        (2, net, lambda outputs, targets: F.cross_entropy(outputs, targets) + net.weight.norm() + net.bias.norm()),
+        (1, nn.Linear(4, 3), Weighed()),
+        (0, balanced, lambda outputs, targets: F.cross_entropy(outputs, targets) + balanced.penalty),
+        (0, nn.Linear(4, 3), F.cross_entropy),
+    ):
+        for _ in range(2):
+            MAML(module, loss=loss).training_step(Episode(x, y, x + 1, y), 0)
+        said = [str(warning.message) for warning in recwarn if "by itself" in str(warning.message)]
+        recwarn.clear()
+        assert len(said) == 2 * bool(read)
+        assert all(f"reads {read} parameter(s) by itself" in line and "\n" not in line for line in said)
+        assert all(value.requires_grad for value in module.parameters())
