@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.utils.checkpoint as checkpoint
 from torch import Tensor, nn
 
 from maml_lightning.engine.trials import trying
@@ -76,15 +77,23 @@ def call_with(
         places = _Places(net)
         swapped, known[:] = places.of(tensors), [places] if known else []
     positional, named = call_arguments(inputs)
-    try:
-        for owner, local, name, _ in swapped:
-            owner[local] = tensors[name]
-        with _eager() if places.compiled else nullcontext():
+
+    def run() -> Any:
+        with _eager() if places.compiled else nullcontext(), _recomputing(with_tensors):
             return part(net(*positional, **named))
-    finally:
-        for owner, local, _, value in swapped:
-            if local in owner:
-                owner[local] = value
+
+    def with_tensors(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        before = [owner[local] for owner, local, *_ in swapped]  # in a call that takes a gradient: that call's
+        try:
+            for owner, local, name, _ in swapped:
+                owner[local] = tensors[name]
+            return function(*args, **kwargs)
+        finally:
+            for (owner, local, *_), value in zip(swapped, before, strict=True):
+                if local in owner:
+                    owner[local] = value
+
+    return with_tensors(run)
 
 
 def watched(
@@ -120,6 +129,31 @@ def watched(
             for layer, mode in modes.items():
                 layer.training = mode
     return True
+
+
+@contextmanager
+def _recomputing(with_tensors: Callable[..., Any]) -> Iterator[None]:
+    """What ``torch.utils.checkpoint`` keeps to run it anew in the backward pass then has the tensors of this call.
+
+    The reentrant kind, which no ``torch.autograd.grad`` differentiates, becomes the other one.
+
+    Args:
+        with_tensors: calls a function while the tensors are in place.
+    """
+    module: Any = checkpoint
+    kept, reentrant = module._CheckpointFrame, module.CheckpointFunction
+    module._CheckpointFrame = lambda function, *args, **kwargs: kept(partial(with_tensors, function), *args, **kwargs)
+    module.CheckpointFunction = _NotReentrant
+    try:
+        yield
+    finally:
+        module._CheckpointFrame, module.CheckpointFunction = kept, reentrant
+
+
+class _NotReentrant:
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
 
 
 def _compiles() -> bool:
