@@ -73,3 +73,56 @@ def test_a_loss_of_all_that_a_network_returns_is_refused(kind, loss, name):
 @pytest.mark.parametrize("loss", [F.mse_loss, nn.MSELoss(), of_either])
 def test_a_loss_of_the_outputs_among_them_is_taken(loss):
     assert step(lambda *both: both, loss).item() == step(lambda first, second: first, loss).item() > 0
+
+
+class Scaled(nn.Module):
+    """A loss that learns how much to scale the outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, outputs, targets):
+        return F.cross_entropy(outputs * self.scale, targets)
+
+
+class Listed(nn.Module):
+    """Reads a weight from a list of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.weights = [self.layer.weight]
+
+    def forward(self, x):
+        return self.layer(x) * self.weights[0].norm()
+
+
+def classes():
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.rand(2, 3, 4, generator=generator), torch.arange(3).repeat(2, 1)
+    return Episode(x, labels, x, labels)
+
+
+def penalized(net, detached=False):
+    def loss(outputs, targets):
+        weight = net.weight.detach() if detached else net.weight
+        return F.cross_entropy(outputs, targets) + weight.square().sum()
+
+    return loss
+
+
+def test_a_parameter_that_would_get_no_gradient_is_refused():
+    scaled = Scaled()
+    with pytest.raises(SettingError, match=r"^model.loss has a parameter \(scale\), which would get no gradient"):
+        MAML(nn.Linear(4, 3), loss=scaled).training_step(classes(), 0)
+    MAML(nn.Linear(4, 3), loss=scaled.requires_grad_(False)).training_step(classes(), 0)
+    with pytest.raises(SettingError, match=r"^layer.weight of model.net is read where neither its adapted value nor"):
+        MAML(Listed()).training_step(classes(), 0)
+
+
+def test_so_is_a_penalty_on_the_network_in_its_loss():
+    net = nn.Linear(4, 3)
+    with pytest.raises(SettingError, match=r"^weight of model.net is read [^\n]*add penalties to what training_step"):
+        MAML(net, loss=penalized(net)).training_step(classes(), 0)
+    MAML(net, loss=penalized(net, detached=True)).training_step(classes(), 0)
