@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.utils.checkpoint as checkpoint
 from torch import Tensor, nn
 
+from maml_lightning.engine.recomputation import recomputing
 from maml_lightning.engine.trials import trying
 from maml_lightning.structures import call_arguments, leaves, logits_of, mapped
 
@@ -79,7 +79,7 @@ def call_with(
     positional, named = call_arguments(inputs)
 
     def run() -> Any:
-        with _eager() if places.compiled else nullcontext(), _recomputing(with_tensors):
+        with _eager() if places.compiled else nullcontext(), recomputing(with_tensors):
             return part(net(*positional, **named))
 
     def with_tensors(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -129,31 +129,6 @@ def watched(
             for layer, mode in modes.items():
                 layer.training = mode
     return True
-
-
-@contextmanager
-def _recomputing(with_tensors: Callable[..., Any]) -> Iterator[None]:
-    """What ``torch.utils.checkpoint`` keeps to run it anew in the backward pass then has the tensors of this call.
-
-    The reentrant kind, which no ``torch.autograd.grad`` differentiates, becomes the other one.
-
-    Args:
-        with_tensors: calls a function while the tensors are in place.
-    """
-    module: Any = checkpoint
-    kept, reentrant = module._CheckpointFrame, module.CheckpointFunction
-    module._CheckpointFrame = lambda function, *args, **kwargs: kept(partial(with_tensors, function), *args, **kwargs)
-    module.CheckpointFunction = _NotReentrant
-    try:
-        yield
-    finally:
-        module._CheckpointFrame, module.CheckpointFunction = kept, reentrant
-
-
-class _NotReentrant:
-    @staticmethod
-    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-        return checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
 
 
 def _compiles() -> bool:

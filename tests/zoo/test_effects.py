@@ -88,6 +88,37 @@ def test_layers_that_run_anew_in_the_backward_pass_have_the_parameters_of_their_
     assert relative_error(found, expected.gradient) < 1e-9
 
 
+class Anew(torch.autograd.Function):
+    """Runs a layer anew in the backward pass, as reversible networks and the adjoint method do."""
+
+    @staticmethod
+    def forward(ctx, layer, x, *parameters):
+        ctx.layer = layer
+        ctx.save_for_backward(x, *parameters)
+        return layer(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, *parameters = ctx.saved_tensors
+        with torch.enable_grad():
+            outputs = ctx.layer(x)
+        return None, None, *torch.autograd.grad(outputs, parameters, gradient)
+
+
+@pytest.mark.parametrize("execution", ["auto", "loop"])
+def test_so_have_layers_that_a_function_of_ones_own_runs_anew(execution):
+    def made(run):
+        torch.manual_seed(0)
+        return Checkpointed(run).double()
+
+    def anew(layer, x):
+        return layer(x) if x.requires_grad else Anew.apply(layer, x, *layer.parameters())
+
+    found, episode = step(made(anew), steps=2, first_order=True, execution=execution)
+    expected = meta_gradient(made(directly), episode, 0.1, 2, F.cross_entropy, first_order=True)
+    assert relative_error(found, expected.gradient) < 1e-9
+
+
 def test_the_search_for_the_head_writes_to_no_inputs():
     _, episode = step(writing("multiplied"), adapted_parameters="head")
     assert torch.equal(episode.support_inputs, 2 * CASE.episode().support_inputs)
