@@ -79,7 +79,7 @@ def call_with(
     positional, named = call_arguments(inputs)
 
     def run() -> Any:
-        with _eager() if places.compiled else nullcontext(), recomputing(with_tensors):
+        with _eager() if places.compiled else nullcontext():
             return part(net(*positional, **named))
 
     def with_tensors(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -93,7 +93,7 @@ def call_with(
                 if local in owner:
                     owner[local] = value
 
-    return with_tensors(run)
+    return recomputing(with_tensors, run)
 
 
 def watched(
