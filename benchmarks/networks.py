@@ -210,6 +210,8 @@ Each of these raises an error of one line that names the setting and the remedy:
 - An operator whose derivative PyTorch lacks: set `--model.first_order true`, or use another operator. An example is
   the third derivative of batch normalization, for a network that takes a gradient of itself. PyTorch 2.6 does not
   refuse it, and gets it wrong.
+- A loss with trainable parameters of its own, or one that reads those of the network, such as a penalty: make them
+  parameters of the network, and add penalties to what your `training_step` returns.
 - Second-order gradients that need inputs which the network has overwritten (a plain loop fails, too): let it work on
   `x.clone()`.
 

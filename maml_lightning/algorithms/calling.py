@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from maml_lightning.engine.recomputation import recomputing
 from maml_lightning.engine.trials import trying
 from maml_lightning.structures import call_arguments, leaves, logits_of, mapped
 
@@ -76,15 +77,23 @@ def call_with(
         places = _Places(net)
         swapped, known[:] = places.of(tensors), [places] if known else []
     positional, named = call_arguments(inputs)
-    try:
-        for owner, local, name, _ in swapped:
-            owner[local] = tensors[name]
+
+    def run() -> Any:
         with _eager() if places.compiled else nullcontext():
             return part(net(*positional, **named))
-    finally:
-        for owner, local, _, value in swapped:
-            if local in owner:
-                owner[local] = value
+
+    def with_tensors(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        before = [owner[local] for owner, local, *_ in swapped]  # in a call that takes a gradient: that call's
+        try:
+            for owner, local, name, _ in swapped:
+                owner[local] = tensors[name]
+            return function(*args, **kwargs)
+        finally:
+            for (owner, local, *_), value in zip(swapped, before, strict=True):
+                if local in owner:
+                    owner[local] = value
+
+    return recomputing(with_tensors, run)
 
 
 def watched(

@@ -52,7 +52,7 @@ def _place(error: Exception) -> str:
 
 
 _NOT_DIFFERENTIABLE = {
-    "derivative .*not implemented|not (implemented|support) .*derivative": (
+    "derivative .*not implemented|not (implemented|support) .*derivative|double backwards? .*not supported": (
         "PyTorch has no second derivative of a part of model.net or model.loss, or no third one of a part that takes a "
         "gradient itself ({reason}), in no training loop; replace that part, or set model.first_order to true."
     ),

@@ -10,6 +10,7 @@ import sys
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import is_dataclass
 from types import BuiltinMethodType, CellType, FunctionType, MethodType, MethodWrapperType, ModuleType
@@ -22,6 +23,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 from maml_lightning.engine.values import all_plain, checksum, generator_state, identity, of_tensor, plain
 from maml_lightning.engine.variables import (
+    LIGHTNING,
     PLAIN,
     Variable,
     functions_of,
@@ -35,7 +37,7 @@ from maml_lightning.engine.variables import (
 _CONTAINERS = {dict, OrderedDict, list, tuple, set}
 # Their objects hold much that has nothing to do with what a network computes.
 _LIBRARIES = {
-    *("torch", "lightning", "pytorch_lightning", "torchmetrics", "numpy", "logging", "threading", "builtins"),
+    *("torch", *LIGHTNING, "numpy", "logging", "threading", "builtins"),
     "maml_lightning",  # what keeps fingerprints would grow with each that it is part of
 }
 _MANY = 64  # values of a container that are compared as a whole
@@ -222,9 +224,15 @@ def _of_torch(seen: _Seen) -> list[Hashable]:
 
 def _progress(seen: _Seen) -> list[Hashable]:
     """What code reads that objects of libraries have: epoch and step of a Trainer, rates of an optimizer."""
-    names = [name for name in ("current_epoch", "global_step", "param_groups", "defaults") if name in seen.names]
-    found = [getattr(value, name) for value in seen.of_libraries for name in names if hasattr(value, name)]
-    return [_plain_part(value) for value in found]
+    objects, parts = list(seen.of_libraries), list[Hashable]()
+    for value in objects:  # grows: `trainer.fit_loop.batch_idx`
+        lightning = type(value).__module__.partition(".")[0] in LIGHTNING
+        for name in sorted(seen.names) if lightning else seen.names & {"param_groups", "defaults"}:
+            with suppress(Exception):  # whatever a property raises; where code reads it, it will again
+                parts.append((name, _plain_part(part := getattr(value, name))))
+                inner = [each for each in (part if type(part) is list else [part]) if is_of_library(each)]
+                objects += [each for each in inner if not any(each is known for known in objects)]
+    return parts
 
 
 def attributes_of(value: Any) -> dict[str, Any]:

@@ -141,6 +141,7 @@ def record(
     own = [leaf.detach() for leaf in leaves]  # objects of their own, where one tensor is used twice
     inputs = [mode.from_tensor(leaf) for leaf in own]
     for number, value in enumerate(inputs):
+        value.item_memo = None  # from torch 2.14 on, `.item()` of an argument would give its value now, for ever
         recorder.name(value, recorder.graph.placeholder(f"input_{number}"))
     with torch.no_grad(), without_autocast_cache(), mode, recorder:
         outputs = function(*inputs)

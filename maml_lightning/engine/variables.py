@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 
 PLAIN = {int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
-_FIXED = {"torch", "torchvision", "numpy", "maml_lightning", *sys.stdlib_module_names} - {"__main__"}
+LIGHTNING = {"lightning", "pytorch_lightning", "lightning_utilities", "torchmetrics"}
+_FIXED = {"torch", "torchvision", "numpy", "maml_lightning", *LIGHTNING, *sys.stdlib_module_names} - {"__main__"}
 _IMPORTS = {"modules", "import_module", "__import__"}  # give modules that code names in texts
 _BY_NAME = {"globals", "locals", "vars", "eval", "exec", *_IMPORTS}  # may give any variable
 Cache: Any = type(cache(len))  # of functools, also lru_cache
@@ -106,7 +107,7 @@ def functions_in(cls: type) -> Iterator[tuple[str, FunctionType]]:
 
 
 def own_classes(kind: type) -> list[type]:
-    """The class and its bases, but for those of PyTorch, NumPy, Python and this package."""
+    """The class and its bases, but for those of PyTorch, Lightning, NumPy, Python and this package."""
     return [cls for cls in kind.__mro__ if not is_fixed(cls.__module__)]
 
 
@@ -124,7 +125,7 @@ def ingredients(value: Any) -> tuple[Any, tuple, dict[str, Any]] | None:
 
 
 def is_fixed(module: str | None) -> bool:
-    """Whether a module is of PyTorch, NumPy, Python or this package, which hold nothing that the user changes."""
+    """Whether a module is of PyTorch, Lightning, NumPy, Python or this package, whose variables no user changes."""
     return _root(module) in _FIXED
 
 

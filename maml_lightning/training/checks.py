@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from operator import is_not
@@ -33,10 +33,10 @@ from maml_lightning.training.loss_checks import (
     check_loss_of_one,
     first_line,
     is_computed,
-    warn_of_constants,
     without_broadcasting,
 )
 from maml_lightning.training.metrics import metric_scores
+from maml_lightning.training.network_checks import check_gradients
 from maml_lightning.training.remedies import remedy_of_inputs
 from maml_lightning.training.scores import Scoring, is_of_classes, is_of_labels, score_of
 
@@ -81,8 +81,9 @@ def check_fit(loop: InnerLoop, metric: Any, episode: Episode, inner_steps: int, 
             elif is_of_labels(loss) and isinstance(targets, Tensor) and has_values(targets):
                 check_labels(loss, all_targets)
             check_loss(tried, outputs, targets)
-            if net is not loop.net and all_inputs is episode.query_inputs:  # a copy, which may run again
-                warn_of_constants(net, tried, partial(_outputs, net, loop.running or (), inputs, pretraining), targets)
+            fitting = trainer is None or trainer.state.fn == TrainerFn.FITTING
+            if fitting and loop.head == "learned" and net is not loop.net:
+                check_gradients(net, tried, partial(_loss_with, net, tried, loop.running or (), inputs, targets))
     if metric is not None:
         with without_broadcasting(), same_random_numbers(episode.device):
             metric_scores(metric, [outputs[None].clone()], mapped(lambda tensor: tensor[None].clone(), targets))
@@ -254,6 +255,13 @@ def _check_gradient(net: nn.Module, outputs: Tensor) -> None:
             "model.net returns outputs without a gradient, from which nothing can be learned; take torch.no_grad(), "
             ".detach() or .numpy() out of its forward."
         )
+
+
+def _loss_with(
+    net: nn.Module, loss: Any, running: Collection[str], inputs: Any, targets: Any, params: Mapping[str, Tensor]
+) -> Tensor:
+    """The loss of a network with other parameters."""
+    return loss(called(net, params, mapped(torch.clone, inputs), running), mapped(torch.clone, targets))
 
 
 def check_trainer(trainer: Trainer) -> None:

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from maml_lightning.devices import has_values, widest
 from maml_lightning.engine.trials import same_random_numbers
 from maml_lightning.errors import SettingError
-from maml_lightning.structures import describe, logits_of, mapped
+from maml_lightning.structures import describe, mapped
 from maml_lightning.training.remedies import remedy_of_targets
 from maml_lightning.training.scores import class_dimensions, ignored_target
 
@@ -131,48 +130,6 @@ def check_loss_of_one(loss: Callable[..., Any], whole: Any, outputs: Tensor, tar
             f"model.loss {_name(loss)} takes all that model.net returns ({type(whole).__name__}), but gets its outputs "
             f"alone, {describe(outputs)}; let the network return one tensor (torch.cat), and the loss split it."
         )
-
-
-def warn_of_constants(net: nn.Module, loss: Callable[..., Any], run: Callable[[], Any], targets: Any) -> None:
-    """Say which parameters a loss reads by itself: neither loop has gradients of those, and nobody would learn them.
-
-    Args:
-        net: a copy of the network.
-        loss: of its outputs, copied with it.
-        run: gives what the copy returns.
-        targets: of one task.
-    """
-    trained = [value for value in net.parameters() if value.requires_grad]
-    try:
-        for value in trained:
-            value.requires_grad_(False)  # what the network itself keeps for the loss has a gradient in both loops
-        outputs = logits_of(run()).detach()
-        for value in trained:
-            value.requires_grad_(True)
-        found = _leaves(_loss_with_gradient(loss, outputs, targets))
-    except Exception:  # it takes a gradient of its own parameters
-        return
-    if read := [value for value in found if isinstance(value, nn.Parameter)]:
-        rank_zero_warn(
-            f"model.loss {_name(loss)} reads {len(read)} parameter(s) by itself, such as one of shape "
-            f"{list(read[0].shape)}: they are constants in it, which no gradient changes; use "
-            "model.inner_weight_decay and the optimizer's weight_decay for weight decay, and let model.net apply what "
-            "is to be learned."
-        )
-
-
-def _leaves(value: Tensor) -> list[Tensor]:
-    """The tensors that a value is computed from, by autograd's graph."""
-    nodes, seen, found = [value.grad_fn], set[Any](), []
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if type(node).__name__ == "AccumulateGrad":
-            found.append(node.variable)  # type: ignore[attr-defined]
-        nodes += [following for following, _ in node.next_functions]
-    return found
 
 
 def _remedy_of_outputs(loss: Callable[..., Any], outputs: Tensor, targets: Any) -> str:

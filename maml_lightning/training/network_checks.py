@@ -1,9 +1,13 @@
-"""Checks of the network alone, when it is given."""
+"""Checks of the network alone, when it is given, and of what its gradient reaches."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from maml_lightning.engine.differentiation import by_autograd
 from maml_lightning.errors import SettingError
 
 
@@ -42,3 +46,47 @@ def check_network(net: nn.Module, second_order: bool) -> None:
             f"model.net has TorchScript in it ({scripts[0]}), whose second derivatives are wrong in PyTorch; give the "
             "module that it was made of, or set model.first_order to true."
         )
+
+
+def check_gradients(net: nn.Module, loss: Any, value: Callable[[Mapping[str, Tensor]], Any]) -> None:
+    """Check that a loss depends on no trainable parameters but those that the network is called with.
+
+    Args:
+        net: the network.
+        loss: of the outputs.
+        value: the loss of the network with other tensors in place of its parameters, by name.
+
+    Raises:
+        SettingError: a loss with parameters of its own, or a parameter that is read elsewhere: in a penalty, say.
+    """
+    given = {name: v.detach().clone().requires_grad_() for name, v in net.named_parameters() if v.requires_grad}
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), by_autograd():
+            reached = {id(leaf) for leaf in _leaves_of(value(given))}
+    except Exception:  # whatever a user's network raises; it will again where it matters
+        return
+    of_loss = dict(loss.named_parameters()) if isinstance(loss, nn.Module) else {}
+    if name := next((name for name, leaf in net.named_parameters() if id(leaf) in reached), None):
+        raise SettingError(
+            f"{name} of model.net is read where neither its adapted value nor its gradient gets (by model.loss, or "
+            "from a list of the network's own); read it as the layer's attribute, add penalties to what training_step "
+            "returns, or detach it."
+        )
+    if name := next((name for name, leaf in of_loss.items() if id(leaf) in reached), None):
+        raise SettingError(
+            f"model.loss has a parameter ({name}), which would get no gradient; make it one of model.net, or set its "
+            "requires_grad to False."
+        )
+
+
+def _leaves_of(value: Tensor) -> Iterator[Tensor]:
+    """The tensors that ``value.backward()`` would give gradients to."""
+    nodes: list[Any] = [value.grad_fn]
+    seen: set[Any] = {None}
+    while nodes:
+        if (node := nodes.pop()) in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        nodes += [after for after, _ in node.next_functions]

@@ -18,10 +18,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import LightningModule
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torchmetrics import MeanMetric
 
 from maml_lightning import MAML
+from maml_lightning.engine.fingerprints import fingerprint
 from tests.engine.test_trials import episode, gradient
 from tests.reference import reference, relative_error
 
@@ -274,6 +277,18 @@ def test_what_differs_at_each_call_is_asked_at_each_call(kind, caplog):
     net.numbers = np.random.default_rng(0)
     gradient(MAML(net, inner_lr=0.1, inner_steps=1))
     assert [r.message for r in caplog.records if "task by task" in r.message]
+
+
+@pytest.mark.parametrize("part", [MeanMetric, LightningModule])
+def test_parts_of_lightning_cost_no_time(part, caplog):  # what their packages hold is none of the network's
+    net = nn.Sequential(nn.Linear(4, 3)).double()
+    net.part = [part()]
+    begin = time.process_time()
+    fingerprint((net,))
+    assert time.process_time() - begin < 0.3
+    expected = reference(copy.deepcopy(net), episode(), 0.1, 2, F.cross_entropy)[1]
+    assert relative_error(gradient(MAML(net, inner_lr=0.1, inner_steps=2)), expected) < 1e-9
+    assert "slower" not in caplog.text
 
 
 def test_a_plain_network_is_traced(caplog):

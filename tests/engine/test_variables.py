@@ -166,6 +166,7 @@ class OfTheEpoch(LightningModule):
     [
         (lambda net: 1 + net.current_epoch, True),
         (lambda net: 1 + net.trainer.current_epoch, True),
+        (lambda net: 1 + net.trainer.fit_loop.epoch_progress.current.completed, True),
         (lambda net: 1, False),
     ],
 )

@@ -88,8 +88,8 @@ def test_classes_with_a_dimension_too_many_are_named():
     check_loss(F.cross_entropy, torch.zeros(3, 3), torch.arange(3)[:, None][..., 0])
 
 
-class Weighed(nn.Module):
-    """A loss with a parameter of its own."""
+class Scaled(nn.Module):
+    """A loss that learns how much to scale the outputs."""
 
     def __init__(self):
         super().__init__()
@@ -112,19 +112,48 @@ class Balanced(nn.Module):
         return outputs
 
 
-def test_a_loss_that_reads_parameters_by_itself_is_said_once(recwarn):
-    x, y = torch.rand(2, 6, 4), torch.arange(3).repeat(2, 2)
-    net, balanced = nn.Linear(4, 3), Balanced()
-    for read, module, loss in (
-        (2, net, lambda outputs, targets: F.cross_entropy(outputs, targets) + net.weight.norm() + net.bias.norm()),
-        (1, nn.Linear(4, 3), Weighed()),
-        (0, balanced, lambda outputs, targets: F.cross_entropy(outputs, targets) + balanced.penalty),
-        (0, nn.Linear(4, 3), F.cross_entropy),
-    ):
-        for _ in range(2):
-            MAML(module, loss=loss).training_step(Episode(x, y, x + 1, y), 0)
-        said = [str(warning.message) for warning in recwarn if "by itself" in str(warning.message)]
-        recwarn.clear()
-        assert len(said) == 2 * bool(read)
-        assert all(f"reads {read} parameter(s) by itself" in line and "\n" not in line for line in said)
-        assert all(value.requires_grad for value in module.parameters())
+class Listed(nn.Module):
+    """Reads a weight from a list of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.weights = [self.layer.weight]
+
+    def forward(self, x):
+        return self.layer(x) * self.weights[0].norm()
+
+
+def classes():
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.rand(2, 3, 4, generator=generator), torch.arange(3).repeat(2, 1)
+    return Episode(x, labels, x, labels)
+
+
+def penalized(net, detached=False):
+    def loss(outputs, targets):
+        weight = net.weight.detach() if detached else net.weight
+        return F.cross_entropy(outputs, targets) + weight.square().sum()
+
+    return loss
+
+
+def test_a_parameter_that_would_get_no_gradient_is_refused():
+    scaled = Scaled()
+    with pytest.raises(SettingError, match=r"^model.loss has a parameter \(scale\), which would get no gradient"):
+        MAML(nn.Linear(4, 3), loss=scaled).training_step(classes(), 0)
+    MAML(nn.Linear(4, 3), loss=scaled.requires_grad_(False)).training_step(classes(), 0)
+    with pytest.raises(SettingError, match=r"^layer.weight of model.net is read where neither its adapted value nor"):
+        MAML(Listed()).training_step(classes(), 0)
+
+
+def test_so_is_a_penalty_on_the_network_in_its_loss():
+    net = nn.Linear(4, 3)
+    with pytest.raises(SettingError, match=r"^weight of model.net is read [^\n]*add penalties to what training_step"):
+        MAML(net, loss=penalized(net)).training_step(classes(), 0)
+    MAML(net, loss=penalized(net, detached=True)).training_step(classes(), 0)
+
+
+def test_a_penalty_that_the_network_keeps_is_taken():
+    net = Balanced()
+    MAML(net, loss=lambda outputs, targets: F.cross_entropy(outputs, targets) + net.penalty).training_step(classes(), 0)

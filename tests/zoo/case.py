@@ -27,7 +27,8 @@ class Case(NamedTuple):
         loss: of inner and outer loop; regression of ``[B, 3]`` where it is not the cross-entropy.
         evaluation: the network is in evaluation mode.
         change: what is done to the network between two meta-steps.
-        plain: what the loop runs, where it is not the same network (a compiled one).
+        plain: what the loop runs, where it is not the same network (a compiled one, one that recomputes its layers with
+            parameters that are no longer in it).
         stateful: calls change what the outputs depend on; each usual way of a loop to treat it counts.
         quick: run by the ordinary suite, not by the long one alone.
         noise: how far parameters are moved off their initial zeros and ones.

@@ -202,6 +202,7 @@ OTHERS = {
 }  # fmt: skip
 CASES = [
     *(Case(f"torchvision {name}", make, PICTURE, **CALM, evaluation=name == "MNASNet",
+           plain=_densenet if name == "DenseNet, memory-efficient" else None,
            refusal=NOT_TWICE if name == "MobileNetV3" else "") for name, make in TORCHVISION.items()),
     *(case for cases in OTHERS.values() for case in cases),
 ]  # fmt: skip

@@ -57,6 +57,17 @@ class TensorAttribute(Perceptron):
         return super().forward(x) * self.scale
 
 
+class BufferNumber(Perceptron):
+    """Reads the number in a buffer."""
+
+    def __init__(self, number: int | float) -> None:
+        super().__init__()
+        self.register_buffer("number", torch.tensor(number))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.number.item()
+
+
 class Branch(Perceptron):
     """Which branch is taken depends on the data."""
 
@@ -287,6 +298,8 @@ CASES = [
     vector("module global changed", global_factor, set_factor),
     vector("tensor attribute", TensorAttribute),
     vector("tensor attribute replaced", TensorAttribute, lambda net: setattr(net, "scale", 5 * net.scale)),
+    vector("number in a buffer changed", lambda: BufferNumber(1), lambda net: net.number.fill_(5)),
+    vector("number in a float buffer changed", lambda: BufferNumber(1.0), lambda net: net.number.fill_(5)),
     vector("tensor attribute changed in place", TensorAttribute, lambda net: net.scale.mul_(5)),
     vector("layer replaced", Perceptron, lambda net: setattr(net, "act", nn.ReLU())),
     vector("forward replaced", Perceptron, lambda net: setattr(net, "forward", lambda x: net.b(net.a(x)))),

@@ -1,17 +1,20 @@
 """What a meta-step leaves behind: inputs that the network writes to, random numbers, calls that are counted."""
 
 import random
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from maml_lightning import MAML, SettingError
 from tests.zoo.case import VECTOR, Case
 from tests.zoo.loop import meta_gradient, relative_error
 from tests.zoo.python_state import Perceptron
+from tests.zoo.sequences import Checkpointed, directly
 
 
 class Writes(Perceptron):
@@ -70,6 +73,50 @@ def writing(kind):
 @pytest.mark.parametrize("kind", WRITES)
 def test_inputs_that_the_network_writes_to_change_as_in_the_plain_loop(kind, settings):
     check_like_loop(lambda: writing(kind), **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"first_order": True}, {"flat_memory": True}], ids=str)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_that_run_anew_in_the_backward_pass_have_the_parameters_of_their_call(reentrant, settings):
+    def made(run):
+        torch.manual_seed(0)
+        return Checkpointed(run).double()
+
+    found, episode = step(made(partial(checkpoint, use_reentrant=reentrant)), steps=2, **settings)
+    first_order = settings.get("first_order", False)
+    expected = meta_gradient(made(directly), episode, 0.1, 2, F.cross_entropy, first_order)
+    assert relative_error(found, expected.gradient) < 1e-9
+
+
+class Anew(torch.autograd.Function):
+    """Runs a layer anew in the backward pass, as reversible networks and the adjoint method do."""
+
+    @staticmethod
+    def forward(ctx, layer, x, *parameters):
+        ctx.layer = layer
+        ctx.save_for_backward(x, *parameters)
+        return layer(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, *parameters = ctx.saved_tensors
+        with torch.enable_grad():
+            outputs = ctx.layer(x)
+        return None, None, *torch.autograd.grad(outputs, parameters, gradient)
+
+
+@pytest.mark.parametrize("execution", ["auto", "loop"])
+def test_so_have_layers_that_a_function_of_ones_own_runs_anew(execution):
+    def made(run):
+        torch.manual_seed(0)
+        return Checkpointed(run).double()
+
+    def anew(layer, x):
+        return layer(x) if x.requires_grad else Anew.apply(layer, x, *layer.parameters())
+
+    found, episode = step(made(anew), steps=2, first_order=True, execution=execution)
+    expected = meta_gradient(made(directly), episode, 0.1, 2, F.cross_entropy, first_order=True)
+    assert relative_error(found, expected.gradient) < 1e-9
 
 
 def test_the_search_for_the_head_writes_to_no_inputs():
