@@ -51,8 +51,8 @@ def _cast(operator: Callable[..., Any]) -> Callable[..., Any]:
 
 def lower_precision() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Operators of several parts, by torch's own."""
-    products = (torch.addmm, torch.addmv, torch.baddbmm, torch.addbmm)
-    methods = (Tensor.addmm, Tensor.addmv, Tensor.baddbmm, Tensor.addbmm)
+    products = (torch.addmm, torch.baddbmm, torch.addbmm)
+    methods = (Tensor.addmm, Tensor.baddbmm, Tensor.addbmm)
     return {own: _cast(own) for own in (F.linear, F.multi_head_attention_forward, F.prelu, *products, *methods)}
 
 
