@@ -32,8 +32,8 @@ def in_types_of_arguments(operator: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _cast(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator that autocast runs in lower precision: all of its arguments are cast at once, as autocast does."""
+def _cast(operator: Callable[..., Any], to: torch.dtype | None = None) -> Callable[..., Any]:
+    """An operator that autocast runs in lower precision, or ``to``: its arguments are cast at once, as autocast does."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         dtype = next(autocast_dtype(arg.device.type) for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor))
@@ -41,7 +41,7 @@ def _cast(operator: Callable[..., Any]) -> Callable[..., Any]:
             return operator(*args, **kwargs)
 
         def lower(value: Tensor) -> Tensor:
-            return value.to(dtype) if value.is_floating_point() and value.dtype != torch.float64 else value
+            return value.to(to or dtype) if value.is_floating_point() and value.dtype != torch.float64 else value
 
         args, kwargs = pytree.tree_map_only(Tensor, lower, (args, kwargs))
         return operator(*args, **kwargs)
@@ -49,11 +49,14 @@ def _cast(operator: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def lower_precision() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Operators of several parts, by torch's own."""
+def autocast_operators() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Operators of several parts, by torch's own; distances are in float32."""
     products = (torch.addmm, torch.baddbmm, torch.addbmm)
     methods = (Tensor.addmm, Tensor.baddbmm, Tensor.addbmm)
-    return {own: _cast(own) for own in (F.linear, F.multi_head_attention_forward, F.prelu, *products, *methods)}
+    distances = {torch.cdist: _cast(torch.cdist, torch.float32)}
+    return distances | {
+        own: _cast(own) for own in (F.linear, F.multi_head_attention_forward, F.prelu, *products, *methods)
+    }
 
 
 def _is_mixed(input: Tensor, weight: Tensor | None) -> bool:

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from maml_lightning.engine.kernels.activations import hardsigmoid, rrelu
-from maml_lightning.engine.kernels.autocast import group_norm, layer_norm, lower_precision
+from maml_lightning.engine.kernels.autocast import autocast_operators, group_norm, layer_norm
 from maml_lightning.engine.kernels.convolution_layers import conv1d, conv2d, conv_transpose1d, conv_transpose2d
 from maml_lightning.engine.kernels.embedding import embedding_bag
 from maml_lightning.engine.kernels.normalization import (
@@ -55,7 +55,7 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch._weight_norm: weight_norm,
     **poolings(),
     **recurrences(),
-    **lower_precision(),
+    **autocast_operators(),
 }
 
 # What replaces an operator when a compiler follows: what it fuses better than it calls, and the reverse.
