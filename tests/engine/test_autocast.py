@@ -126,6 +126,16 @@ TYPES = {
 }
 
 
+@pytest.mark.parametrize("execution", ["traced", "vectorized"])
+def test_distances_run_vectorized(execution):
+    torch.manual_seed(3)
+    centers = nn.Linear(8, 8)
+    net = Asking(centers, lambda h: torch.cdist(h, centers.weight))
+    gradient, _ = trained(net, execution)
+    expected, _ = trained(net, "loop")
+    assert (gradient - expected).norm() < 0.05 * expected.norm()
+
+
 def trained(net, execution):
     """Gradient and predictions of the second meta-step, whose graphs are known."""
     torch.manual_seed(0)

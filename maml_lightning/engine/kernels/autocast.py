@@ -33,7 +33,7 @@ def in_types_of_arguments(operator: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _cast(operator: Callable[..., Any], to: torch.dtype | None = None) -> Callable[..., Any]:
-    """An operator that autocast runs in lower precision, or ``to``: its arguments are cast at once, as autocast does."""
+    """An operator that autocast runs in lower precision, or in ``to``: its arguments are cast at once."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         dtype = next(autocast_dtype(arg.device.type) for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor))
