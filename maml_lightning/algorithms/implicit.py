@@ -55,7 +55,8 @@ def _conjugate_gradients(product: Callable[[Parameters], Parameters], b: Paramet
         return torch.stack([product.reshape(len(product), -1).sum(1) for product in products]).sum(0)
 
     def move(a: Parameters, scale: Tensor, b: Parameters) -> Parameters:
-        return {n: torch.addcmul(v, b[n], scale.view(-1, *[1] * (v.dim() - 1))) for n, v in a.items()}
+        moved = {n: torch.addcmul(v, b[n], scale.view(-1, *[1] * (v.dim() - 1))) for n, v in a.items()}
+        return {n: value.to(a[n].dtype) for n, value in moved.items()}  # parameters may have several types
 
     x = {name: torch.zeros_like(value) for name, value in b.items()}
     residual = direction = b

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from maml_lightning.engine.memory import out_of_memory
 from maml_lightning.errors import SettingError
@@ -23,7 +24,9 @@ _LIBRARIES = (
 )
 # What PyTorch says where code depends on values, which are not known when it is recorded or vectorized.
 _OF_VALUES = {
-    r"calling \.item\(\)|data pointer|data-dependent|_local_scalar": "it reads values, as a branch or .item() does",
+    r"calling \.item\(\)|data pointer|data-dependent|_local_scalar|over torch\.allclose": (
+        "it reads values, as a branch or .item() does"
+    ),
     r"dynamic shape|^aten\.[\w.]+$|masked_select": "a size depends on values, as in x[mask] or a packed sequence",
 }
 
@@ -37,11 +40,44 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, RuntimeError) and out_of_memory(error):
         raise error
     text = str(error).strip()
-    for pattern, meaning in _OF_VALUES.items():
-        if re.search(pattern, text):
-            return meaning + _place(error)
+    if meaning := _meaning(error):
+        return meaning + _place(error)
     line = text.split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
     return line if len(line) <= 120 else f"{line[:117]}..."
+
+
+class _Reads(TorchFunctionMode):
+    """While active, keeps the first error that a function of tensors raises where it needs their values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.error: Exception | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        try:
+            return func(*args, **(kwargs or {}))
+        except Exception as error:
+            if self.error is None and _meaning(error):
+                self.error = error
+            raise
+
+
+@contextmanager
+def raising_what_is_caught() -> Iterator[None]:
+    """Raise errors of reading values although code has caught them: in a loop it reads them, and may go another way.
+
+    Raises:
+        Exception: the first of them.
+    """
+    with _Reads() as reads:
+        yield
+    if reads.error is not None:
+        raise reads.error
+
+
+def _meaning(error: Exception) -> str:
+    """What code does that depends on values, from the error that it meets where there are none; else empty."""
+    return next((meaning for pattern, meaning in _OF_VALUES.items() if re.search(pattern, str(error).strip())), "")
 
 
 def _place(error: Exception) -> str:

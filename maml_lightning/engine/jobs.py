@@ -11,6 +11,7 @@ from torch.library import custom_op
 from torch.utils import _pytree as pytree
 
 from maml_lightning.engine import loop
+from maml_lightning.engine.failures import raising_what_is_caught
 from maml_lightning.engine.kernels.layout import tasks_first
 from maml_lightning.engine.state import Bound, RandomState, State
 from maml_lightning.engine.trials import same
@@ -162,7 +163,7 @@ def _vmap(function: Callable, in_dims: tuple) -> Callable:
 
     def quiet(*args: Any) -> Any:
         # An operator that vmap does not know runs task by task: slower, and the user can do nothing about it.
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), raising_what_is_caught():
             warnings.filterwarnings("ignore", "There is a performance drop")
             return vectorized(*args)
 

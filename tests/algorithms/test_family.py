@@ -359,6 +359,28 @@ def test_implicit_gradient_is_the_exact_linear_solve():
     assert torch.allclose(net.weight.grad[0], expected, rtol=1e-8)
 
 
+class Mixed(nn.Module):
+    """Has parameters of two types."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.body, self.head = nn.Linear(100, 4).to(dtype), nn.Linear(4, 3).double()
+
+    def forward(self, x):
+        return self.head(self.body(x.flatten(1).to(self.body.weight)).tanh().double())
+
+
+def test_implicit_gradient_of_parameters_of_several_types():
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        net = Mixed(dtype)
+        MAML(net=net, algorithm="imaml", inner_lr=0.1, inner_steps=3).training_step(images(), 0).backward()
+        assert net.body.weight.grad.dtype == dtype
+        gradients.append({name: value.grad.double() for name, value in net.named_parameters()})
+    assert relative_error(*gradients) < 1e-5
+
+
 @pytest.mark.parametrize("make", [own, recurrent, transformer])
 @sdpa_kernel(SDPBackend.MATH)  # the others have no second derivative
 def test_implicit_gradient_of_an_own_network_is_the_solve_with_its_hessian(make):

@@ -89,3 +89,91 @@ def test_parts_without_autocast_stay_in_float32(execution):
         for _ in range(2):
             before, _ = maml.trajectory(Episode(x, y, x, y))
     assert torch.allclose(before, net.head(x), rtol=1e-5)
+
+
+class Asking(nn.Module):
+    """Goes by the type of a layer's outputs: what is wrong about it is no rounding."""
+
+    def __init__(self, layer, call=None):
+        super().__init__()
+        self.first, self.layer, self.head = nn.Linear(4, 8), layer, nn.Linear(8, 3)
+        self.call = call or layer.forward
+
+    def forward(self, x):
+        h = self.call(self.first(x))
+        return self.head(3 * h if h.dtype == torch.bfloat16 else h)
+
+
+def attention():
+    layer = nn.MultiheadAttention(8, 2, batch_first=True)
+    return Asking(layer, lambda h: layer(h[None], h[None], h[None])[0][0])
+
+
+def product():
+    layer = nn.Linear(8, 8)
+    return Asking(layer, lambda h: torch.addmm(layer.bias, h, layer.weight))
+
+
+TYPES = {
+    "Linear": lambda: Asking(nn.Linear(8, 8)),
+    "LayerNorm": lambda: Asking(nn.LayerNorm(8)),
+    "LayerNorm(bias=False)": lambda: Asking(nn.LayerNorm(8, bias=False)),
+    "GroupNorm": lambda: Asking(nn.GroupNorm(2, 8)),
+    "PReLU": lambda: Asking(nn.PReLU(8)),
+    "addmm": product,
+    "attention": attention,
+    "transformer": lambda: Asking(nn.TransformerEncoderLayer(8, 2, 16, 0.0)),
+}
+
+
+@pytest.mark.parametrize("execution", ["traced", "vectorized"])
+def test_distances_run_vectorized(execution):
+    torch.manual_seed(3)
+    centers = nn.Linear(8, 8)
+    net = Asking(centers, lambda h: torch.cdist(h, centers.weight))
+    gradient, _ = trained(net, execution)
+    expected, _ = trained(net, "loop")
+    assert (gradient - expected).norm() < 0.05 * expected.norm()
+
+
+def trained(net, execution):
+    """Gradient and predictions of the second meta-step, whose graphs are known."""
+    torch.manual_seed(0)
+    x, y = torch.randn(3, 6, 4), torch.arange(3).repeat(3, 2)
+    maml = MAML(net, inner_lr=0.1, inner_steps=1, execution=execution)
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            maml.zero_grad()
+            maml.training_step(Episode(x, y, x, y), 0).backward()
+        predictions = maml.trajectory(Episode(x, y, x, y))[-1]
+    return torch.cat([value.grad.flatten() for value in net.parameters()]), predictions
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_layers_give_the_types_that_they_give_in_a_loop(name, caplog):
+    torch.manual_seed(3)
+    net = TYPES[name]()
+    with caplog.at_level(logging.WARNING):
+        gradient, predictions = trained(net, "auto")
+    assert "slower" not in caplog.text
+    expected, expected_predictions = trained(net, "loop")
+    assert predictions.dtype == expected_predictions.dtype == torch.bfloat16
+    assert (predictions - expected_predictions).norm() < 0.03 * expected_predictions.norm()
+    assert (gradient - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_run_vectorized_without_a_graph(kind):
+    """As on the first batch of each shape."""
+    torch.manual_seed(3)
+    layer = kind(8, 8)
+    net = nn.Sequential(nn.Linear(4, 8), layer, Take(), nn.Linear(8, 3))
+    gradient, predictions = trained(net, "vectorized")
+    expected, expected_predictions = trained(net, "loop")
+    assert (predictions - expected_predictions).norm() < 0.03 * expected_predictions.norm()
+    assert (gradient - expected).norm() < 0.05 * expected.norm()
+
+
+class Take(nn.Module):
+    def forward(self, outputs):
+        return outputs[0]

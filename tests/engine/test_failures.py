@@ -51,6 +51,77 @@ def test_the_reason_is_told_in_words_with_the_line(reason, function, caplog):
     assert caplog.messages == [f"The network runs task by task, which is slower: {reason}{place}"]  # nor of chunks
 
 
+def caught(function):
+    """The function; where it raises, the inputs as they are."""
+
+    def run(x: Tensor) -> Tensor:
+        try:
+            return function(x)
+        except Exception:
+            return x
+
+    return run
+
+
+def one_value(read):
+    return lambda x: x * (2 if read(x) else 1)
+
+
+CAUGHT = {
+    "branch": (READS, lambda x: 2 * x if x.mean() > 0 else x),
+    "item": (READS, one_value(lambda x: x.mean().item() > 0)),
+    "float": (READS, one_value(lambda x: float(x.mean()) > 0)),
+    "numpy": (READS, one_value(lambda x: x.detach().numpy().mean() > 0)),
+    "tolist": (READS, one_value(lambda x: sum(map(sum, x.tolist())) > 0)),
+    "allclose": (READS, one_value(lambda x: not torch.allclose(x.mean(), torch.tensor(-1.0), atol=1.0))),
+    "size": (SIZES, one_value(lambda x: len(x[x > 0]) > x.numel() / 2)),
+}
+
+
+def gradient(execution: str, function, seeds) -> list[Tensor]:
+    """Of one meta-step after another, on tasks of one kind whose inputs have means of other signs."""
+    torch.manual_seed(0)
+    net = Net(caught(function))
+    maml, found = MAML(net, inner_lr=0.5, inner_steps=2, execution=execution), []
+    for sign in seeds:
+        x, y = torch.rand(2, 5, 6) * sign, torch.arange(5).remainder(3).expand(2, 5)
+        maml.zero_grad()
+        maml.training_step(Episode(x, y, x, y), 0).backward()
+        found.append(torch.cat([value.grad.flatten() for value in net.parameters()]))
+    return found
+
+
+@pytest.mark.parametrize("kind", CAUGHT)
+def test_values_read_where_errors_are_caught_lead_to_the_loop(kind, caplog):
+    """What the code does in the place of reading may be what a loop does on the first batch alone."""
+    reason, function = CAUGHT[kind]
+    with caplog.at_level(logging.WARNING):
+        found = gradient("auto", function, (-1, 1, -1))
+    assert f"task by task, which is slower: {reason}" in caplog.text
+    for ours, theirs in zip(found, gradient("loop", function, (-1, 1, -1)), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-6)
+
+
+def test_so_do_values_that_a_loss_reads(caplog):
+    def loss(outputs, targets):
+        value = nn.functional.cross_entropy(outputs, targets)
+        return caught(lambda value: 3 * value if value > 10 else value)(value)
+
+    maml = MAML(nn.Linear(6, 3), inner_lr=0.5, loss=loss)
+    x, y = torch.rand(2, 5, 6), torch.arange(5).remainder(3).expand(2, 5)
+    with caplog.at_level(logging.WARNING):
+        maml.training_step(Episode(x, y, x, y), 0).backward()
+    assert f"task by task, which is slower: {READS}" in caplog.text
+
+
+def test_other_errors_that_are_caught_change_nothing(caplog):
+    maml = MAML(Net(caught(lambda x: x @ torch.zeros(1, 1, 1, 7))), inner_lr=0.5)
+    x, y = torch.rand(2, 5, 6), torch.arange(5).remainder(3).expand(2, 5)
+    with caplog.at_level(logging.WARNING):
+        maml.training_step(Episode(x, y, x, y), 0).backward()
+    assert "slower" not in caplog.text
+
+
 class Aligned(nn.Module):
     """torchvision says in words of its own that its operators have no second derivative."""
 

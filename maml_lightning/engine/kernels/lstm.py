@@ -22,6 +22,7 @@ from torch.autograd import Function
 from torch.library import custom_op
 
 from maml_lightning.devices import without_autocast
+from maml_lightning.engine.kernels.autocast import in_types_of_arguments
 from maml_lightning.engine.kernels.last_derivative import LastDerivative, of_one_task
 from maml_lightning.engine.kernels.layout import all_tasks_first
 
@@ -49,6 +50,7 @@ def _slopes(gates: Tensor) -> Tensor:
 
 
 @custom_op("maml_lightning::lstm", mutates_args=())
+@in_types_of_arguments
 def _forward_op(x: Tensor, h: Tensor, c: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """All ``h_t`` and ``c_t``, and the activated gates."""
     hs, cs, gates, to_gates = [], [], [], weight.mT
@@ -70,6 +72,7 @@ def _(x: Tensor, h: Tensor, c: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, 
 
 
 @custom_op("maml_lightning::lstm_backward", mutates_args=())
+@in_types_of_arguments
 def _backward_op(
     g_h: Tensor, g_c: Tensor, c_0: Tensor, weight: Tensor, c: Tensor, gates: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,6 +95,7 @@ def _(g_h: Tensor, g_c: Tensor, c_0: Tensor, weight: Tensor, c: Tensor, gates: T
 
 
 @custom_op("maml_lightning::lstm_tangent", mutates_args=())
+@in_types_of_arguments
 def _tangent_op(
     u_x: Tensor,
     u_h: Tensor,
@@ -183,7 +187,7 @@ def _backward(
     g_h: Tensor, g_c: Tensor, x: Tensor, h_0: Tensor, c_0: Tensor, weight: Tensor, h: Tensor, c: Tensor, gates: Tensor
 ) -> tuple[Tensor, ...]:
     d_a, d_h, d_c = _backward_op(g_h, g_c, c_0, weight, c, gates)
-    with without_autocast(d_a.device.type):  # the operator above does without it, too
+    with without_autocast(d_a.device.type):  # as the operator above does
         return d_a, d_h, d_c, outer(d_a, before(h, h_0))
 
 

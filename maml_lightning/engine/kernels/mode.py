@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from maml_lightning.engine.kernels.activations import hardsigmoid, rrelu
+from maml_lightning.engine.kernels.autocast import autocast_operators, group_norm, layer_norm
 from maml_lightning.engine.kernels.convolution_layers import conv1d, conv2d, conv_transpose1d, conv_transpose2d
 from maml_lightning.engine.kernels.embedding import embedding_bag
 from maml_lightning.engine.kernels.normalization import (
@@ -44,6 +45,8 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     **{f: _contiguous(conv_transpose2d) for f in (torch.conv_transpose2d, F.conv_transpose2d)},
     F.batch_norm: _contiguous(batch_norm),
     F.instance_norm: instance_norm,
+    F.layer_norm: layer_norm,
+    F.group_norm: group_norm,
     F.rrelu: rrelu,
     torch.rrelu: rrelu,
     torch.rrelu_: partial(rrelu, inplace=True),
@@ -52,6 +55,7 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch._weight_norm: weight_norm,
     **poolings(),
     **recurrences(),
+    **autocast_operators(),
 }
 
 # What replaces an operator when a compiler follows: what it fuses better than it calls, and the reverse.

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.library import custom_op
 
+from maml_lightning.engine.kernels.autocast import in_types_of_arguments
 from maml_lightning.engine.kernels.last_derivative import LastDerivative, of_one_task
 from maml_lightning.engine.kernels.layout import all_tasks_first
 from maml_lightning.engine.kernels.lstm import before, outer, times
@@ -69,6 +70,7 @@ def _narrow(values: Tensor, size: int) -> Tensor:
 
 
 @custom_op("maml_lightning::recurrent_unit", mutates_args=())
+@in_types_of_arguments
 def _forward_op(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """All ``h_t``, and of a GRU ``r, z, n, p_n``."""
     hs, gates, to_p, bias, size = [], [], weight.mT, bias[:, None], h.shape[-1]
@@ -97,6 +99,7 @@ def _(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, kind: str) -> tuple[Te
 
 
 @custom_op("maml_lightning::recurrent_unit_backward", mutates_args=())
+@in_types_of_arguments
 def _backward_op(
     g: Tensor, h_0: Tensor, weight: Tensor, h: Tensor, gates: Tensor, kind: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -121,6 +124,7 @@ def _(
 
 
 @custom_op("maml_lightning::recurrent_unit_tangent", mutates_args=())
+@in_types_of_arguments
 def _tangent_op(
     u_x: Tensor,
     u_h: Tensor,
