@@ -288,8 +288,9 @@ def _function(function: FunctionType, seen: _Seen) -> Hashable:
     if function.__globals__.get("sys") is sys or "sys" in names:
         of_sys = sorted(vars(sys).keys() & names)
         environment = (environment, *[(name, repr(getattr(sys, name))) for name in of_sys if _is_plain_of_sys(name)])
-    code = identity(function.__code__)  # which notebooks that reload edited files put another in the place of
-    return (identity(function), code, environment, *cells, *_values(read_by(function), seen))
+    # Notebooks that reload edited files put other code in its place. References are compared faster than identities.
+    own = weakref.ref(function), weakref.ref(function.__code__)
+    return (*own, environment, *cells, *_values(read_by(function), seen))
 
 
 def _is_plain_of_sys(name: str) -> bool:
