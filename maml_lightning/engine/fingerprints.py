@@ -29,9 +29,9 @@ from maml_lightning.engine.variables import (
     functions_of,
     ingredients,
     is_installed,
-    names_of,
     of_class,
     read_by,
+    reads_of,
 )
 
 _CONTAINERS = {dict, OrderedDict, list, tuple, set}
@@ -135,6 +135,8 @@ def _of(value: Any, seen: _Seen) -> Hashable:
         return (kind, *[_of(v, seen) for v in value], *_of_kind(value, seen))
     if not seen.first_time(value):
         return ("seen", seen[id(value)])
+    if kind is FunctionType:
+        return _function(value, seen)
     if isinstance(value, nn.Module):
         return _module(value, seen)
     if isinstance(value, Mapping):
@@ -149,8 +151,6 @@ def _of(value: Any, seen: _Seen) -> Hashable:
         return of_tensor(value)
     if isinstance(value, np.ndarray) and value.dtype.hasobject:
         return (value.shape, value.dtype.str, _of((*value.ravel().tolist(),), seen))
-    if isinstance(value, FunctionType):
-        return _function(value, seen)
     if isinstance(value, MethodType):
         return (_of(value.__func__, seen), _of(value.__self__, seen))
     if isinstance(value, BuiltinMethodType | MethodWrapperType):
@@ -281,23 +281,31 @@ def _class(kind: type, seen: _Seen, met: bool = False) -> list[Hashable]:
 def _function(function: FunctionType, seen: _Seen) -> Hashable:
     """A function by identity, what it closes over, and the variables that its code reads."""
     cells = [_of(cell.cell_contents, seen) for cell in function.__closure__ or () if cell != CellType()]
-    names = names_of(function.__code__)
-    environment: Hashable = hash(frozenset(os.environ.items())) if "environ" in names or "getenv" in names else None
+    names, _, _, has_environment = reads_of(function.__code__)
+    environment: Hashable = hash(frozenset(os.environ.items())) if has_environment else None
     if not is_installed(function.__module__):
         seen.names.update(names)
     if function.__globals__.get("sys") is sys or "sys" in names:
-        environment = (environment, *[(name, repr(getattr(sys, name))) for name in names if _is_plain_of_sys(name)])
-    return (identity(function), environment, *cells, *_values(read_by(function), seen))
+        of_sys = sorted(vars(sys).keys() & names)
+        environment = (environment, *[(name, repr(getattr(sys, name))) for name in of_sys if _is_plain_of_sys(name)])
+    # Notebooks that reload edited files put other code in its place. References are compared faster than identities.
+    own = weakref.ref(function), weakref.ref(function.__code__)
+    return (*own, environment, *cells, *_values(read_by(function), seen))
 
 
 def _is_plain_of_sys(name: str) -> bool:
-    return name == "argv" or type(vars(sys).get(name, sys)) in PLAIN
+    return name == "argv" or type(vars(sys)[name]) in PLAIN
 
 
 def _values(variables: Iterable[Variable], seen: _Seen) -> list[Hashable]:
     parts: list[Hashable] = []
     for variable in variables:
         seen.variables.append(variable)
-        value = variable.value
-        parts += (variable.name, plain(value) if type(value) in PLAIN else _of(value, seen))
+        _, name, value = variable
+        kind: Any = type(value)
+        if kind in PLAIN:
+            parts += (name, plain(value))
+        else:
+            empty = kind in _CONTAINERS and not value
+            parts += (name, kind if empty else _of(value, seen))
     return parts

@@ -25,6 +25,9 @@ class States:
         Args:
             key: the fingerprint of the state.
         """
+        key = next(
+            (known for known in reversed(self._numbers) if known == key), key
+        )  # compared by identity from here on
         self._new.append(key not in self._numbers)
         if self._numbers.setdefault(key, None) is None and sum(self._new) <= MAX_STATES:
             self._numbers[key] = next(self._counter)

@@ -13,6 +13,7 @@ from contextlib import _GeneratorContextManager as Manager
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import cache, partial
+from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
@@ -22,8 +23,10 @@ PLAIN = {int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.d
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_utilities", "torchmetrics"}
 _FIXED = {"torch", "torchvision", "numpy", "maml_lightning", *LIGHTNING, *sys.stdlib_module_names} - {"__main__"}
 _IMPORTS = {"modules", "import_module", "__import__"}  # give modules that code names in texts
+_ENVIRONMENT = {"environ", "getenv"}
 _BY_NAME = {"globals", "locals", "vars", "eval", "exec", *_IMPORTS}  # may give any variable
 Cache: Any = type(cache(len))  # of functools, also lru_cache
+_SITES = {"site-packages", "dist-packages"}  # also of the user, and of the Python that an environment extends
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 
 
@@ -51,41 +54,47 @@ class Variable(NamedTuple):
                 setattr(self.owner, self.name, value)
 
 
-def read_by(function: FunctionType) -> Iterator[Variable]:
+def read_by(function: FunctionType) -> list[Variable]:
     """The variables that a function reads: default arguments, its attributes, global variables, those of modules."""
-    yield Variable(function, "__defaults__", function.__defaults__)
-    yield Variable(function, "__kwdefaults__", function.__kwdefaults__)
-    if _root(function.__module__) in _FIXED:
-        return
-    yield Variable(function, "__dict__", vars(function))
-    installed = is_installed(function.__module__)
-    names, modules = names_of(function.__code__), _imported(function)
-    yield from _found(global_names_of(function.__code__), function.__globals__, installed, modules)
-    computed = "getattr" in global_names_of(function.__code__)  # a name that no one can foresee: `f"scale_{step}"`
+    installed, fixed = is_installed(function.__module__), is_fixed(function.__module__)
+    attributes = ("__defaults__", "__kwdefaults__") if fixed else ("__defaults__", "__kwdefaults__", "__dict__")
+    # Those of a library are empty for the most part, and stay so.
+    found = [Variable(function, n, v) for n in attributes if (v := getattr(function, n)) or not installed]
+    if fixed:
+        return found
+    reads, modules = reads_of(function.__code__), _imported(function)
+    _find(reads.variables, function.__globals__, installed, found, modules)
+    computed = "getattr" in reads.variables  # a name that no one can foresee: `f"scale_{step}"`
     for module in modules:  # grows: `settings.training.temperature`
         plain = is_installed(module.__name__)
-        yield from _found(names, vars(module), plain, modules)
+        _find(reads.names, vars(module), plain, found, modules)
         if computed and not (installed and plain):
-            yield from _found(list(vars(module)), vars(module), True, [])
+            _find(list(vars(module)), vars(module), True, found, [])
+    return found
 
 
-def _found(names: Iterable[str], owner: dict[str, Any], plain: bool, modules: list[ModuleType]) -> Iterator[Variable]:
+def _find(
+    names: Iterable[str], owner: dict[str, Any], plain: bool, found: list[Variable], modules: list[ModuleType]
+) -> None:
+    """Add the variables and the modules of these names to those found already."""
     for name in names:
         if name not in owner:
             continue
         value = owner[name]
-        if isinstance(value, ModuleType):
-            if value not in modules and _root(value.__name__) not in _FIXED:
+        if type(value) in PLAIN:
+            found.append(Variable(owner, name, value))
+        elif isinstance(value, ModuleType):
+            if not is_fixed(value.__name__) and value not in modules:
                 modules.append(value)
-        elif not plain or type(value) in PLAIN:
-            yield Variable(owner, name, value)
+        elif not plain:
+            found.append(Variable(owner, name, value))
 
 
 def of_class(kind: type) -> Iterator[Variable]:
     """The attributes of a class and its bases that are neither functions, but for caches, nor Python's own."""
     for cls in own_classes(kind):
         for name, value in vars(cls).items():
-            fixed = _root(type(value).__module__) in _FIXED and hasattr(type(value), "__get__")
+            fixed = is_fixed(type(value).__module__) and hasattr(type(value), "__get__")
             own = not fixed or isinstance(value, Cache)
             if own and not name.startswith("__"):
                 yield Variable(cls, name, value)
@@ -124,60 +133,72 @@ def ingredients(value: Any) -> tuple[Any, tuple, dict[str, Any]] | None:
     return None
 
 
+@cache
 def is_fixed(module: str | None) -> bool:
     """Whether a module is of PyTorch, Lightning, NumPy, Python or this package, whose variables no user changes."""
     return _root(module) in _FIXED
 
 
-@cache
-def names_of(code: CodeType) -> tuple[str, ...]:
-    """The names that code reads, and the strings in it that could be names; that of functions inside it included."""
-    inner = [name for const in code.co_consts if isinstance(const, CodeType) for name in names_of(const)]
-    return tuple(dict.fromkeys((*code.co_names, *_strings(code), *inner)))
+class Reads(NamedTuple):
+    """What code reads.
+
+    Args:
+        names: those in it, and the strings in it that could be names; that of functions inside it included.
+        variables: the names of global variables; all names, where it asks for ``globals()`` and the like.
+        imports: the names of modules that it imports as it runs.
+        environment: whether it may read environment variables.
+    """
+
+    names: tuple[str, ...]
+    variables: tuple[str, ...]
+    imports: tuple[str, ...]
+    environment: bool
 
 
 @cache
-def global_names_of(code: CodeType) -> tuple[str, ...]:
-    """The names of global variables that code reads; all names in it, where it asks for ``globals()`` and the like."""
-    if _BY_NAME.intersection(code.co_names):
-        return names_of(code)
-    read = [step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
-    inner = [name for const in code.co_consts if isinstance(const, CodeType) for name in global_names_of(const)]
-    return tuple(dict.fromkeys((*read, *inner)))
+def reads_of(code: CodeType) -> Reads:
+    """What code reads, known without running it."""
+    inner = [reads_of(const) for const in code.co_consts if isinstance(const, CodeType)]
+    strings = [const for const in code.co_consts if isinstance(const, str)]
+    steps = [*dis.get_instructions(code)]
+    names = (*code.co_names, *[text for text in strings if text.isidentifier()], *_all("names", inner))
+    own = [step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    variables = names if _BY_NAME.intersection(code.co_names) else (*own, *_all("variables", inner))
+    texts = strings if _IMPORTS.intersection(code.co_names) else []
+    imports = (*[step.argval for step in steps if step.opname == "IMPORT_NAME"], *texts, *_all("imports", inner))
+    return Reads(_once(names), _once(variables), _once(imports), not _ENVIRONMENT.isdisjoint(names))
 
 
-def _strings(code: CodeType) -> list[str]:
-    return [const for const in code.co_consts if isinstance(const, str) and const.isidentifier()]
+def _all(part: str, inner: list[Reads]) -> list[str]:
+    return [name for reads in inner for name in getattr(reads, part)]
+
+
+def _once(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))
 
 
 def _imported(function: FunctionType) -> list[ModuleType]:
     """The modules that a function imports as it runs, as far as they are imported."""
-    package = (function.__globals__.get("__package__") or "").split(".")
-    packages = [".".join(package[:length]) for length in range(len(package), 0, -1)]
-    paths = [
-        f"{parent}.{name}".strip(".")
-        for name in _import_names(function.__code__)
-        for parent in ("", *packages)
-        if name or parent
-    ]
-    modules = [sys.modules[path] for path in dict.fromkeys(paths) if path in sys.modules]
-    return [module for module in modules if _root(module.__name__) not in _FIXED]
+    if not (imports := reads_of(function.__code__).imports):
+        return []
+    paths = _paths(imports, function.__globals__.get("__package__") or "")
+    modules = [sys.modules[path] for path in paths if path in sys.modules]
+    return [module for module in modules if not is_fixed(module.__name__)]
 
 
 @cache
-def _import_names(code: CodeType) -> tuple[str, ...]:
-    inner = [name for const in code.co_consts if isinstance(const, CodeType) for name in _import_names(const)]
-    texts = (
-        [const for const in code.co_consts if isinstance(const, str)] if _IMPORTS.intersection(code.co_names) else []
-    )
-    return (*(step.argval for step in dis.get_instructions(code) if step.opname == "IMPORT_NAME"), *texts, *inner)
+def _paths(imports: tuple[str, ...], package: str) -> tuple[str, ...]:
+    """The paths that may be meant by names of modules in a package."""
+    names = package.split(".")
+    packages = [".".join(names[:length]) for length in range(len(names), 0, -1)]
+    return _once(f"{parent}.{name}".strip(".") for name in imports for parent in ("", *packages) if name or parent)
 
 
 @cache
 def is_installed(module: str | None) -> bool:
     """Whether a module is of an installed package, not of the user's own code."""
     file = getattr(sys.modules.get(module or ""), "__file__", None) or ""
-    return _root(module) in _FIXED or file.startswith(_INSTALLED)
+    return _root(module) in _FIXED or file.startswith(_INSTALLED) or not _SITES.isdisjoint(Path(file).parts)
 
 
 def _root(module: str | None) -> str:

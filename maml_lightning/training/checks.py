@@ -250,11 +250,15 @@ def _outputs(net: nn.Module, running: Collection[str], inputs: Any, training: bo
 def _check_gradient(net: nn.Module, outputs: Tensor) -> None:
     """Check that outputs come with a gradient: without one, a network would stay as it is in silence."""
     learns = any(value.requires_grad for value in net.parameters()) and not torch.is_inference_mode_enabled()
-    if learns and outputs.is_floating_point() and not outputs.requires_grad:
-        raise SettingError(
-            "model.net returns outputs without a gradient, from which nothing can be learned; take torch.no_grad(), "
-            ".detach() or .numpy() out of its forward."
-        )
+    if not learns or outputs.requires_grad:
+        return
+    when = "" if net.training else " in evaluation mode, in which it adapts to support sets"
+    classes = not outputs.is_floating_point() and not outputs.is_complex()
+    what = f"{str(outputs.dtype).removeprefix('torch.')} outputs" if classes else "outputs without a gradient"
+    remedy = "argmax()" if classes else "torch.no_grad(), .detach() or .numpy()"
+    raise SettingError(
+        f"model.net returns {what}{when}, from which nothing can be learned; take {remedy} out of its forward."
+    )
 
 
 def _loss_with(

@@ -119,6 +119,28 @@ def of_installed(net, step=1):
     return getattr(installed_settings, f"scale_{step}")
 
 
+def test_code_that_a_notebook_reloads_in_place_is_another_fingerprint():
+    namespace: dict = {}
+    exec("def read(net): return 1.0", namespace)
+    net = Net(namespace["read"])
+    before = fingerprint((net,))
+    assert fingerprint((net,)) == before
+    namespace["read"].__code__ = compile("lambda net: 3.0", "cell", "eval").co_consts[0]  # as %autoreload does
+    assert namespace["read"](net) == 3.0
+    assert fingerprint((net,)) != before
+
+
+@pytest.mark.parametrize("folder", ["user/.local/lib/python3.11/site-packages", "usr/lib/python3/dist-packages"])
+def test_packages_of_the_user_and_of_the_system_are_installed_ones(monkeypatch, tmp_path, folder):
+    module = ModuleType("a_package_elsewhere")
+    module.__file__ = str(tmp_path / folder / "a_package_elsewhere.py")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    variables.is_installed.cache_clear()
+    assert variables.is_installed(module.__name__)
+    assert not variables.is_installed(__name__)
+    variables.is_installed.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch):
     for name, module in {"a_package": package, "a_package.settings": settings}.items():

@@ -367,8 +367,31 @@ class Gradientless(nn.Linear):
 @pytest.mark.parametrize("kind", ["no_grad", "detach"])
 def test_outputs_without_a_gradient_are_refused(kind: str):
     x, y = torch.rand(2, 6, 4), torch.arange(3).repeat(2, 2)
-    with pytest.raises(SettingError, match=r"returns outputs without a gradient, .* take torch\.no_grad\(\), \.detach"):
+    with pytest.raises(SettingError, match=r"returns outputs without a gradient .* take torch\.no_grad\(\), \.detach"):
         MAML(Gradientless(kind)).training_step(Episode(x, y, x, y), 0)
+
+
+class OtherInEvaluation(nn.Linear):
+    def __init__(self, kind: str) -> None:
+        super().__init__(4, 3)
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = super().forward(x)
+        return scores if self.training else scores.detach() if self.kind == "detach" else scores.argmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        ("detach", r"outputs without a gradient in evaluation mode, .* take torch\.no_grad\(\), \.detach\(\)"),
+        ("argmax", r"int64 outputs in evaluation mode, .* take argmax\(\) out of its forward"),
+    ],
+)
+def test_outputs_that_lack_a_gradient_in_evaluation_mode_alone_are_told_so(kind: str, what: str):
+    x, y = torch.rand(2, 6, 4), torch.arange(3).repeat(2, 2)
+    with pytest.raises(SettingError, match=what):
+        MAML(OtherInEvaluation(kind)).training_step(Episode(x, y, x, y), 0)
 
 
 class Masked(nn.Linear):
