@@ -15,7 +15,7 @@ from torch._C import DispatchKey
 from torch._ops import OpOverload
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import in_kernel_invocation_manager
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack, _pop_mode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 _aten = torch.ops.aten
@@ -145,21 +145,10 @@ def record(
     for number, value in enumerate(inputs):
         value.item_memo = None  # from torch 2.14 on, `.item()` of an argument would give its value now, for ever
         recorder.name(value, recorder.graph.placeholder(f"input_{number}"))
-    with _modes_as_before(), torch.no_grad(), without_autocast_cache(), mode, recorder:
+    with torch.no_grad(), without_autocast_cache(), mode, recorder:
         outputs = function(*inputs)
     recorder.graph.output(recorder.argument(outputs))
     return recorder.graph, recorder.root
-
-
-@contextmanager
-def _modes_as_before() -> Iterator[None]:
-    """Leave no mode active afterwards: one whose end runs out of Python's recursion depth stays so for ever."""
-    before = len(_get_current_dispatch_mode_stack())
-    try:
-        yield
-    finally:
-        while len(_get_current_dispatch_mode_stack()) > before:
-            _pop_mode()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from torch import nn
 from torch._C import DispatchKey, DispatchKeySet
 from torch.utils._pytree import tree_map
 
-from maml_lightning import MAML, Episode
+from maml_lightning import MAML, Episode, SettingError
 from tests.zoo import test_zoo
 from tests.zoo.loop import meta_gradient, relative_error
 
@@ -131,8 +131,11 @@ def test_distances_run_vectorized(execution):
     torch.manual_seed(3)
     centers = nn.Linear(8, 8)
     net = Asking(centers, lambda h: torch.cdist(h, centers.weight))
+    try:
+        expected, _ = trained(net, "loop")
+    except SettingError as error:
+        pytest.skip(f"as torch {torch.__version__} cannot: {error}")
     gradient, _ = trained(net, execution)
-    expected, _ = trained(net, "loop")
     assert (gradient - expected).norm() < 0.05 * expected.norm()
 
 
