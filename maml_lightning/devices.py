@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 def has_values(tensor: Tensor) -> bool:
     """Whether a tensor's values can be read."""

@@ -22,6 +22,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 
 from maml_lightning.algorithms.calling import call_with, watched
+from maml_lightning.devices import HALF
 from maml_lightning.engine.chunks import detached
 from maml_lightning.engine.trials import copy_of, same_random_numbers
 from maml_lightning.errors import SettingError
@@ -265,7 +266,7 @@ class _Recorded(TorchFunctionMode):
                 "running_mean, so that no copy can keep its statistics; use MAML.trajectory, or "
                 "model.query_statistics batch."
             )
-        wide = input.detach().float() if input.dtype in (torch.float16, torch.bfloat16) else input.detach()
+        wide = input.detach().float() if input.dtype in HALF else input.detach()
         var, mean = torch.var_mean(wide, (0, *range(2, input.dim())), correction=0)
         dtype = next((value.dtype for value in layer.parameters()), wide.dtype)
         self.statistics[layer] = (mean.to(dtype), var.to(dtype))

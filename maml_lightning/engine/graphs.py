@@ -72,10 +72,8 @@ def _copy_where_a_view_fails(graph: fx.Graph) -> None:
             node.target = _aten.reshape.default
 
 
-_GROUP_NORM = {
-    _aten.native_group_norm.default: 1,
-    _aten.native_group_norm_backward.default: 2,
-}  # images among arguments
+# How many of their first arguments are images.
+_GROUP_NORM = {_aten.native_group_norm.default: 1, _aten.native_group_norm_backward.default: 2}
 
 
 def _copy_for_group_norm(graph: fx.Graph) -> None:

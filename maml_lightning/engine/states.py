@@ -25,9 +25,8 @@ class States:
         Args:
             key: the fingerprint of the state.
         """
-        key = next(
-            (known for known in reversed(self._numbers) if known == key), key
-        )  # compared by identity from here on
+        # The known one, where there is one: comparisons end at its identity from here on.
+        key = next((known for known in reversed(self._numbers) if known == key), key)
         self._new.append(key not in self._numbers)
         if self._numbers.setdefault(key, None) is None and sum(self._new) <= MAX_STATES:
             self._numbers[key] = next(self._counter)

@@ -58,11 +58,8 @@ _IN_TORCH: dict[str, Callable[..., Any]] = {
 _PLACES: list[tuple[Any, str, Callable[..., Any]]] = [
     (torch._C._nn, "hardsigmoid", hardsigmoid),
     (torch._C._nn, "hardsigmoid_", lambda input: hardsigmoid(input, inplace=True)),
-    (
-        sys.modules["torch.nn.utils.weight_norm"],
-        "_weight_norm",
-        weight_norm,
-    ),  # in `torch.nn.utils` a function has its name
+    # By its path: in `torch.nn.utils` a function has the module's name.
+    (sys.modules["torch.nn.utils.weight_norm"], "_weight_norm", weight_norm),
     *((owner, name, kernel) for owner in (torch, torch._VF) for name, kernel in _IN_TORCH.items()),
 ]
 # While active, every operator that PyTorch's functions and layers call has a second derivative, if any has one. In all

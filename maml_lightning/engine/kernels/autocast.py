@@ -16,9 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from maml_lightning.devices import autocast_dtype, without_autocast
-
-_HALVES = (torch.bfloat16, torch.float16)
+from maml_lightning.devices import HALF, autocast_dtype, without_autocast
 
 
 def in_types_of_arguments(operator: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,7 +58,7 @@ def autocast_operators() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 
 def _is_mixed(input: Tensor, weight: Tensor | None) -> bool:
-    return input.device.type == "cpu" and input.dtype in _HALVES and weight is not None and weight.dtype != input.dtype
+    return input.device.type == "cpu" and input.dtype in HALF and weight is not None and weight.dtype != input.dtype
 
 
 def layer_norm(

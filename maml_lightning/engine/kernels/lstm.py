@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.library import custom_op
 
-from maml_lightning.devices import without_autocast
 from maml_lightning.engine.kernels.autocast import in_types_of_arguments
 from maml_lightning.engine.kernels.last_derivative import LastDerivative, of_one_task
 from maml_lightning.engine.kernels.layout import all_tasks_first
@@ -183,12 +182,12 @@ def _forward(x: Tensor, h_0: Tensor, c_0: Tensor, weight: Tensor) -> tuple[Tenso
     return h, c[:, -1].clone(), c, gates
 
 
+@in_types_of_arguments
 def _backward(
     g_h: Tensor, g_c: Tensor, x: Tensor, h_0: Tensor, c_0: Tensor, weight: Tensor, h: Tensor, c: Tensor, gates: Tensor
 ) -> tuple[Tensor, ...]:
     d_a, d_h, d_c = _backward_op(g_h, g_c, c_0, weight, c, gates)
-    with without_autocast(d_a.device.type):  # as the operator above does
-        return d_a, d_h, d_c, outer(d_a, before(h, h_0))
+    return d_a, d_h, d_c, outer(d_a, before(h, h_0))
 
 
 class _Layer(Function):

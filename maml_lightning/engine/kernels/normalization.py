@@ -14,12 +14,11 @@ from torch.autograd import Function
 from torch.library import custom_op
 from torch.overrides import TorchFunctionMode
 
+from maml_lightning.devices import HALF
 from maml_lightning.engine.kernels.fused import fused, is_fused
 from maml_lightning.engine.kernels.last_derivative import LastDerivative
 from maml_lightning.engine.kernels.layout import all_tasks_first, leaves_cache
 from maml_lightning.task_statistics import statistics_part
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def _per_channel(values: Tensor, like: Tensor) -> Tensor:
@@ -225,13 +224,13 @@ def batch_norm(
         return _with_statistics(input, running_mean, running_var, weight, bias, eps)
     if training and (part := statistics_part(input)) is not input:
         dims = (0, *range(2, input.dim()))
-        part = part.float() if input.dtype in _HALF else part
+        part = part.float() if input.dtype in HALF else part
         mean = part.mean(dims, keepdim=True)
         return _with_statistics(input, mean.flatten(), (part - mean).square().mean(dims), weight, bias, eps)
     if weight is None or bias is None or not training:
         return F.batch_norm(input, None, None, weight, bias, training, momentum, eps)
     x = input.movedim(1, -1)
-    if input.dtype in _HALF:
+    if input.dtype in HALF:
         x, weight, bias = x.float(), weight.float(), bias.float()
     return _Normalize.apply(x, weight, bias, eps)[0].to(input.dtype).movedim(-1, 1)
 
@@ -252,7 +251,7 @@ def instance_norm(
     """
     if not use_input_stats and running_mean is not None and running_var is not None:
         return _with_statistics(input, running_mean, running_var, weight, bias, eps)
-    x = input.float() if input.dtype in _HALF else input
+    x = input.float() if input.dtype in HALF else input
     weight, bias = (None if value is None else value.to(x.dtype) for value in (weight, bias))
     return F.instance_norm(x, None, None, weight, bias, use_input_stats, momentum, eps).to(input.dtype)
 
@@ -261,11 +260,11 @@ def _with_statistics(
     input: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """An affine map of each channel. torch's own batch normalization under vmap has a wrong second derivative."""
-    scale = (var.float() if var.dtype in _HALF else var).add(eps).rsqrt()
+    scale = (var.float() if var.dtype in HALF else var).add(eps).rsqrt()
     scale, mean = scale if weight is None else scale * weight, mean.to(scale.dtype)
     shift = -mean * scale if bias is None else torch.addcmul(bias.to(scale.dtype), mean, scale, value=-1)
     shape = (-1, *[1] * (input.dim() - 2))
-    x = input.to(scale.dtype) if input.dtype in _HALF else input
+    x = input.to(scale.dtype) if input.dtype in HALF else input
     return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(input.dtype)
 
 
