@@ -7,6 +7,7 @@ the last task also runs in the loop, and a way whose results differ is not taken
 """
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from maml_lightning.engine.hoisting import Hoisted
 from maml_lightning.engine.jobs import Job, recomputed_pullback
 from maml_lightning.engine.memory import memory_of
 from maml_lightning.engine.state import RandomState, State, bound
-from maml_lightning.engine.states import MAX_STATES, WINDOW, States
+from maml_lightning.engine.states import MAX_STATES, WINDOW, Signatures, States
 from maml_lightning.engine.tracing import TracedPair, quiet, signature, traced_call, traced_pair
 from maml_lightning.engine.trials import Trial
 from maml_lightning.errors import SettingError
@@ -57,7 +58,7 @@ class Executor:
 
     def _forget(self) -> None:
         self._graphs: dict[tuple, Any] = {}
-        self._signatures: dict[tuple, dict[Hashable, int]] = {}  # of each family of calls, and when first seen
+        self._signatures: defaultdict[tuple, Signatures] = defaultdict(Signatures)  # of each family of calls
         self._states = States(self._forget_state)
         self._checked: set[tuple] = set()  # graphs and families of calls that agree with the loop
         self._examined: set[Hashable] = set()  # networks whose effects are known
@@ -69,7 +70,8 @@ class Executor:
     def _forget_state(self, number: int) -> None:
         """Drop the graphs of a state; the second part of a :attr:`Job.family` is its number."""
         self._graphs = {key: graph for key, graph in self._graphs.items() if key[1] != number}
-        self._signatures = {family: seen for family, seen in self._signatures.items() if family[1] != number}
+        for family in [family for family in self._signatures if family[1] == number]:
+            del self._signatures[family]
         self._checked = {key for key in self._checked if key[1] != number}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -145,10 +147,7 @@ class Executor:
         leaves, spec = pytree.tree_flatten(job.args)
         family = (*job.family, structure(spec))
         key = (*family, *signature(leaves))
-        seen = self._signatures.setdefault(family, {})
-        # The first signature is traced at once, others in a later meta-step: ever new lengths never pay for traces.
-        pays = not seen or seen.get(key, state.time) < state.time
-        seen.setdefault(key, state.time)
+        pays = self._signatures[family].pays(key, state.time, job.device())
         before, compared, reference = RandomState(job.device()), False, None
         while (way := self._way(state)) != LOOP:
             traced = way == TRACED and (self._is_traced(key, pays) or self.execution == "traced")

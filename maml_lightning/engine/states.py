@@ -1,10 +1,17 @@
-"""The states that networks were in lately: their graphs are kept, those of states long ago are not."""
+"""Which calls pay for a graph: of states that networks were in lately, and of shapes that come often."""
 
 import itertools
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 
+import torch
+
 MAX_STATES, WINDOW = 8, 16  # of the last 16 meta-steps, at most 8 in a new state: others run untraced
+# Recording a small transformer takes as long as some 15 of its meta-steps without a graph, and on a GPU, where graphs
+# save most, as some 5. With so many meta-steps for each recording, a run of many sequence lengths is never more than a
+# few percent slower than a loop (issue 23).
+PATIENCE, PATIENCE_ON_GPU = 32, 8
+MAX_SIGNATURES = 4096  # so many are counted
 
 
 class States:
@@ -36,3 +43,35 @@ class States:
             if oldest is not None:
                 self._forget(oldest)
         return self._numbers[key]
+
+
+class Signatures:
+    """The signatures of the arguments in one family of calls, and which of them pay for a graph.
+
+    Those of the first meta-step do at once, so that a resumed run computes as one without a break. Another one does
+    after PATIENCE meta-steps for each that did before: ever new lengths never pay for recordings.
+    """
+
+    def __init__(self) -> None:
+        self._first: int | None = None
+        self._paying: set[Hashable] = set()
+        self._counts: dict[Hashable, tuple[int, int]] = {}  # meta-steps before the last one, and that one
+
+    def pays(self, signature: Hashable, time: int, device: torch.device) -> bool:
+        """Whether calls with this signature are to have a graph.
+
+        Args:
+            signature: of the arguments.
+            time: of the meta-step.
+            device: where it runs.
+        """
+        self._first = time if self._first is None else self._first
+        count, last = self._counts.get(signature, (-1, -1))
+        count += last != time
+        patience = PATIENCE if device.type == "cpu" else PATIENCE_ON_GPU
+        if signature in self._paying or time == self._first or count > patience * len(self._paying):
+            self._paying.add(signature)
+            return True
+        if signature in self._counts or len(self._counts) < MAX_SIGNATURES:
+            self._counts[signature] = count, time
+        return False

@@ -15,7 +15,7 @@ from torch import nn
 from maml_lightning import MAML, Episode
 from maml_lightning.algorithms import registry
 from maml_lightning.algorithms.algorithm import Algorithm
-from maml_lightning.engine import captures, cuda_graphs
+from maml_lightning.engine import captures, cuda_graphs, states
 from maml_lightning.engine.captures import Captures
 from maml_lightning.engine.execution import Executor
 from tests.engine.tapes import captured, memory, replays, tapes  # noqa: F401
@@ -24,6 +24,12 @@ from tests.test_devices import FAMILY, IMAGES, NETWORKS, conv_net
 pytestmark = pytest.mark.usefixtures("tapes")
 # Calls of a function before the first whose result is a replay's; the first training step chooses the size of chunks.
 BEFORE = captures.WARM_UP + 3
+
+
+@pytest.fixture(autouse=True)
+def recorded_when_it_comes_again(monkeypatch):
+    """A further shape is recorded in its second meta-step, so that few steps show its capture."""
+    monkeypatch.setattr(states, "PATIENCE", 0)
 
 
 def episode(seed, tasks=2, shape=(1, 4, 4), ways=3):

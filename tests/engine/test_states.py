@@ -3,13 +3,24 @@
 import copy
 
 import pytest
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 from maml_lightning import MAML
-from maml_lightning.engine.states import MAX_STATES, WINDOW, States
+from maml_lightning.engine.states import (
+    MAX_SIGNATURES,
+    MAX_STATES,
+    PATIENCE,
+    PATIENCE_ON_GPU,
+    WINDOW,
+    Signatures,
+    States,
+)
 from tests.engine.test_trials import episode, gradient
 from tests.reference import reference, relative_error
+
+CPU = torch.device("cpu")
 
 
 class Annealed(nn.Linear):
@@ -49,6 +60,32 @@ def test_a_state_that_was_not_used_lately_makes_room():
     found, forgotten = numbers([*"aaaaaaaaaaaaaaaa", *"bcccdddeeefffggghhhaiii", "b"])
     assert forgotten[0] == 2  # b: a was used again
     assert found[-1] not in (2, None)
+
+
+def test_the_signatures_of_the_first_meta_step_pay_at_once():
+    signatures = Signatures()
+    for time in (7, 8):
+        assert signatures.pays("three tasks", time, CPU)
+        assert signatures.pays("the task that is left", time, CPU)
+
+
+@pytest.mark.parametrize(("device", "patience"), [("cpu", PATIENCE), ("cuda", PATIENCE_ON_GPU)])
+def test_further_signatures_pay_after_ever_more_meta_steps_however_often_each_calls(device, patience):
+    signatures = Signatures()
+    signatures.pays("first", 0, CPU)
+    waited = {"a": 0, "b": 0, "c": 0}
+    for time in range(1, 5 * patience):
+        for name in waited:
+            first, *others = (signatures.pays(name, time, torch.device(device)) for _ in range(3))
+            assert others == [first, first]
+            waited[name] += not first
+    assert waited == {"a": patience + 1, "b": 2 * patience + 1, "c": 3 * patience + 1}
+
+
+def test_signatures_without_end_are_not_counted_without_end():
+    signatures = Signatures()
+    assert [signatures.pays(length, length, CPU) for length in range(2 * MAX_SIGNATURES)].count(True) == 1
+    assert len(signatures._counts) == MAX_SIGNATURES
 
 
 @pytest.mark.parametrize("times", [1, 3])
