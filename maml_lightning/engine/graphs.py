@@ -40,11 +40,19 @@ def _share(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             continue
-        arguments, spec = pytree.tree_flatten((node.args, node.kwargs))
-        first = seen.setdefault((node.target, structure(spec), *((type(a), a) for a in arguments)), node)
+        first = seen.setdefault((node.target, _key(node.args), _key(node.kwargs)), node)
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
+
+
+def _key(value: Any) -> Hashable:
+    """The same for equal arguments of the same type: 1 is not 1.0."""
+    if isinstance(value, tuple | list):
+        return (*map(_key, value),)
+    if isinstance(value, dict):
+        return (*((name, _key(part)) for name, part in value.items()),)
+    return value if isinstance(value, fx.Node) else (type(value), value)
 
 
 _aten = torch.ops.aten

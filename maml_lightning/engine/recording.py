@@ -16,9 +16,9 @@ from torch._ops import OpOverload
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 _aten = torch.ops.aten
+_aten_device = torch.ops.prim.device.default
 _PLAIN = (int, float, complex, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 _METADATA = {_aten.size.default, _aten.stride.default, _aten.storage_offset.default}
 
@@ -39,6 +39,28 @@ def _is_composite(func: OpOverload) -> bool:
     return func.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd)
 
 
+@cache
+def _is_new(func: OpOverload) -> bool:
+    """Whether an operator gives new tensors alone, whose sizes and strides follow from those of its arguments."""
+    of_values = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+    returns = [(str(value.type), value.alias_info) for value in func._schema.returns]
+    pure = not func._schema.is_mutable and all(pair == ("Tensor", None) for pair in returns)
+    return pure and bool(returns) and of_values.isdisjoint(func.tags)
+
+
+def _like(value: Any) -> tuple | None:
+    """The same for arguments that an operator gives results of the same sizes and strides of; None for no others."""
+    if type(value) is FakeTensor:
+        plain = value.layout is torch.strided and value.constant is None and not value.dtype.is_complex
+        return (value.shape, value.stride(), value.dtype, value.fake_device) if plain else None
+    if isinstance(value, tuple | list):
+        parts = tuple(map(_like, value))
+        return None if None in parts else (type(value), *parts)
+    if isinstance(value, dict):
+        return _like([*value.items()])
+    return (type(value), value) if isinstance(value, _PLAIN) else None
+
+
 class _Recorder(TorchDispatchMode):
     """While active, operators are written to ``graph``.
 
@@ -52,15 +74,22 @@ class _Recorder(TorchDispatchMode):
         self.mode, self.replacements = mode, replacements
         self.graph, self.root = fx.Graph(), nn.Module()
         self.nodes: dict[int, fx.Node] = {}
+        self.results: dict[tuple, tuple] = {}  # sizes and strides of operators' results, by those of their arguments
         self.kept: list[Tensor] = []  # so that no other tensor gets their identity
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # no compiler is at work, and to hold it off takes longer than to record
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is _aten_device and type(args[0]) is FakeTensor:  # autograd asks of each tensor, and vmap
+            return args[0].fake_device
         kwargs = kwargs or {}
         if not isinstance(func, OpOverload):
             raise NotImplementedError(f"{func} cannot be recorded")
         if others := [kind.__name__ for kind in types if not issubclass(kind, FakeTensor)]:  # may call it for ever
             raise NotImplementedError(f"{func} of a {others[0]} cannot be recorded")
-        if func is torch.ops.prim.device.default:
+        if func is _aten_device:
             return func(*args, **kwargs)
         if func is _aten._efficientzerotensor.default:  # zeros without memory, which fake tensors take for meta ones
             with self:
@@ -79,7 +108,27 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def run(self, func: OpOverload, args: tuple, kwargs: dict) -> Any:
-        """The operator's result on fake tensors."""
+        """The operator's result on fake tensors; a new one like an earlier one, of arguments like these."""
+        key = (func, _like(args), _like(kwargs)) if _is_new(func) else None
+        if key is None or None in key:
+            return self._run(func, args, kwargs)
+        if (known := self.results.get(key)) is None:
+            result = self._run(func, args, kwargs)
+            known = self.results[key] = _like(result) or ()
+            return result
+        if not known:  # unlike the others
+            return self._run(func, args, kwargs)
+        with torch._C._DisableTorchDispatch():
+            return self._made(known)
+
+    def _made(self, like: Any) -> Any:
+        """A new tensor, or new ones."""
+        if like[0] is tuple or like[0] is list:
+            return like[0](self._made(part) for part in like[1:])
+        size, stride, dtype, device = like
+        return FakeTensor(self.mode, torch.empty_strided(size, stride, dtype=dtype, device="meta"), device)
+
+    def _run(self, func: OpOverload, args: tuple, kwargs: dict) -> Any:
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         devices = {t.fake_device if type(t) is FakeTensor and t.constant is None else None for t in tensors}
         if (func not in _DIRECT and func.namespace != "maml_lightning") or len(devices) != 1 or None in devices:
@@ -87,7 +136,9 @@ class _Recorder(TorchDispatchMode):
         (device,) = devices
         with in_kernel_invocation_manager(self.mode):
             result = func(*args, **kwargs)
-        return tree_map_only(Tensor, lambda part: FakeTensor(self.mode, part, device), result)
+        if isinstance(result, tuple | list):
+            return type(result)(FakeTensor(self.mode, part, device) for part in result)
+        return FakeTensor(self.mode, result, device)
 
     def name(self, result: Any, node: fx.Node) -> None:
         """Note which node gives a result: a tensor, or some."""
