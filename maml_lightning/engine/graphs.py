@@ -180,6 +180,20 @@ def subgraph(
     return fx.GraphModule(owner, graph)
 
 
+def evaluated(graph: fx.Graph, constants: nn.Module, inputs: Iterable[Any]) -> Any:
+    """The results of a graph that runs but once, for which no code is written."""
+    values, given = {}, iter(inputs)
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            values[node] = next(given)
+        elif node.op == "get_attr":
+            values[node] = getattr(constants, node.target)
+        else:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = args[0] if node.op == "output" else node.target(*args, **kwargs)
+    return values[node]
+
+
 def take_as_inputs(target: Any, graph: fx.Graph) -> None:
     """Make the results of all calls of ``target`` further inputs of a graph, in the order of the calls."""
     last = next(node for node in reversed(graph.nodes) if node.op == "placeholder")
@@ -214,7 +228,8 @@ def cut(joint: fx.Graph, constants: nn.Module, count: int) -> tuple[fx.GraphModu
     results: Any = output_of(joint).args[0]
     values, gradients = list(results[:count]), list(results[count:])
     independent = [node for node in nodes if node not in dependent]
-    residuals = [n for n in independent if n in gradients or any(user in dependent for user in n.users)]
+    kept = set(gradients)
+    residuals = [n for n in independent if n in kept or any(user in dependent for user in n.users)]
     forward_nodes, backward_nodes = (
         [node for node in half if node.op != "placeholder"] for half in (independent, dependent)
     )

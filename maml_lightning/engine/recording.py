@@ -125,6 +125,8 @@ class _Recorder(TorchDispatchMode):
         """A new tensor, or new ones."""
         if like[0] is tuple or like[0] is list:
             return like[0](self._made(part) for part in like[1:])
+        if like[0] is type(None):  # a gradient that was not asked for
+            return None
         size, stride, dtype, device = like
         return FakeTensor(self.mode, torch.empty_strided(size, stride, dtype=dtype, device="meta"), device)
 
