@@ -24,6 +24,15 @@ structure: Callable[[pytree.TreeSpec], Hashable] = (
 )
 
 
+def called(graph: fx.Graph, target: Any, args: tuple, kwargs: dict, name: str | None = None) -> fx.Node:
+    """``graph.call_function``, which from torch 2.14 on searches the arguments for symbolic sizes; here are none."""
+    node = graph.create_node("call_function", target, name=name)
+    node.args = args
+    if kwargs:
+        node.kwargs = kwargs
+    return node
+
+
 def simplify(graph: fx.Graph) -> None:
     """Drop copies, compute equal subexpressions once and merge sums, unless the graph writes in place."""
     if not any(is_mutable(node) for node in graph.nodes):
@@ -174,7 +183,12 @@ def subgraph(
         copies[node] = graph.placeholder(node.name)
         copies[node].meta = node.meta
     for node in nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
+        if node.op == "call_function":
+            args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
+            copies[node] = called(graph, node.target, args, kwargs, node.name)
+            copies[node].meta = dict(node.meta)
+        else:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(pytree.tree_map(lambda node: copies.get(node, node), outputs))
     graph.eliminate_dead_code()
     return fx.GraphModule(owner, graph)

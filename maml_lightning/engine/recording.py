@@ -17,19 +17,27 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from maml_lightning.engine.graphs import called
+
 _aten = torch.ops.aten
-_aten_device = torch.ops.prim.device.default
+_DEVICE = torch.ops.prim.device.default
 _PLAIN = (int, float, complex, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 _METADATA = {_aten.size.default, _aten.stride.default, _aten.storage_offset.default}
 
 
 # Frequent operators whose results' sizes and strides follow from their arguments' alone: they are asked directly, which
 # takes a third of the time that fake tensors take, who look for constants, devices and what they have computed before.
+# Others are asked once for arguments of the same sizes and strides, too.
 _DIRECT = {
     *(op.default for op in (_aten.view, _aten._unsafe_view, _aten.permute, _aten.t, _aten.expand, _aten.unsqueeze)),
     *(op.default for op in (_aten.alias, _aten.detach, _aten.clone, _aten.neg, _aten.addcmul, _aten.bmm, _aten.mm)),
     *(op.default for op in (_aten.baddbmm, _aten.sigmoid, _aten.tanh, _aten.relu, _aten.threshold_backward)),
     *(op.Tensor for op in (_aten.slice, _aten.mul, _aten.add, _aten.sub, _aten.div)),
+    *(op.default for op in (_aten.leaky_relu, _aten.leaky_relu_backward, _aten.hardtanh, _aten.hardtanh_backward)),
+    *(op.default for op in (_aten.hardswish, _aten.hardswish_backward, _aten.hardsigmoid, _aten.hardsigmoid_backward)),
+    *(op.default for op in (_aten.silu, _aten.silu_backward, _aten.gelu, _aten.gelu_backward, _aten.rsqrt, _aten.exp)),
+    *(op.Scalar for op in (_aten.mul, _aten.div, _aten.lt, _aten.gt, _aten.ne)),
+    *(_aten.where.self, _aten.logical_and.default, _aten.native_layer_norm.default),
     *(_aten.transpose.int, _aten.select.int, _aten.squeeze.dim, _aten.sum.dim_IntList, _aten.mean.dim),
 }
 
@@ -49,7 +57,7 @@ def _is_new(func: OpOverload) -> bool:
 
 
 def _like(value: Any) -> tuple | None:
-    """The same for arguments that an operator gives results of the same sizes and strides of; None for no others."""
+    """The same for arguments of which an operator gives results of the same sizes and strides; None: of no others."""
     if type(value) is FakeTensor:
         plain = value.layout is torch.strided and value.constant is None and not value.dtype.is_complex
         return (value.shape, value.stride(), value.dtype, value.fake_device) if plain else None
@@ -82,14 +90,14 @@ class _Recorder(TorchDispatchMode):
         return False  # no compiler is at work, and to hold it off takes longer than to record
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is _aten_device and type(args[0]) is FakeTensor:  # autograd asks of each tensor, and vmap
+        if func is _DEVICE and type(args[0]) is FakeTensor:  # autograd asks of each tensor, and vmap
             return args[0].fake_device
         kwargs = kwargs or {}
         if not isinstance(func, OpOverload):
             raise NotImplementedError(f"{func} cannot be recorded")
         if others := [kind.__name__ for kind in types if not issubclass(kind, FakeTensor)]:  # may call it for ever
             raise NotImplementedError(f"{func} of a {others[0]} cannot be recorded")
-        if func is _aten_device:
+        if func is _DEVICE:
             return func(*args, **kwargs)
         if func is _aten._efficientzerotensor.default:  # zeros without memory, which fake tensors take for meta ones
             with self:
@@ -102,13 +110,13 @@ class _Recorder(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         if func is _aten.lift_fresh.default:  # of a new tensor, which the graph has to make anew
             func = _aten.lift_fresh_copy.default
-        node = self.graph.call_function(func, self.argument(args), self.argument(kwargs))
+        node = called(self.graph, func, self.argument(args), self.argument(kwargs))
         result = self.run(func, args, kwargs)
         self.name(result, node)
         return result
 
     def run(self, func: OpOverload, args: tuple, kwargs: dict) -> Any:
-        """The operator's result on fake tensors; a new one like an earlier one, of arguments like these."""
+        """The operator's result on fake tensors; of arguments like earlier ones, a new one like the earlier one."""
         key = (func, _like(args), _like(kwargs)) if _is_new(func) else None
         if key is None or None in key:
             return self._run(func, args, kwargs)
@@ -151,7 +159,7 @@ class _Recorder(TorchDispatchMode):
         elif isinstance(result, tuple | list):
             for i, part in enumerate(result):
                 if part is not None:
-                    self.name(part, self.graph.call_function(operator.getitem, (node, i)))
+                    self.name(part, called(self.graph, operator.getitem, (node, i), {}))
         elif result is not None:
             self.graph.erase_node(node)  # a number, known without values
 
