@@ -75,14 +75,14 @@ class _Recorder(TorchDispatchMode):
     Args:
         mode: of the fake tensors that they run on.
         replacements: functions that run in the place of operators.
+        results: sizes and strides of operators' results by those of their arguments, which it adds to.
     """
 
-    def __init__(self, mode: FakeTensorMode, replacements: dict[OpOverload, Callable[..., Any]]) -> None:
+    def __init__(self, mode: FakeTensorMode, replacements: dict[OpOverload, Callable[..., Any]], results: dict) -> None:
         super().__init__()
-        self.mode, self.replacements = mode, replacements
+        self.mode, self.replacements, self.results = mode, replacements, results
         self.graph, self.root = fx.Graph(), nn.Module()
         self.nodes: dict[int, fx.Node] = {}
-        self.results: dict[tuple, tuple] = {}  # sizes and strides of operators' results, by those of their arguments
         self.kept: list[Tensor] = []  # so that no other tensor gets their identity
 
     @classmethod
@@ -187,7 +187,10 @@ class _Recorder(TorchDispatchMode):
 
 
 def record(
-    function: Callable[..., list], leaves: list[Tensor], replacements: dict[OpOverload, Callable[..., Any]]
+    function: Callable[..., list],
+    leaves: list[Tensor],
+    replacements: dict[OpOverload, Callable[..., Any]],
+    results: dict[tuple, tuple],
 ) -> tuple[fx.Graph, nn.Module]:
     """The graph of a function of tensors, and a module of its constants.
 
@@ -195,12 +198,13 @@ def record(
         function: returns a list of tensors.
         leaves: example arguments.
         replacements: functions that run in the place of operators.
+        results: empty, or those of an earlier recording of much the same operators, which then need not be asked.
 
     Raises:
         NotImplementedError: an operator cannot be recorded.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    recorder = _Recorder(mode, replacements)
+    recorder = _Recorder(mode, replacements, results)
     own = [leaf.detach() for leaf in leaves]  # objects of their own, where one tensor is used twice
     inputs = [mode.from_tensor(leaf) for leaf in own]
     for number, value in enumerate(inputs):

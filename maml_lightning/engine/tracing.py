@@ -63,13 +63,13 @@ def trace(function: Callable[..., list], leaves: list[Tensor], compiled: bool) -
         leaves: example arguments.
         compiled: whether the graph is handed to a compiler.
     """
-    replacements = COMPILED if compiled else {}
-    graph, constants = record(function, leaves, replacements)
+    common: tuple[dict, dict] = (COMPILED if compiled else {}, {})
+    graph, constants = record(function, leaves, *common)
     graph.eliminate_dead_code()
     if any(is_mutable(node) for node in graph.nodes):  # such as the second derivative of mse_loss
         # Of the operators alone: vmap and vjp, which take the most time, have run.
         pure = functionalize(lambda *leaves: evaluated(graph, constants, leaves), remove="mutations")
-        graph, constants = record(pure, leaves, replacements)
+        graph, constants = record(pure, leaves, *common)
     take_as_inputs(COTANGENT, graph)
     graph.eliminate_dead_code()
     simplify(graph)

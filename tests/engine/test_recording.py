@@ -55,7 +55,7 @@ X = torch.rand(2, 3, 4)
     ],
 )
 def test_results_of_operators_seen_before_are_noted_as_they_are(function):
-    graph, _ = record(function, [X], {})
+    graph, _ = record(function, [X], {}, {})
     (outputs,) = (node.args[0] for node in graph.nodes if node.op == "output")
     assert [described(node.meta["val"]) for node in outputs] == list(map(described, function(X)))
     assert len({id(node.meta["val"]) for node in outputs}) == len(outputs)
@@ -70,7 +70,7 @@ def test_gradients_that_are_not_asked_for_are_noted_as_none():
         return [x]
 
     masks, found = [[True, False, False], [True, False, False], [True, True, True], [True, False, False]], []
-    record(function, [X], {})
+    record(function, [X], {}, {})
     assert found == masks
 
 
