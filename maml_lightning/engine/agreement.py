@@ -123,11 +123,10 @@ def untraced_disagreement(job: Job) -> str:
         with _DrawnInOrder():
             expected, reference = job.in_loop()
             before.restore()
-            outputs, pullback = job.untraced()
-            why = disagreement(outputs, expected)
-            if why or pullback is None or reference is None:
-                return why
-            return disagreement(pullback(outputs), reference(outputs))
+            if reference is None:
+                return disagreement(job.untraced()[0], expected)
+            outputs, gradients = job.untraced_joint()
+            return disagreement(outputs, expected) or disagreement(gradients, reference(outputs))
     except Exception as error:
         return reason_of(error)
 

@@ -24,6 +24,15 @@ structure: Callable[[pytree.TreeSpec], Hashable] = (
 )
 
 
+def called(graph: fx.Graph, target: Any, args: tuple, kwargs: dict, name: str | None = None) -> fx.Node:
+    """``graph.call_function``, which from torch 2.14 on searches the arguments for symbolic sizes; here are none."""
+    node = graph.create_node("call_function", target, name=name)
+    node.args = args
+    if kwargs:
+        node.kwargs = kwargs
+    return node
+
+
 def simplify(graph: fx.Graph) -> None:
     """Drop copies, compute equal subexpressions once and merge sums, unless the graph writes in place."""
     if not any(is_mutable(node) for node in graph.nodes):
@@ -40,11 +49,19 @@ def _share(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             continue
-        arguments, spec = pytree.tree_flatten((node.args, node.kwargs))
-        first = seen.setdefault((node.target, structure(spec), *((type(a), a) for a in arguments)), node)
+        first = seen.setdefault((node.target, _key(node.args), _key(node.kwargs)), node)
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
+
+
+def _key(value: Any) -> Hashable:
+    """The same for equal arguments of the same type: 1 is not 1.0."""
+    if isinstance(value, tuple | list):
+        return (*map(_key, value),)
+    if isinstance(value, dict):
+        return (*((name, _key(part)) for name, part in value.items()),)
+    return value if isinstance(value, fx.Node) else (type(value), value)
 
 
 _aten = torch.ops.aten
@@ -166,10 +183,29 @@ def subgraph(
         copies[node] = graph.placeholder(node.name)
         copies[node].meta = node.meta
     for node in nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
+        if node.op == "call_function":
+            args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
+            copies[node] = called(graph, node.target, args, kwargs, node.name)
+            copies[node].meta = dict(node.meta)
+        else:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(pytree.tree_map(lambda node: copies.get(node, node), outputs))
     graph.eliminate_dead_code()
     return fx.GraphModule(owner, graph)
+
+
+def evaluated(graph: fx.Graph, constants: nn.Module, inputs: Iterable[Any]) -> Any:
+    """The results of a graph that runs but once, for which no code is written."""
+    values, given = {}, iter(inputs)
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            values[node] = next(given)
+        elif node.op == "get_attr":
+            values[node] = getattr(constants, node.target)
+        else:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = args[0] if node.op == "output" else node.target(*args, **kwargs)
+    return values[node]
 
 
 def take_as_inputs(target: Any, graph: fx.Graph) -> None:
@@ -206,7 +242,8 @@ def cut(joint: fx.Graph, constants: nn.Module, count: int) -> tuple[fx.GraphModu
     results: Any = output_of(joint).args[0]
     values, gradients = list(results[:count]), list(results[count:])
     independent = [node for node in nodes if node not in dependent]
-    residuals = [n for n in independent if n in gradients or any(user in dependent for user in n.users)]
+    kept = set(gradients)
+    residuals = [n for n in independent if n in kept or any(user in dependent for user in n.users)]
     forward_nodes, backward_nodes = (
         [node for node in half if node.op != "placeholder"] for half in (independent, dependent)
     )

@@ -80,12 +80,20 @@ class Job(NamedTuple):
 
     def joint_of_any(self) -> Callable:
         """``joint`` of the arguments alone, for a recording: the cotangents are results of :data:`COTANGENT`."""
+        return lambda *args: self._joint_of(COTANGENT)(self._batched(args), *args)
 
-        def joint(anchor: Tensor, *args: Any) -> tuple:
-            outputs, pullback, *_ = vjp(lambda primal: self.function(primal, *args[1:]), args[0])
-            return outputs, pullback(pytree.tree_map(lambda output: COTANGENT(output, anchor), outputs))[0]
+    def untraced_joint(self) -> tuple[Any, Any]:
+        """Outputs, and gradients with the outputs for cotangents, by ``vmap``."""
+        return self._joint_of(lambda output, _: output)(self._batched(self.args), *self.args)
 
-        return lambda *args: _vmap(joint, (0, *self.in_dims))(self._batched(args), *args)
+    def _joint_of(self, cotangent: Callable[[Tensor, Tensor], Tensor]) -> Callable:
+        """``joint`` of an anchor and the arguments, with what ``cotangent`` makes of each output and the anchor."""
+
+        def joint(anchor: Tensor, primal: Any, *args: Any) -> tuple:
+            outputs, pullback, *_ = vjp(lambda primal: self.function(primal, *args), primal)
+            return outputs, pullback(pytree.tree_map(lambda output: cotangent(output, anchor), outputs))[0]
+
+        return _vmap(joint, (0, *self.in_dims))
 
     def _batched(self, args: tuple) -> Tensor:
         """One of the arguments that has a dimension over tasks."""

@@ -5,6 +5,7 @@ has none of them. A function and its pullback are traced together and cut in two
 the forward half computed.
 """
 
+import gc
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,7 @@ from torch.func import functionalize
 from torch.utils import _pytree as pytree
 
 from maml_lightning.devices import autocast_dtype, without_autocast
-from maml_lightning.engine.graphs import cut, is_mutable, simplify, take_as_inputs
+from maml_lightning.engine.graphs import cut, evaluated, is_mutable, simplify, take_as_inputs
 from maml_lightning.engine.hoisting import Hoisted
 from maml_lightning.engine.jobs import COTANGENT
 from maml_lightning.engine.kernels.mode import COMPILED
@@ -25,14 +26,21 @@ from maml_lightning.engine.recording import record
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """For recording: fake tensors have nothing to detect, and what they log is the reason for another way."""
+    """For recording: fake tensors have nothing to detect, and what they log is the reason for another way.
+
+    They make many objects that stay, among which a search for garbage takes a sixth of the time.
+    """
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     disabled, logger.disabled = logger.disabled, True
+    collects = gc.isenabled()
+    gc.disable()
     try:
         with torch.autograd.set_detect_anomaly(False):
             yield
     finally:
         logger.disabled = disabled
+        if collects:
+            gc.enable()
 
 
 def signature(leaves: Collection[Tensor]) -> tuple:
@@ -55,18 +63,16 @@ def trace(function: Callable[..., list], leaves: list[Tensor], compiled: bool) -
         leaves: example arguments.
         compiled: whether the graph is handed to a compiler.
     """
-    replacements = COMPILED if compiled else {}
-    graph, constants = _recorded(function, leaves, replacements)
+    common: tuple[dict, dict] = (COMPILED if compiled else {}, {})
+    graph, constants = record(function, leaves, *common)
+    graph.eliminate_dead_code()
     if any(is_mutable(node) for node in graph.nodes):  # such as the second derivative of mse_loss
-        graph, constants = _recorded(functionalize(function, remove="mutations"), leaves, replacements)
-    simplify(graph)
-    return graph, constants
-
-
-def _recorded(function: Callable[..., list], leaves: list[Tensor], replacements: dict) -> tuple[fx.Graph, nn.Module]:
-    graph, constants = record(function, leaves, replacements)
+        # Of the operators alone: vmap and vjp, which take the most time, have run.
+        pure = functionalize(lambda *leaves: evaluated(graph, constants, leaves), remove="mutations")
+        graph, constants = record(pure, leaves, *common)
     take_as_inputs(COTANGENT, graph)
     graph.eliminate_dead_code()
+    simplify(graph)
     return graph, constants
 
 

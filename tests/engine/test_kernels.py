@@ -167,6 +167,18 @@ def test_what_a_compiler_gets_is_what_is_called_otherwise(op):
         assert torch.allclose(called, fused, rtol=1e-12, atol=1e-12)
 
 
+def test_images_in_any_layout_are_normalized_where_they_leave_the_cache():
+    torch.manual_seed(0)
+    images = torch.randn(2, 4, 70, 16, 160)
+    for x in (images, images.permute(0, 1, 3, 4, 2), images[..., ::2], images[:, 1:, 1:]):
+        assert layout.leaves_cache(x, x[0].numel())
+        scale = torch.rand(2, x.shape[-1])
+        for name, arguments in (("standardize", (x, 1e-5)), ("project", (x, x.flip(0), scale))):
+            results = getattr(torch.ops.maml_lightning, name)(*arguments), getattr(normalization, name)(*arguments)
+            for found, expected in zip(*results, strict=True):
+                assert torch.allclose(found, expected, rtol=1e-4, atol=1e-3 if expected.dim() == 2 else 1e-5)
+
+
 def test_sum_over_tasks_is_the_sum():
     value = torch.randn(3, 3, 3, 4, 5, dtype=torch.float64).permute(0, 4, 3, 1, 2)
     assert torch.allclose(layout.sum_over_tasks(value), value.sum(0))

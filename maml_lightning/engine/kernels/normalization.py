@@ -39,10 +39,11 @@ def _standardize_op(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return fused("triton_normalization", "standardize", standardize, x, eps)
     if not leaves_cache(x, x[0].numel()):
         return standardize(x, eps)
-    n, r = torch.empty_like(x), x.new_empty(x.shape[0], x.shape[-1])
+    n, r = x.new_empty(x.shape), x.new_empty(x.shape[0], x.shape[-1])  # contiguous, whatever x is
     for x_t, n_t, r_t in zip(x.flatten(1, -2), n.view(x.shape[0], -1, x.shape[-1]), r, strict=True):
         out = (n_t, torch.empty_like(r_t), r_t)
-        torch.native_batch_norm(x_t, None, None, None, None, True, 0.0, eps, out=out)
+        # Given results, torch adds the sums of strided images to what their memory held before.
+        torch.native_batch_norm(x_t.contiguous(), None, None, None, None, True, 0.0, eps, out=out)
     return n, r
 
 
