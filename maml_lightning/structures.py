@@ -79,14 +79,34 @@ def call_arguments(inputs: Any) -> tuple[tuple, dict[str, Any]]:
     return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
 
 
-def call(net: nn.Module, inputs: Any) -> Tensor:
-    """The network's outputs, see `call_arguments` and `logits_of`."""
+def call(net: nn.Module, inputs: Any) -> Any:
+    """All that the network returns, see `call_arguments`."""
     positional, named = call_arguments(inputs)
-    return logits_of(net(*positional, **named))
+    return net(*positional, **named)
+
+
+def tensor_of(outputs: Any) -> Tensor:
+    """The tensor among a network's outputs that scores and predictions are of: see `logits_of`, else the first.
+
+    Raises:
+        SettingError: there is no tensor.
+    """
+    try:
+        return logits_of(outputs)
+    except SettingError:
+        if tensors := tensors_of(outputs):
+            return tensors[0]
+        raise
+
+
+def tensors_of(outputs: Any) -> list[Tensor]:
+    """The tensors among a network's outputs, in order; of an object, its attributes."""
+    parts = outputs if isinstance(outputs, Tensor) else _named(outputs) or getattr(outputs, "__dict__", outputs)
+    return [leaf for leaf in leaves(parts) if isinstance(leaf, Tensor)]
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """The tensor among a network's outputs that loss and scores are of.
+    """The tensor among a network's outputs that a loss of one tensor takes.
 
     That is the tensor itself; ``logits`` of a dict, a dataclass or a named tuple; else the first of a tuple or list,
     or the only one of a dict or dataclass.

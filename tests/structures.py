@@ -19,6 +19,7 @@ class Case(NamedTuple):
     inputs: Callable[[int], Any]  # of so many examples of one task
     targets: Callable[[int], Any]
     score: str | None  # what is logged beside the loss
+    takes_all: bool = False  # whether the loss takes all that the network returns
 
 
 class Words(nn.Module):
@@ -80,6 +81,19 @@ class Pixels(nn.Module):
         return self.head(self.body(x).tanh())
 
 
+class Heads(nn.Module):
+    """Vectors to classes and to a number, as a dict, in which nothing is named logits, or as a tuple."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.body, self.classes, self.size, self.kind = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 1), kind
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.body(x).tanh()
+        both = self.classes(h), self.size(h)
+        return both if self.kind is tuple else dict(zip(("classes", "size"), both, strict=True))
+
+
 def mlp(inputs: int, outputs: int) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(nn.Linear(inputs, 6), nn.Tanh(), nn.Linear(6, outputs))
 
@@ -95,6 +109,14 @@ def gaussian_nll(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def many_tasks_loss(outputs: Tensor, targets: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(outputs[:, :3], targets["class"]) + F.mse_loss(outputs[:, 3], targets["size"])
+
+
+def heads_loss(outputs: dict[str, Tensor], targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs["classes"], targets) + 0.1 * outputs["size"].square().mean()
+
+
+def heads_of_tasks_loss(outputs: tuple[Tensor, Tensor], targets: dict[str, Tensor]) -> Tensor:
+    return F.cross_entropy(outputs[0], targets["class"]) + F.mse_loss(outputs[1].squeeze(1), targets["size"])
 
 
 def ids(count: int) -> dict[str, Tensor]:
@@ -113,6 +135,10 @@ def pictures(count: int) -> Tensor:
 
 def classes(count: int) -> Tensor:
     return torch.arange(count) % 3
+
+
+def classes_and_sizes(count: int) -> dict[str, Tensor]:
+    return {"class": classes(count), "size": torch.rand(count)}
 
 
 def pixels(count: int) -> Tensor:
@@ -162,9 +188,9 @@ CASES = {
     "one logit": Case(mlp(4, 1), one_logit_loss, vectors, lambda n: torch.arange(n) % 2, "accuracy"),
     "gaussian": Case(mlp(4, 2), gaussian_nll, vectors, lambda n: torch.rand(n, 1), None),
     "many outputs": Case(mlp(4, 5), F.cross_entropy, vectors, classes, "accuracy"),
-    "dict targets": Case(
-        mlp(4, 4), many_tasks_loss, vectors, lambda n: {"class": classes(n), "size": torch.rand(n)}, None
-    ),
+    "dict targets": Case(mlp(4, 4), many_tasks_loss, vectors, classes_and_sizes, None),
+    "heads": Case(lambda: Heads(dict), heads_loss, vectors, classes, "accuracy", takes_all=True),
+    "heads of tasks": Case(lambda: Heads(tuple), heads_of_tasks_loss, vectors, classes_and_sizes, None, takes_all=True),
 }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from maml_lightning.engine.recomputation import recomputing
 from maml_lightning.engine.trials import trying
-from maml_lightning.structures import call_arguments, leaves, logits_of, mapped
+from maml_lightning.structures import call, leaves, mapped
 
 
 class _Places:
@@ -59,16 +59,13 @@ def calling(net: nn.Module) -> Iterator[None]:
         _KNOWN.reset(token)
 
 
-def call_with(
-    net: nn.Module, tensors: Mapping[str, Tensor], inputs: Any, part: Callable[[Any], Any] = logits_of
-) -> Any:
-    """The outputs of a network.
+def call_with(net: nn.Module, tensors: Mapping[str, Tensor], inputs: Any) -> Any:
+    """All that a network returns.
 
     Args:
         net: the network.
         tensors: in place of its parameters and buffers, by name; those without a name here stay.
         inputs: of the network, see :func:`~maml_lightning.structures.call_arguments`.
-        part: of what the network returns, its outputs.
     """
     known = _KNOWN.get()
     places = known[0] if known and known[0].net is net else _Places(net)
@@ -76,11 +73,10 @@ def call_with(
     if not swapped and tensors:
         places = _Places(net)
         swapped, known[:] = places.of(tensors), [places] if known else []
-    positional, named = call_arguments(inputs)
 
     def run() -> Any:
         with _eager() if places.compiled else nullcontext():
-            return part(net(*positional, **named))
+            return call(net, inputs)
 
     def with_tensors(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         before = [owner[local] for owner, local, *_ in swapped]  # in a call that takes a gradient: that call's

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from maml_lightning.algorithms import steps as inner
 from maml_lightning.algorithms.algorithm import DEFAULTS, Settings
 from maml_lightning.algorithms.calling import calling
+from maml_lightning.algorithms.losses import Found
+from maml_lightning.algorithms.model import Loss, Model
 from maml_lightning.algorithms.optimizers import InnerOptimizer, Parameters, sgd
 from maml_lightning.algorithms.prototypes import labels_of, of_task, of_tasks, tried_of_tasks
 from maml_lightning.algorithms.registry import find_algorithm
@@ -23,6 +25,9 @@ from maml_lightning.engine.memory import FlatMemory
 from maml_lightning.engine.state import State
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
+from maml_lightning.structures import first_task, joined, leaves
+
+Evaluated = tuple[list[Tensor], list[Tensor]]  # outputs and losses before adaptation and after each inner step
 
 
 class InnerLoop:
@@ -31,7 +36,8 @@ class InnerLoop:
     Args:
         net: any ``nn.Module``; its own parameters are never written.
         loss: ``loss(outputs, targets)``, a scalar mean over the examples. Of a network that returns several tensors it
-            gets ``logits`` or the first; that it needs no others is checked by MAML, not here.
+            gets all of them, as in a plain loop, if it takes them, else ``logits`` or the first; see
+            :mod:`~maml_lightning.algorithms.losses`.
         tasks_per_chunk: how many tasks are vectorized together, at least 1; None takes all; "auto" goes by the memory
             that a task of the first meta-batch needs, and keeps it in ``chosen``.
         flat_memory: keep only the fast weights of each step and recompute the rest in the backward pass, for about a
@@ -68,7 +74,7 @@ class InnerLoop:
     def __init__(
         self,
         net: nn.Module,
-        loss: inner.Loss,
+        loss: Loss,
         tasks_per_chunk: int | Literal["auto"] | None = "auto",
         flat_memory: bool | Literal["auto"] = "auto",
         compile: bool = False,
@@ -85,6 +91,7 @@ class InnerLoop:
         self.head: Literal["learned", "prototypes"] = "learned"
         self.tasks_per_chunk = tasks_per_chunk
         self.chosen: dict[str, int] = {}
+        self._found = Found()
         self.optimizer = optimizer or sgd()
         self.proximal = proximal
         self._flat_memory = FlatMemory(flat_memory)
@@ -149,7 +156,7 @@ class InnerLoop:
                 f"model.inner_steps must be at least {least} with model.algorithm {algorithm} (got {steps})."
             )
         name = "first order" if settings.first_order else method.measured_as or algorithm
-        state, labels = self._state(episode.tasks), self._labels(episode.support_targets, episode.query_targets)
+        state, labels = self._state_of(episode), self._labels(episode.support_targets, episode.query_targets)
 
         def run(params: Parameters, buffers: Parameters, rates: Any, episode: Episode, labels: Any) -> MetaGradient:
             setup = self._setup(state, params, buffers, rates, steps, labels)
@@ -207,25 +214,45 @@ class InnerLoop:
         Returns:
             ``steps + 1`` tensors ``[T, N*Q, ...]``.
         """
-        with self._evaluating():
-            state, labels = self._state(episode.tasks), self._labels(episode.support_targets)
+        return self.evaluated(params, episode, rates, steps, with_losses=False)[0]
 
-            def run(params: Parameters, buffers: Parameters, rates: Any, episode: Episode, labels: Any) -> list[Tensor]:
+    def evaluated(
+        self,
+        params: Parameters,
+        episode: Episode,
+        rates: float | Parameters,
+        steps: int,
+        with_losses: bool = True,
+    ) -> Evaluated:
+        """The trajectory, and ``with_losses`` the query losses ``[T]`` along it if they are not of these outputs alone.
+
+        Returns:
+            ``steps + 1`` outputs and as many losses; no losses where they can be computed from the outputs.
+        """
+        with self._evaluating():
+            state, labels = self._state_of(episode), self._labels(episode.support_targets)
+            read = inner.evaluate if with_losses and state.objects.takes_all else inner.predict
+
+            def run(params: Parameters, buffers: Parameters, rates: Any, episode: Episode, labels: Any) -> list[Any]:
                 every, chunks = self._setup(state, params, buffers, rates, steps, labels), []
                 for chunk in self._evaluation_chunks(episode):
                     setup = of_tasks(every, chunk)
                     path = inner.descend(setup, chunk.support_inputs, chunk.support_targets)
-                    chunks.append([inner.predict(setup, fast, k, chunk) for k, fast in enumerate(path)])
-                return [torch.cat(outputs) for outputs in zip(*chunks, strict=True)]
+                    chunks.append([read(setup, fast, k, chunk) for k, fast in enumerate(path)])
+                return [joined(parts, 0) for parts in zip(*chunks, strict=True)]
 
             arguments = (params, dict(self.net.named_buffers()), rates, episode, labels)
-            return self._captures(run, self._key("trajectory", steps), state, *arguments)
+            found = self._captures(run, self._key(read, steps), state, *arguments)
+        if read is inner.predict:
+            return found, []
+        losses, outputs = zip(*found, strict=True)
+        return list(outputs), list(losses)
 
     def moved(self, params: Parameters, episode: Episode, rates: float | Parameters, steps: int) -> Tensor:
         """How far ``steps`` inner steps move each task's parameters, in the Euclidean norm: ``[T]``."""
         with self._evaluating():
             labels, buffers = self._labels(episode.support_targets), dict(self.net.named_buffers())
-            every, norms = self._setup(self._state(episode.tasks), params, buffers, rates, steps, labels), []
+            every, norms = self._setup(self._state_of(episode), params, buffers, rates, steps, labels), []
             for chunk in self._evaluation_chunks(episode):
                 setup = of_tasks(every, chunk)
                 fast = inner.adapt(setup, chunk.support_inputs, chunk.support_targets)
@@ -248,6 +275,8 @@ class InnerLoop:
         """
         with self._evaluating():
             buffers = dict(self.net.named_buffers())
+            if not self._found.knows(self.net, self.loss):
+                self._found.find(self.net, self.loss, detached(inputs), detached(targets))
             setup = self._setup(self._state(1), params, buffers, rates, steps, self._labels(targets))
             setup = of_task(setup, detached(inputs), detached(targets))
             state, step = setup.initial_state(), setup.model.bind(inner.step)
@@ -276,8 +305,16 @@ class InnerLoop:
 
     def _state(self, tasks: int) -> State:
         """The network, loss and optimizer as they are now, for so many tasks."""
-        of_support = self.query_statistics == "support"
-        return self._executor.state(inner.Model(self.net, self.loss, self.optimizer, self.proximal, of_support), tasks)
+        of_support, takes_all = self.query_statistics == "support", self._found.takes_all(self.net, self.loss)
+        model = Model(self.net, self.loss, self.optimizer, self.proximal, of_support, takes_all)
+        return self._executor.state(model, tasks)
+
+    def _state_of(self, episode: Episode) -> State:
+        """The same, for an episode."""
+        if not self._found.knows(self.net, self.loss):
+            part = episode[:2] if any(leaf.numel() for leaf in leaves(episode.support_targets)) else episode[2:]
+            self._found.find(self.net, self.loss, *map(first_task, detached(part)))
+        return self._state(episode.tasks)
 
     def _labels(self, *targets: Any) -> Tensor | None:
         return labels_of(*targets) if self.head == "prototypes" else None

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from maml_lightning.algorithms.model import Model, outputs
 from maml_lightning.algorithms.optimizers import Parameters
-from maml_lightning.algorithms.steps import Model, Setup, outputs
+from maml_lightning.algorithms.steps import Setup
 from maml_lightning.devices import has_values
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
-from maml_lightning.structures import call
+from maml_lightning.structures import call, tensor_of
 
 _NO_EXAMPLES = -1e9  # the bias of a class of which the support set has none; small enough to be added up in any type
 
@@ -80,7 +81,7 @@ def logits_and_norms(net: nn.Module, inputs: Any) -> tuple[Tensor, Tensor]:
         inputs: ``[n, ...]``.
     """
     with _LinearCalls(net) as calls:
-        logits = call(net, inputs)
+        logits = tensor_of(call(net, inputs))
     features = calls.last[1]
     assert features is not None  # of a head of prototypes
     return logits, features.square().sum(-1)

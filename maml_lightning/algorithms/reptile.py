@@ -4,14 +4,13 @@ The meta-gradient is ``theta_0 - theta_S``, mean over tasks, with no derivative 
 it: the steps descend on support and query examples together. The loss reported is that of the query set afterwards.
 """
 
-import torch
 from torch import Tensor
 
 from maml_lightning.algorithms.algorithm import OF_UNROLLED_STEPS, Algorithm, Settings
-from maml_lightning.algorithms.steps import Setup, adapt, predict
+from maml_lightning.algorithms.steps import Setup, adapt, evaluate
 from maml_lightning.engine.chunks import MetaGradient, add_sum
 from maml_lightning.episodes import Episode
-from maml_lightning.structures import joined, tasks_of
+from maml_lightning.structures import joined
 
 
 def meta_gradient(setup: Setup, chunk: Episode, total: MetaGradient, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -20,10 +19,7 @@ def meta_gradient(setup: Setup, chunk: Episode, total: MetaGradient, settings: S
     targets = joined([chunk.support_targets, chunk.query_targets], 1)
     fast = adapt(setup, inputs, targets)
     add_sum(total.gradient, {name: value - fast[name] for name, value in setup.initial.items()}, setup.steps)
-    predictions = predict(setup, fast, setup.steps, chunk)
-    loss = setup.model.objects.loss
-    losses = [loss(output, target) for output, target in zip(predictions, tasks_of(chunk.query_targets), strict=True)]
-    return torch.stack(losses), predictions
+    return evaluate(setup, fast, setup.steps, chunk)
 
 
 ALGORITHM = Algorithm(

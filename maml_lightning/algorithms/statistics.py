@@ -26,7 +26,7 @@ from maml_lightning.devices import HALF
 from maml_lightning.engine.chunks import detached
 from maml_lightning.engine.trials import copy_of, same_random_numbers
 from maml_lightning.errors import SettingError
-from maml_lightning.structures import call, leaves, logits_of, mapped
+from maml_lightning.structures import call, leaves, mapped
 from maml_lightning.task_statistics import TaskNorm
 
 _TRACK = "track_running_stats"
@@ -166,25 +166,18 @@ def deciding(net: nn.Module, running: Collection[str] | None = None, collected: 
             setattr(layer, key, value)
 
 
-def called(
-    net: nn.Module,
-    values: Mapping[str, Tensor],
-    inputs: Any,
-    running: Collection[str],
-    part: Callable[[Any], Any] = logits_of,
-) -> Any:
-    """The outputs of a network, which stays as it is, with the decided statistics.
+def called(net: nn.Module, values: Mapping[str, Tensor], inputs: Any, running: Collection[str]) -> Any:
+    """All that a network returns, which stays as it is, with the decided statistics.
 
     Args:
         net: the network.
         values: in place of its parameters, by name.
         inputs: of the network.
         running: the names of the layers that use running statistics.
-        part: of what the network returns, its outputs.
     """
     with deciding(net, running):
         buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}  # a layer may write to them
-        return call_with(net, {**buffers, **values}, inputs, part=part)
+        return call_with(net, {**buffers, **values}, inputs)
 
 
 def adapted_copy(

@@ -12,75 +12,25 @@ Everything is differentiated inside ``vmap``: outside of it, normalization layer
 derivative (functorch #534).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from maml_lightning.algorithms.calling import call_with
 from maml_lightning.algorithms.curvature import transformed
-from maml_lightning.algorithms.optimizers import InnerOptimizer, Parameters, rates_of
+from maml_lightning.algorithms.model import Model, outputs, query_loss, query_outputs, returned
+from maml_lightning.algorithms.optimizers import Parameters, rates_of
 from maml_lightning.engine.chunks import detached
 from maml_lightning.engine.differentiation import grad, grad_and_value, is_by_autograd
 from maml_lightning.engine.execution import Executor
 from maml_lightning.engine.kernels.layout import kernel_layout, repeated
-from maml_lightning.engine.kernels.mode import task_operators
-from maml_lightning.engine.kernels.normalization import OfSupport
 from maml_lightning.engine.memory import FlatMemory, keep_freed_memory
 from maml_lightning.engine.state import State
 from maml_lightning.episodes import Episode
 from maml_lightning.structures import examples_of
-from maml_lightning.task_statistics import statistics_of_first
-
-Loss = Callable[[Tensor, Any], Tensor]
-
-
-class Model(NamedTuple):
-    """The Python objects that the functions of one task depend on; their first argument.
-
-    Args:
-        net: the network, whose own parameters are never written.
-        loss: ``loss(outputs, targets)``, a scalar.
-        optimizer: of the inner loop.
-        proximal: strength ``mu`` of the proximal term, 0 for none.
-        of_support: whether queries are normalized with the statistics of the support set.
-    """
-
-    net: nn.Module
-    loss: Loss
-    optimizer: InnerOptimizer
-    proximal: float
-    of_support: bool = False
-
-
-def outputs(model: Model, fast: Parameters, shared: Parameters, constants: Parameters, x: Any) -> Tensor:
-    """The network's outputs with adapted parameters ``fast`` and those that all tasks share."""
-    alone = is_by_autograd()  # in a loop over tasks the network keeps its own buffers, and may write to them
-    tensors = {**fast, **shared} if alone else {**fast, **shared, **constants}
-    tensors = {name: value.contiguous() for name, value in tensors.items()}  # torch's own layout, see kernel_layout
-    if not alone:
-        with task_operators():
-            return call_with(model.net, tensors, x)
-    if torch.is_grad_enabled():
-        return call_with(model.net, tensors, x)
-    with torch.enable_grad():  # it may take a gradient as it runs
-        return call_with(model.net, tensors, x).detach()
-
-
-def query_outputs(
-    model: Model, fast: Parameters, shared: Parameters, constants: Parameters, x: Any, support: Any
-) -> Tensor:
-    """The outputs on queries ``x``, which run together with the ``support`` inputs where their statistics count."""
-    if not model.of_support:
-        return outputs(model, fast, shared, constants, x)
-    both = pytree.tree_map(lambda *parts: torch.cat(parts), support, x)
-    first, examples = (len(pytree.tree_leaves(part)[0]) for part in (support, both))
-    with statistics_of_first(first, examples), OfSupport():
-        predictions = outputs(model, fast, shared, constants, both)
-    return pytree.tree_map(lambda part: part[first:], predictions)
 
 
 def support_gradient(
@@ -88,7 +38,7 @@ def support_gradient(
 ) -> Parameters:
     """``grad L_s`` with respect to the first of ``(adapted, shared)`` parameters."""
     fast, shared = params
-    return grad(lambda fast: model.loss(outputs(model, fast, shared, constants, x), y))(fast)
+    return grad(lambda fast: model.loss_of(returned(model, fast, shared, constants, x), y))(fast)
 
 
 def step(
@@ -135,8 +85,7 @@ def _query_gradient(
     model: Model, fast: Parameters, shared: Parameters, constants: Parameters, x: Any, y: Any, support: Any
 ) -> tuple[tuple[Parameters, Parameters], Tensor, Tensor]:
     def objective(params: tuple[Parameters, Parameters]) -> tuple[Tensor, Tensor]:
-        predictions = query_outputs(model, *params, constants, x, support)
-        return model.loss(predictions, y), predictions
+        return query_loss(model, *params, constants, x, y, support)
 
     gradient, (value, predictions) = grad_and_value(objective)((fast, shared))
     return gradient, value, predictions
@@ -299,6 +248,12 @@ def predict(setup: Setup, fast: Parameters, step: int, chunk: Episode) -> Tensor
     return setup.executor(setup.model.bind(query_outputs), (setup.task_dim(step), None, None, 0, 0), *arguments)
 
 
+def evaluate(setup: Setup, fast: Parameters, step: int, chunk: Episode) -> tuple[Tensor, Tensor]:
+    """The query losses ``[T]`` and the outputs of :func:`predict`."""
+    arguments = (fast, setup.shared[step], setup.constants, *_queries(setup, chunk))
+    return setup.executor(setup.model.bind(query_loss), (setup.task_dim(step), None, None, 0, 0, 0), *arguments)
+
+
 def query_gradient(
     setup: Setup, fast: Parameters, step: int, chunk: Episode
 ) -> tuple[tuple[Parameters, Parameters], Tensor, Tensor]:
@@ -308,9 +263,12 @@ def query_gradient(
         ``(gradient to adapted, gradient to shared parameters)``, ``[T, ...]`` by name; the losses ``[T]``; the
         predictions ``[T, N*Q, ...]``.
     """
-    queries = (chunk.query_inputs, chunk.query_targets, setup.beside_queries(chunk))
-    arguments = (fast, setup.shared[step], setup.constants, *queries)
+    arguments = (fast, setup.shared[step], setup.constants, *_queries(setup, chunk))
     return setup.executor(setup.model.bind(_query_gradient), (setup.task_dim(step), None, None, 0, 0, 0), *arguments)
+
+
+def _queries(setup: Setup, chunk: Episode) -> tuple[Any, Any, Any]:
+    return chunk.query_inputs, chunk.query_targets, setup.beside_queries(chunk)
 
 
 def _of_step(values: Parameters, step: int) -> Parameters:

@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from maml_lightning.algorithms.algorithm import Algorithm, Settings
+from maml_lightning.algorithms.model import query_loss
 from maml_lightning.algorithms.optimizers import Parameters
 from maml_lightning.algorithms.prototypes import of_task, with_pullback
-from maml_lightning.algorithms.steps import Setup, first_order_step, query_gradient, query_outputs, step
+from maml_lightning.algorithms.steps import Setup, first_order_step, query_gradient, step
 from maml_lightning.engine.chunks import MetaGradient, add_sum
 from maml_lightning.episodes import Episode
 from maml_lightning.structures import tasks_of
@@ -77,8 +78,8 @@ def _by_loop(
         state, arguments = own.initial_state(), own.arguments()
         for k, weight in enumerate(weights):
             if weight or k == setup.steps:
-                predictions = query_outputs(model, state[0], setup.shared[k], constants, task.query_inputs, beside)
-                loss = model.loss(predictions, task.query_targets)
+                queries = (task.query_inputs, task.query_targets, beside)
+                loss, predictions = query_loss(model, state[0], setup.shared[k], constants, *queries)
                 losses.append(loss if weight == 1 else weight * loss)
             if k < setup.steps:
                 state = run_step(model, (state, {}), arguments[k], constants, *support)

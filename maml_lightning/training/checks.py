@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from operator import is_not
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from maml_lightning.algorithms.inner_loop import InnerLoop
+from maml_lightning.algorithms.losses import takes_all
 from maml_lightning.algorithms.prototypes import labels_of
 from maml_lightning.algorithms.statistics import called
 from maml_lightning.devices import has_values
 from maml_lightning.engine.trials import same_random_numbers, trying
 from maml_lightning.episodes import Episode, InputSpec
 from maml_lightning.errors import SettingError
-from maml_lightning.structures import describe, first_task, leaves, logits_of, mapped
+from maml_lightning.structures import first_task, leaves, logits_of, mapped, tensor_of, tensors_of
 from maml_lightning.training import earlier_releases
 from maml_lightning.training.chunks import naming_what_helps
 from maml_lightning.training.first_batches import first_batches
@@ -30,14 +31,11 @@ from maml_lightning.training.loss_checks import (
     check_classes,
     check_labels,
     check_loss,
-    check_loss_of_one,
-    first_line,
     is_computed,
     without_broadcasting,
 )
 from maml_lightning.training.metrics import metric_scores
-from maml_lightning.training.network_checks import check_gradients
-from maml_lightning.training.remedies import remedy_of_inputs
+from maml_lightning.training.network_checks import check_differentiable, check_gradients, returned_by
 from maml_lightning.training.scores import Scoring, is_of_classes, is_of_labels, score_of
 
 
@@ -68,29 +66,40 @@ def check_fit(loop: InnerLoop, metric: Any, episode: Episode, inner_steps: int, 
     for all_inputs, all_targets in (episode[2:],) if pretraining else (episode[:2], episode[2:]):
         inputs, targets = map(first_task, (all_inputs, all_targets))
         with trying(loop.net, loss, device=episode.device) as copies:
-            for net, tried in (copies, (loop.net, loss)):
-                whole = _outputs(net, loop.running or (), inputs, pretraining)
-                outputs = logits_of(whole).detach()
-                if is_computed(tried, outputs, targets):
-                    break  # else the loss may read what the network itself keeps as it runs
-            check_loss_of_one(tried, whole, outputs, targets)
+            net, tried, taken, of_all = _taken(loop, copies, inputs, targets, pretraining)
+            outputs = tensor_of(taken).detach()
             if loop.head == "prototypes":
                 outputs = outputs.new_zeros(*outputs.shape[:-1], len(labels_of(episode.support_targets, all_targets)))
             elif is_of_classes(loss) and isinstance(targets, Tensor) and has_values(targets):
                 check_classes(loss, outputs, targets, all_targets, pretraining, trainer)
             elif is_of_labels(loss) and isinstance(targets, Tensor) and has_values(targets):
                 check_labels(loss, all_targets)
-            check_loss(tried, outputs, targets)
+            if not of_all or loop.head == "learned":
+                check_loss(tried, taken if of_all else outputs, targets)
             fitting = trainer is None or trainer.state.fn == TrainerFn.FITTING
             if fitting and loop.head == "learned" and net is not loop.net:
-                check_gradients(net, tried, partial(_loss_with, net, tried, loop.running or (), inputs, targets))
+                check_gradients(net, tried, partial(_loss_with, loop, net, tried, of_all, inputs, targets))
     if metric is not None:
         with without_broadcasting(), same_random_numbers(episode.device):
             metric_scores(metric, [outputs[None].clone()], mapped(lambda tensor: tensor[None].clone(), targets))
-    scoring = Scoring(loss, score_of(loss, outputs, targets, all_targets), metric)
+    scoring = Scoring(loss, score_of(loss, outputs, targets, all_targets, of_all), metric, of_all)
     if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
         _check_monitored(trainer, scoring.names)
     return scoring
+
+
+def _taken(
+    loop: InnerLoop, copies: tuple[nn.Module, Any], inputs: Any, targets: Any, training: bool
+) -> tuple[nn.Module, Any, Any, bool]:
+    """The network and the loss that were tried; of what that returns, what this takes, and whether it is all."""
+    for net, loss in (copies, (loop.net, loop.loss)):
+        returned = returned_by(net, loop.running or (), inputs, training)
+        of_all = takes_all(loss, returned, targets)
+        taken = returned if of_all else logits_of(returned)
+        if is_computed(loss, taken, targets):
+            break  # else the loss may read what the network itself keeps as it runs
+    check_differentiable(net, tensors_of(taken), training)
+    return net, loss, taken, of_all
 
 
 def _check_monitored(trainer: Trainer, names: list[str]) -> None:
@@ -221,51 +230,12 @@ def is_checked(checked: tuple, parts: tuple, episode: Episode) -> bool:
     return bool(checked) and checked[3] == kind_of(episode) and not any(map(is_not, checked, parts))
 
 
-def _outputs(net: nn.Module, running: Collection[str], inputs: Any, training: bool) -> Any:
-    """All that the network returns in training or evaluation mode; its own mode is restored."""
-    modes = {layer: layer.training for layer in net.modules()}
-
-    def whole(outputs: Any) -> Any:
-        _check_gradient(net, logits_of(outputs))
-        return outputs.detach() if isinstance(outputs, Tensor) else outputs
-
-    def takes(inputs: Any) -> Any:
-        with torch.enable_grad():  # it may take a gradient as it runs
-            return called(net.train(training), {}, mapped(torch.clone, inputs), running, whole)
-
-    try:
-        return takes(inputs)
-    except SettingError:
-        raise
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:  # others are faults of the network's own code
-        raise SettingError(
-            f"model.net does not take the episodes' inputs, {describe(inputs)} ({first_line(error)}); "
-            f"{remedy_of_inputs(net, inputs, takes, error)}."
-        ) from error
-    finally:
-        for layer, mode in modes.items():
-            layer.training = mode
-
-
-def _check_gradient(net: nn.Module, outputs: Tensor) -> None:
-    """Check that outputs come with a gradient: without one, a network would stay as it is in silence."""
-    learns = any(value.requires_grad for value in net.parameters()) and not torch.is_inference_mode_enabled()
-    if not learns or outputs.requires_grad:
-        return
-    when = "" if net.training else " in evaluation mode, in which it adapts to support sets"
-    classes = not outputs.is_floating_point() and not outputs.is_complex()
-    what = f"{str(outputs.dtype).removeprefix('torch.')} outputs" if classes else "outputs without a gradient"
-    remedy = "argmax()" if classes else "torch.no_grad(), .detach() or .numpy()"
-    raise SettingError(
-        f"model.net returns {what}{when}, from which nothing can be learned; take {remedy} out of its forward."
-    )
-
-
 def _loss_with(
-    net: nn.Module, loss: Any, running: Collection[str], inputs: Any, targets: Any, params: Mapping[str, Tensor]
+    loop: InnerLoop, net: nn.Module, loss: Any, of_all: bool, inputs: Any, targets: Any, params: Mapping[str, Tensor]
 ) -> Tensor:
     """The loss of a network with other parameters."""
-    return loss(called(net, params, mapped(torch.clone, inputs), running), mapped(torch.clone, targets))
+    returned = called(net, params, mapped(torch.clone, inputs), loop.running or ())
+    return loss(returned if of_all else logits_of(returned), mapped(torch.clone, targets))
 
 
 def check_trainer(trainer: Trainer) -> None:

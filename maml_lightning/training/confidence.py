@@ -11,7 +11,7 @@ from maml_lightning.algorithms.prototypes import logits_and_norms
 from maml_lightning.analysis.calibration import confidences, fitted, numbers_of
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
-from maml_lightning.structures import call, first_task, joined, leaves, mapped, plain, tasks_of
+from maml_lightning.structures import call, first_task, joined, leaves, mapped, plain, tasks_of, tensor_of
 
 
 class Outputs(NamedTuple):
@@ -66,7 +66,7 @@ class TaskNetwork:
             if self._prototypes:
                 logits, norms = logits_and_norms(self.network, inputs)
             else:
-                logits, norms = call(self.network, inputs), None
+                logits, norms = tensor_of(call(self.network, inputs)), None
         return logits[:, : len(self.shots)], norms
 
     def _run_alone(self, inputs: Any) -> tuple[Tensor, Tensor | None]:

@@ -56,6 +56,11 @@ class Ensemble(LightningModule):
                 raise SettingError(f"ensemble {name}: {error}") from error
             if network is self._first:
                 self.scoring = scoring
+            if scoring.of_all:
+                raise SettingError(
+                    f"ensemble {name}: its loss takes several tensors of the network, of which only one is averaged; "
+                    "leave it out."
+                )
             if scoring.score is None or scoring.score != self.scoring.score:
                 raise SettingError(
                     f"ensemble {name}: its predictions are no class probabilities or numbers that can be averaged with "

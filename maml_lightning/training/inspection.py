@@ -14,7 +14,7 @@ from maml_lightning.analysis.drawing import Tile, contact_sheet
 from maml_lightning.episodes import Episode
 from maml_lightning.errors import SettingError
 from maml_lightning.structures import mapped
-from maml_lightning.training import scores, tensorboard
+from maml_lightning.training import tensorboard
 from maml_lightning.training.module import MAML
 
 SHOWN = 40  # pictures of a set that are shown
@@ -87,9 +87,9 @@ class AdaptationMonitor(Callback):
 
     def _show(self, first: Episode, step: int, pl_module: MAML, writers: list[Any]) -> None:
         steps = pl_module.eval_inner_steps
-        outputs = pl_module.trajectory(first, max(2 * steps, steps + 2))
+        outputs, losses = pl_module.evaluated(first, max(2 * steps, steps + 2))
         sheet = _episodes_sheet(first, outputs, self.episodes, steps) if _are_pictures(first, outputs[0]) else None
-        curves = {"inspect/adaptation": _adaptation_figure(first, outputs, pl_module)}
+        curves = {"inspect/adaptation": _adaptation_figure(first, outputs, losses, pl_module)}
         if _is_curve(first, outputs[0]):
             curves["inspect/episodes"] = _regression_figure(first, outputs, self.episodes, steps)
         norms = pl_module.inner_update_norms(first)[: self.episodes]
@@ -147,11 +147,11 @@ def _episodes_sheet(first: Episode, outputs: list[Tensor], episodes: int, steps:
     return contact_sheet(parts)
 
 
-def _adaptation_figure(first: Episode, outputs: list[Tensor], maml: MAML) -> Figure:
+def _adaptation_figure(first: Episode, outputs: list[Tensor], known: list[Tensor], maml: MAML) -> Figure:
     """Score and loss against inner steps; the evaluation's own number is marked."""
     steps = range(len(outputs))
-    losses = [scores.episode_losses(maml.loss, output, first.query_targets).nanmean().item() for output in outputs]
-    curves = maml.scoring.columns(outputs, first.query_targets).nanmean(0).view(-1, len(outputs)).tolist()
+    losses = maml.scoring.losses(outputs, first.query_targets, known).nanmean(0).tolist()
+    curves = maml.scoring.columns(outputs, first.query_targets, known).nanmean(0).view(-1, len(outputs)).tolist()
     shown = {**dict(zip(maml.scoring.names, curves, strict=True)), "loss": losses}
     figure = Figure(figsize=(2.4 * len(shown), 2.4))
     figure.subplots_adjust(0.13, 0.2, 0.98, 0.95, wspace=0.4)  # "constrained" takes twice as long as the drawing

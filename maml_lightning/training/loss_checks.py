@@ -1,6 +1,5 @@
 """Checks that a loss takes the network's outputs and the episodes' targets, each output with its own target."""
 
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,11 +8,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from maml_lightning.devices import has_values, widest
-from maml_lightning.engine.trials import same_random_numbers
 from maml_lightning.errors import SettingError
-from maml_lightning.structures import describe, mapped
+from maml_lightning.structures import describe, mapped, tensors_of
 from maml_lightning.training.remedies import remedy_of_targets
 from maml_lightning.training.scores import class_dimensions, ignored_target
 
@@ -78,8 +77,8 @@ def check_labels(loss: Callable[..., Tensor], all_targets: Tensor) -> None:
         )
 
 
-def check_loss(loss: Callable[..., Any], outputs: Tensor, targets: Any) -> None:
-    """Check that the loss of outputs and targets is one number, of each output and its own target."""
+def check_loss(loss: Callable[..., Any], outputs: Any, targets: Any) -> None:
+    """Check that the loss of outputs and targets is one number; of a tensor, of each output and its own target."""
     name, suggested = _name(loss), "cross_entropy for classes, mse_loss for numbers"
     floats = isinstance(targets, Tensor) and targets.is_floating_point()
     try:
@@ -87,10 +86,12 @@ def check_loss(loss: Callable[..., Any], outputs: Tensor, targets: Any) -> None:
         with torch.no_grad(), without_broadcasting():
             paired = _is_paired(loss, outputs, targets)
     except Exception as error:
-        remedy = remedy_of_targets(outputs, targets, lambda other: _loss_with_gradient(loss, outputs, other))
-        remedy = remedy or _remedy_of_outputs(loss, outputs, targets)
-        if floats and outputs.shape != targets.shape and not remedy:
-            raise _other_shape(outputs, targets) from error
+        remedy = ""
+        if isinstance(outputs, Tensor):
+            remedy = remedy_of_targets(outputs, targets, lambda other: _loss_with_gradient(loss, outputs, other))
+            remedy = remedy or _remedy_of_outputs(loss, outputs, targets)
+            if floats and outputs.shape != targets.shape and not remedy:
+                raise _other_shape(outputs, targets) from error
         raise SettingError(
             f"model.loss {name} cannot be computed from outputs {describe(outputs)} and targets {describe(targets)} "
             f"({first_line(error)}); {remedy or f'give another, such as {suggested}'}."
@@ -100,36 +101,6 @@ def check_loss(loss: Callable[..., Any], outputs: Tensor, targets: Any) -> None:
         raise SettingError(f"model.loss {name} gives {shape}, not one number; give another, such as {suggested}.")
     if not paired:
         raise _other_shape(outputs, targets)
-
-
-def check_loss_of_one(loss: Callable[..., Any], whole: Any, outputs: Tensor, targets: Any) -> None:
-    """Check that a loss does not need all that a network returns: it gets one tensor of it.
-
-    Some losses take either, and are of something else then: ``o[0], o[1]`` are two outputs, or two examples.
-
-    Args:
-        loss: of the outputs.
-        whole: what the network returns.
-        outputs: the tensor of it that is taken as its outputs.
-        targets: of one task.
-    """
-    if isinstance(whole, Tensor):
-        return
-
-    def value(given: Any) -> float:
-        try:
-            with torch.no_grad(), same_random_numbers(outputs.device), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return float(loss(given, mapped(torch.clone, targets)))
-        except Exception:  # it does not take it
-            return math.nan
-
-    of_whole = value(whole)
-    if not math.isnan(of_whole) and not math.isclose(of_whole, value(outputs), rel_tol=1e-4):
-        raise SettingError(
-            f"model.loss {_name(loss)} takes all that model.net returns ({type(whole).__name__}), but gets its outputs "
-            f"alone, {describe(outputs)}; let the network return one tensor (torch.cat), and the loss split it."
-        )
 
 
 def _remedy_of_outputs(loss: Callable[..., Any], outputs: Tensor, targets: Any) -> str:
@@ -147,24 +118,30 @@ def _remedy_of_outputs(loss: Callable[..., Any], outputs: Tensor, targets: Any) 
     return f"it takes outputs {[examples, classes, *shape]} for these targets: give a network with such outputs"
 
 
-def is_computed(loss: Callable[..., Any], outputs: Tensor, targets: Any) -> bool:
+def is_computed(loss: Callable[..., Any], outputs: Any, targets: Any) -> bool:
     """Whether a loss takes outputs and targets."""
     try:
         with torch.no_grad():
-            loss(outputs.clone(), mapped(torch.clone, targets))
+            loss(pytree.tree_map_only(Tensor, torch.clone, outputs), mapped(torch.clone, targets))
     except Exception:  # said by the check that follows
         return False
     return True
 
 
-def _loss_with_gradient(loss: Callable[..., Any], outputs: Tensor, targets: Any) -> Any:
+def _loss_with_gradient(loss: Callable[..., Any], outputs: Any, targets: Any) -> Any:
     """The loss of outputs and targets, once its gradient is known to exist: some types allow the loss alone."""
     with torch.inference_mode(False), torch.enable_grad(), without_broadcasting():
-        leaf = outputs.detach().clone().requires_grad_()
-        value = loss(leaf.clone(), mapped(torch.clone, targets))
-        if isinstance(value, Tensor) and value.requires_grad:
-            torch.autograd.grad(value.sum(), leaf, allow_unused=True)
+        own = pytree.tree_map_only(Tensor, _leaf, outputs)
+        value = loss(pytree.tree_map_only(Tensor, torch.clone, own), mapped(torch.clone, targets))
+        leaves = [leaf for leaf in tensors_of(own) if leaf.requires_grad]
+        if isinstance(value, Tensor) and value.requires_grad and leaves:
+            torch.autograd.grad(value.sum(), leaves, allow_unused=True)
     return value
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    leaf = tensor.detach().clone()
+    return leaf.requires_grad_() if leaf.is_floating_point() or leaf.is_complex() else leaf
 
 
 @contextmanager
@@ -183,13 +160,15 @@ def _other_shape(outputs: Tensor, targets: Tensor) -> SettingError:
     )
 
 
-def _is_paired(loss: Callable[..., Any], outputs: Tensor, targets: Any) -> bool:
+def _is_paired(loss: Callable[..., Any], outputs: Any, targets: Any) -> bool:
     """Whether a loss compares each output with its own target: one that broadcasts compares it with all of them.
 
     Then the loss stays the same where targets change places. Outputs and targets of the same shape are compared in
     pairs.
     """
-    if not isinstance(targets, Tensor) or outputs.shape == targets.shape or not has_values(targets):
+    if not isinstance(targets, Tensor) or not isinstance(outputs, Tensor) or not has_values(targets):
+        return True
+    if outputs.shape == targets.shape:
         return True
     if not targets.is_floating_point() and outputs.numel() != targets.numel():
         return True  # classes
@@ -214,5 +193,7 @@ def _name(loss: Any) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error, or its type."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    """The first line of an error, or its type where that says too little."""
+    if not str(error) or isinstance(error, KeyError):  # whose text is the key alone
+        return f"{type(error).__name__} {error}".strip()
+    return str(error).splitlines()[0]

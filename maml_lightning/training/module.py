@@ -12,7 +12,7 @@ from torchmetrics import Metric
 
 from maml_lightning.algorithms.adaptation import Adaptation
 from maml_lightning.algorithms.algorithm import Settings
-from maml_lightning.algorithms.inner_loop import InnerLoop, MetaGradient
+from maml_lightning.algorithms.inner_loop import Evaluated, InnerLoop, MetaGradient
 from maml_lightning.algorithms.optimizers import Parameters
 from maml_lightning.algorithms.optimizers import inner_optimizer as optimizer_of
 from maml_lightning.algorithms.registry import find_algorithm
@@ -21,7 +21,7 @@ from maml_lightning.algorithms.unrolled import multi_step_weights
 from maml_lightning.engine.execution import Execution
 from maml_lightning.episodes import Episode, InputSpec
 from maml_lightning.processes import every_process
-from maml_lightning.structures import first_task, plain
+from maml_lightning.structures import first_task, plain, tensor_of
 from maml_lightning.training import checks, chunks, loading, metrics, non_finite, resume, scores
 from maml_lightning.training.meta_steps import MetaSteps
 from maml_lightning.training.network_checks import check_network
@@ -53,7 +53,8 @@ class MAML(LightningModule):
         execution: how tasks are run: traced, as a recorded graph, vectorized over tasks; vectorized, without a graph;
             loop, one after the other by autograd, which runs any network. auto takes the first that works, and on a
             GPU replays recorded graphs as a CUDA graph.
-        loss: of (outputs, targets), mean over examples, the same in inner and outer loop: a function or a class.
+        loss: of (outputs, targets), mean over examples, the same in inner and outer loop: a function or a class. Of a
+            network that returns several tensors it gets all, if it takes them, as in a plain loop; else the logits.
         metric: evaluated beside accuracy or mean squared error, for each episode afresh: a class of torchmetrics, or a
             function of (outputs, targets) that returns a number; null evaluates none.
         algorithm: maml; imaml takes the implicit gradient of a proximal inner loop (Rajeswaran et al. 2019); reptile
@@ -101,7 +102,7 @@ class MAML(LightningModule):
         flat_memory: bool | Literal["auto"] = "auto",
         compile: bool = False,
         execution: Execution = "auto",
-        loss: Callable[[Tensor, Tensor], Any] = F.cross_entropy,
+        loss: Callable[[Any, Any], Any] = F.cross_entropy,
         metric: Metric | Callable[[Tensor, Tensor], Any] | None = None,
         algorithm: str = "maml",
         adapted_parameters: str | list[str] = "all",
@@ -150,7 +151,7 @@ class MAML(LightningModule):
 
     def forward(self, inputs: Any) -> Tensor:
         """The outputs of the network before adaptation."""
-        return called(self.net, self.adaptation.first_of_steps(), inputs, self._statistics.in_use(self))
+        return tensor_of(called(self.net, self.adaptation.first_of_steps(), inputs, self._statistics.in_use(self)))
 
     def adapt(self, support_inputs: Any, support_targets: Any, steps: int | None = None) -> nn.Module:
         """A copy of the network, adapted to one task.
@@ -180,9 +181,14 @@ class MAML(LightningModule):
         Returns:
             ``steps + 1`` tensors ``[T, N*Q, ...]``.
         """
+        return self.evaluated(episode, steps, with_losses=False)[0]
+
+    def evaluated(self, episode: Episode, steps: int | None = None, with_losses: bool = True) -> Evaluated:
+        """The trajectory, and the losses ``[T]`` along it where they are not of these outputs alone."""
         start, rates = self._start(first_task(episode.support_inputs))
+        steps = self.eval_inner_steps if steps is None else steps
         with checks.naming_misfits(self, episode) as loop:
-            return loop.trajectory(start, episode, rates, self.eval_inner_steps if steps is None else steps)
+            return loop.evaluated(start, episode, rates, steps, with_losses)
 
     def inner_update_norms(self, episode: Episode) -> Tensor:
         """How far ``eval_inner_steps`` steps of adaptation move the parameters, in the Euclidean norm: ``[T]``."""
@@ -276,7 +282,8 @@ class MAML(LightningModule):
         episode = self._check(batch)
         numbers = non_finite.episode_numbers(self, split, batch_idx, episode)
         with checks.naming_misfits(self, episode):
-            self._rows.append(self.scoring.rows(self.trajectory(episode), episode.query_targets, numbers))
+            outputs, losses = self.evaluated(episode)
+            self._rows.append(self.scoring.rows(outputs, episode.query_targets, numbers, losses))
 
     def prepare_data(self) -> None:
         """Check that trainer, data and network go together, before Lightning writes anything."""

@@ -1,14 +1,18 @@
 """Checks of the network alone, when it is given, and of what its gradient reaches."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from maml_lightning.algorithms.statistics import called
 from maml_lightning.engine.differentiation import by_autograd
 from maml_lightning.errors import SettingError
+from maml_lightning.structures import describe, mapped
+from maml_lightning.training.loss_checks import first_line
+from maml_lightning.training.remedies import remedy_of_inputs
 
 
 def check_network(net: nn.Module, second_order: bool) -> None:
@@ -46,6 +50,62 @@ def check_network(net: nn.Module, second_order: bool) -> None:
             f"model.net has TorchScript in it ({scripts[0]}), whose second derivatives are wrong in PyTorch; give the "
             "module that it was made of, or set model.first_order to true."
         )
+
+
+def returned_by(net: nn.Module, running: Collection[str], inputs: Any, training: bool) -> Any:
+    """All that a network returns in training or evaluation mode; its own mode is restored.
+
+    Args:
+        net: the network.
+        running: the names of the layers that use running statistics.
+        inputs: of one task.
+        training: the mode.
+
+    Raises:
+        SettingError: it does not take the inputs.
+    """
+    modes = {layer: layer.training for layer in net.modules()}
+
+    def takes(inputs: Any) -> Any:
+        with torch.enable_grad():  # it may take a gradient as it runs
+            return called(net.train(training), {}, mapped(torch.clone, inputs), running)
+
+    try:
+        return takes(inputs)
+    except SettingError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:  # others are faults of the network's own code
+        raise SettingError(
+            f"model.net does not take the episodes' inputs, {describe(inputs)} ({first_line(error)}); "
+            f"{remedy_of_inputs(net, inputs, takes, error)}."
+        ) from error
+    finally:
+        for layer, mode in modes.items():
+            layer.training = mode
+
+
+def check_differentiable(net: nn.Module, outputs: list[Tensor], training: bool) -> None:
+    """Check that one of the outputs comes with a gradient: without one, a network would stay as it is in silence.
+
+    Args:
+        net: the network.
+        outputs: what the loss takes.
+        training: the mode that they were computed in.
+
+    Raises:
+        SettingError: none does.
+    """
+    learns = any(value.requires_grad for value in net.parameters()) and not torch.is_inference_mode_enabled()
+    if not learns or any(value.requires_grad for value in outputs):
+        return
+    when = "" if training else " in evaluation mode, in which it adapts to support sets"
+    first = outputs[0]
+    classes = not first.is_floating_point() and not first.is_complex()
+    what = f"{str(first.dtype).removeprefix('torch.')} outputs" if classes else "outputs without a gradient"
+    remedy = "argmax()" if classes else "torch.no_grad(), .detach() or .numpy()"
+    raise SettingError(
+        f"model.net returns {what}{when}, from which nothing can be learned; take {remedy} out of its forward."
+    )
 
 
 def check_gradients(net: nn.Module, loss: Any, value: Callable[[Mapping[str, Tensor]], Any]) -> None:

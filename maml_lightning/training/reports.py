@@ -18,7 +18,7 @@ from maml_lightning.analysis.tables import csv_bytes, write_file
 from maml_lightning.engine.trials import same_random_numbers
 from maml_lightning.episodes import Episode
 from maml_lightning.files import short
-from maml_lightning.structures import call, first_task, mapped, plain
+from maml_lightning.structures import call, first_task, mapped, plain, tensor_of
 from maml_lightning.training import tensorboard
 from maml_lightning.training.confidence import task_outputs
 from maml_lightning.training.ensembles import Ensemble
@@ -84,8 +84,8 @@ def is_transductive(maml: MAML, episode: Episode) -> bool | None:
     try:
         with same_random_numbers(maml.device), torch.no_grad():
             adapted = maml.adapt(support, targets, steps=0).eval()
-            together = call(adapted, mapped(torch.clone, queries))[0].float()
-            alone = call(adapted, mapped(lambda tensor: tensor[:1].clone(), queries))[0].float()
+            together = tensor_of(call(adapted, mapped(torch.clone, queries)))[0].float()
+            alone = tensor_of(call(adapted, mapped(lambda tensor: tensor[:1].clone(), queries)))[0].float()
     except Exception:  # whatever a network raises that does not take one query
         return None
     tolerance = torch.finfo(next(maml.parameters()).dtype).eps ** 0.5 * together.abs().max().item()

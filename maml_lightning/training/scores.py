@@ -15,7 +15,7 @@ from maml_lightning.training.metrics import metric_name, metric_scores
 # Columns of the rows. The scores are those of each name in `Scoring.names`, a column for each step.
 NUMBER, FINITE, LOSS, SCORES = 0, 1, 2, 3
 
-Loss = Callable[[Tensor, Any], Tensor]
+Loss = Callable[[Any, Any], Tensor]
 # Those whose targets are classes or labels: floats are probabilities or labels then, and outputs no estimates of them.
 _OF_CLASSES = (F.cross_entropy, F.nll_loss, nn.CrossEntropyLoss, nn.NLLLoss)
 _OF_LABELS = (
@@ -48,11 +48,13 @@ class Scoring(NamedTuple):
         loss: of (outputs, targets).
         score: accuracy or mean squared error; None where the shapes of outputs and targets allow neither.
         metric: of the user's choice.
+        of_all: whether the loss takes all that the network returns, of which the scored outputs are a part.
     """
 
     loss: Loss
     score: Score | None
     metric: Any = None
+    of_all: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -72,34 +74,43 @@ class Scoring(NamedTuple):
             found[self.score.name] = scores.mean().to(loss.dtype)
         return found
 
-    def rows(self, outputs: list[Tensor], targets: Any, numbers: Sequence[int]) -> Tensor:
+    def rows(
+        self, outputs: list[Tensor], targets: Any, numbers: Sequence[int], losses: Sequence[Tensor] = ()
+    ) -> Tensor:
         """The rows of an evaluated batch; all is NaN where an output is not finite, scores also where no target counts.
 
         Args:
             outputs: on the query inputs before adaptation and after each inner step, each ``[T, N*Q, ...]``.
             targets: ``[T, N*Q, ...]``.
             numbers: of the episodes, see `episode_rows`.
+            losses: of each step, ``[T]``, where they are not of these outputs alone; empty where they are.
 
         Returns:
             ``[T, 3 + names * (steps + 1)]``: number, whether all is finite, loss, and each step's scores by name.
         """
         finite = torch.stack(outputs, 1).isfinite().flatten(1).all(1)
+        if losses:  # of outputs that are not here
+            finite = finite & torch.stack([*losses], 1).isfinite().all(1)
         wide = torch.promote_types(outputs[-1].dtype, torch.float)
         columns = outputs[-1].new_full((len(finite), 1 + len(self.names) * len(outputs)), torch.nan, dtype=wide)
         # All at once where all are finite, as they usually are: each choice of some waits for a GPU.
         if not has_values(finite) or finite.all():
-            columns = self._columns(outputs, targets, wide)
+            columns = self._columns(outputs, targets, wide, losses)
         elif finite.any():
-            kept_targets, kept = mapped(lambda target: target[finite], targets), [output[finite] for output in outputs]
-            columns[finite] = self._columns(kept, kept_targets, wide)
+            kept = mapped(lambda part: part[finite], (outputs, targets, [*losses]))
+            columns[finite] = self._columns(kept[0], kept[1], wide, kept[2])
         if self.score is not None and self.score.name == "mse":  # which may overflow
             finite = finite & columns[:, 1 : 1 + len(outputs)].isfinite().all(1)
             columns = columns.masked_fill(~finite[:, None], torch.nan)
         return episode_rows(numbers, finite, columns)
 
-    def _columns(self, outputs: list[Tensor], targets: Any, dtype: torch.dtype) -> Tensor:
-        losses = episode_losses(self.loss, outputs[-1], targets)[:, None]
-        return torch.cat([losses.to(dtype), self.columns(outputs, targets).to(dtype)], 1)
+    def _columns(self, outputs: list[Tensor], targets: Any, dtype: torch.dtype, losses: Sequence[Tensor]) -> Tensor:
+        last = self.losses(outputs[-1:], targets, losses[-1:])
+        return torch.cat([last.to(dtype), self.columns(outputs, targets, losses).to(dtype)], 1)
+
+    def losses(self, outputs: list[Tensor], targets: Any, known: Sequence[Tensor] = ()) -> Tensor:
+        """The losses of each episode after each step, ``[T, steps]``: those that are ``known``, or of the outputs."""
+        return torch.stack([*known] or [episode_losses(self.loss, output, targets) for output in outputs], 1)
 
     def by_name(self, rows: Tensor) -> dict[str, Tensor]:
         """Each episode's scores before adaptation and after each inner step, ``[T, steps + 1]`` by name."""
@@ -127,15 +138,15 @@ class Scoring(NamedTuple):
             outputs = outputs[..., :classes]
         return outputs.softmax(self.score.classes + 1)
 
-    def columns(self, outputs: list[Tensor], targets: Any) -> Tensor:
-        """What is logged of each episode: ``[T, names * steps]``."""
+    def columns(self, outputs: list[Tensor], targets: Any, losses: Sequence[Tensor] = ()) -> Tensor:
+        """What is logged of each episode: ``[T, names * steps]``; arguments as in `rows`."""
         found: dict[str, Tensor] = {}
         if self.score is not None:
             found[self.score.name] = episode_scores(outputs, targets, self.score, ignored_target(self.loss))
         if self.metric is not None:
             found[metric_name(self.metric)] = metric_scores(self.metric, outputs, targets)
         if not found:
-            found["loss"] = torch.stack([episode_losses(self.loss, output, targets) for output in outputs], 1)
+            found["loss"] = self.losses(outputs, targets, losses)
         return torch.cat([found[name].float() for name in self.names], 1)
 
 
@@ -165,14 +176,15 @@ def class_dimensions(outputs: Tensor, targets: Tensor) -> list[int]:
     ]
 
 
-def score_of(loss: Loss, outputs: Tensor, targets: Any, all_targets: Any = None) -> Score | None:
+def score_of(loss: Loss, outputs: Tensor, targets: Any, all_targets: Any = None, of_all: bool = False) -> Score | None:
     """How an episode's outputs can be scored; None where shapes or loss allow no score.
 
     Args:
-        loss: of outputs and targets. It decides where classes could be in two dimensions.
+        loss: of outputs and targets. It decides where classes could be in two dimensions: if not, it is dimension 1.
         outputs: ``[N*Q, ...]``.
         targets: ``[N*Q, ...]``.
         all_targets: of the whole batch; one logit is of targets 0 and 1 alone.
+        of_all: whether the loss takes more than these outputs.
     """
     if not isinstance(targets, Tensor):
         return None
@@ -184,7 +196,7 @@ def score_of(loss: Loss, outputs: Tensor, targets: Any, all_targets: Any = None)
         values = targets if all_targets is None else all_targets
         labels = (values == 0) | (values == 1) | (values == ignored_target(loss))
         return Score("accuracy") if not has_values(values) or labels.all() else None
-    if len(dims) == 2 and not is_of_classes(loss) and has_values(targets):
+    if len(dims) == 2 and not is_of_classes(loss) and not of_all and has_values(targets):
         dims.sort(key=lambda dim: _loss_where_right(loss, outputs, targets, dim))
     return Score("accuracy", dims[0]) if dims else None
 

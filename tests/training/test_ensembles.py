@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Trainer
 from torch import nn
 
 from cli import main
@@ -15,6 +16,7 @@ from maml_lightning.training.ensembles import Ensemble, mean_outputs
 from maml_lightning.training.scores import Score, Scoring
 from tests.reference import images
 from tests.runs import DATA, SINUSOIDS, TINY, words
+from tests.structures import CASES, episode_of
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -36,6 +38,14 @@ def test_probabilities_of_networks_adapted_apart_are_averaged():
         assert torch.allclose(mean.exp(), expected, rtol=1e-12)
         loss = F.cross_entropy(mean[0], episode.query_targets[0])
         assert torch.allclose(loss, F.nll_loss(expected[0].log(), episode.query_targets[0]), rtol=1e-9)
+
+
+def test_losses_of_several_tensors_have_no_mean():
+    case = CASES["heads"]
+    ensemble = Ensemble({"two": MAML(case.net(), loss=case.loss)})
+    ensemble.trainer = Trainer(logger=False)
+    with pytest.raises(SettingError, match="ensemble two: its loss takes several tensors of the network, of which"):
+        ensemble._check(episode_of(case))
 
 
 def test_the_mean_of_each_kind_of_prediction():

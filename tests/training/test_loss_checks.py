@@ -1,7 +1,5 @@
 """What is said of a loss that does not take a network's outputs."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
@@ -55,19 +53,34 @@ def step(kind, loss):
     return MAML(Several(kind), inner_lr=0.1, loss=loss).training_step(Episode(x, x, x, x), 0)
 
 
+def named(*both):
+    return dict(zip(("logits", "code"), both, strict=True))
+
+
 @pytest.mark.parametrize(
-    ("kind", "loss", "name"),
-    [
-        (lambda *both: both, of_places, "tuple"),
-        (lambda *both: list(both), of_places, "list"),
-        (lambda *both: dict(zip(("logits", "code"), both, strict=True)), of_names, "dict"),
-        (lambda *both: SimpleNamespace(logits=both[0], code=both[1]), lambda o, y: o.code.square().mean(), "Simple"),
-    ],
+    ("kind", "loss"), [(lambda *both: both, of_places), (lambda *both: list(both), of_places), (named, of_names)]
 )
-def test_a_loss_of_all_that_a_network_returns_is_refused(kind, loss, name):
-    match = rf"takes all that model.net returns \({name}.*\[3, 4\]; let the network return one tensor \(torch.cat\)"
-    with pytest.raises(SettingError, match=match):
-        step(kind, loss)
+def test_a_loss_of_all_that_a_network_returns_gets_it(kind, loss):
+    def joined(outputs, targets):
+        return loss(kind(outputs[:, :4], outputs[:, 4:]), targets)
+
+    assert step(kind, loss).item() == pytest.approx(step(lambda *both: torch.cat(both, 1), joined).item(), rel=1e-6)
+
+
+def test_what_a_loss_of_all_does_not_take_is_said_of_all():
+    x = torch.zeros(2, 3, 4)
+    whole = r"computed from outputs \{logits: \[3, 4\], code: \[3, 2\]\}"
+    with pytest.raises(SettingError, match=rf"{whole} .*\(KeyError 'cod'\)"):
+        step(named, lambda o, y: o["cod"].mean())
+    with pytest.raises(SettingError, match=rf"{whole} .*\(The size of tensor a"):
+        step(named, lambda o, y: (o["code"] - y[:2]).mean())
+    with pytest.raises(SettingError, match=r"Using a target size"):
+        step(lambda *both: (both[0][:, :1], both[1]), lambda o, y: F.mse_loss(o[0], y) + o[1].mean())
+    with pytest.raises(SettingError, match=r"model.net returns dict of a, b, with no tensor to take as its outputs"):
+        step(lambda a, b: {"a": a, "b": b}, F.mse_loss)
+    with pytest.raises(SettingError, match=r"model.net returns outputs without a gradient in evaluation mode"):
+        step(lambda *both: (both[0].detach(), both[1].detach()), of_places)
+    assert MAML(Several(named), loss=of_names)(x[0]).shape == (3, 4)
 
 
 @pytest.mark.parametrize("loss", [F.mse_loss, nn.MSELoss(), of_either])
