@@ -13,9 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from maml_lightning.engine.kernels.activations import hardsigmoid, rrelu
-from maml_lightning.engine.kernels.autocast import autocast_operators, group_norm, layer_norm
+from maml_lightning.engine.kernels.autocast import autocast_operators, layer_norm
 from maml_lightning.engine.kernels.convolution_layers import conv1d, conv2d, conv_transpose1d, conv_transpose2d
 from maml_lightning.engine.kernels.embedding import embedding_bag
+from maml_lightning.engine.kernels.group_normalization import group_norm
 from maml_lightning.engine.kernels.normalization import (
     batch_norm,
     instance_norm,
