@@ -254,7 +254,7 @@ def instance_norm(
         return _with_statistics(input, running_mean, running_var, weight, bias, eps)
     x = input.float() if input.dtype in HALF else input
     weight, bias = (None if value is None else value.to(x.dtype) for value in (weight, bias))
-    if use_input_stats and x.dim() > 2 and x.shape[2:].numel() > 1 and has_kernel(x, weight, bias):
+    if use_input_stats and x.dim() in (3, 4) and x.shape[2:].numel() > 1 and has_kernel(x, weight, bias):
         return normalize(x, x.shape[1], weight, bias, eps).to(input.dtype)
     return F.instance_norm(x, None, None, weight, bias, use_input_stats, momentum, eps).to(input.dtype)
 
