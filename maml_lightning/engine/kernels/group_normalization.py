@@ -57,7 +57,7 @@ def _affine(out: Tensor | None, shift: Tensor, *terms: tuple[Tensor, Tensor]) ->
     (factor, values), *others = terms
     first_out, factor = None if others else out, factor[..., None]
     if values.stride(-1) == 1:  # torch.addcmul of two tensors that are broadcast along memory takes 4 times as long
-        result = torch.mul(values, factor, out=first_out).add_(shift[..., None])
+        result = torch.add(values * factor, shift[..., None], out=first_out)
     else:
         result = torch.addcmul(shift[..., None], values, factor, out=first_out)
     for number, (factor, values) in enumerate(others, 1):
