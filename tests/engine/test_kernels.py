@@ -152,6 +152,7 @@ def test_what_a_compiler_gets_is_what_is_called_otherwise(op):
     window = ([3, 2], [2, 1], [1, 0])
     images, scale = torch.randn(4, 2, 6, 5, 3, dtype=torch.float64), torch.rand(4, 3, dtype=torch.float64)
     pooling = ([3, 2], [2, 1], [1, 0], [1, 1], True)
+    several, channels = images[0], torch.rand(2, 6, 5, dtype=torch.float64)
     pooled, indices = torch.ops.aten.max_pool2d_with_indices(images[0], *pooling)
     arguments = {
         "max_pool2d_with_indices": (images[0], *pooling),
@@ -161,6 +162,9 @@ def test_what_a_compiler_gets_is_what_is_called_otherwise(op):
         "standardize": (images, 1e-5),
         "project": (images, images.flip(0), scale),
         "second_derivative": (images, scale, scale, images.flip(0), scale, images.sin(), scale, scale, scale),
+        "group_standardize": (several, channels, channels, 5, 1e-5),
+        "group_project": (several, several.flip(0), *[channels] * 3, 5),
+        "group_second_derivative": (several, several.sin(), *[channels] * 2, several.flip(0), *[channels] * 5, 5),
     }[op._schema.name.split("::")[1]]
     for called, fused in zip(*map(pytree.tree_leaves, (op(*arguments), mode.COMPILED[op](*arguments))), strict=True):
         assert called.shape == fused.shape

@@ -13,9 +13,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from maml_lightning.engine.kernels.activations import hardsigmoid, rrelu
-from maml_lightning.engine.kernels.autocast import autocast_operators, group_norm, layer_norm
+from maml_lightning.engine.kernels.autocast import autocast_operators, layer_norm
 from maml_lightning.engine.kernels.convolution_layers import conv1d, conv2d, conv_transpose1d, conv_transpose2d
 from maml_lightning.engine.kernels.embedding import embedding_bag
+from maml_lightning.engine.kernels.group_normalization import (
+    group_norm,
+    group_project,
+    group_second_derivative,
+    group_standardize,
+)
 from maml_lightning.engine.kernels.normalization import (
     batch_norm,
     instance_norm,
@@ -65,6 +71,9 @@ COMPILED: dict[OpOverload, Callable[..., Any]] = {
     torch.ops.maml_lightning.standardize.default: standardize,
     torch.ops.maml_lightning.project.default: project,
     torch.ops.maml_lightning.second_derivative.default: second_derivative,
+    torch.ops.maml_lightning.group_standardize.default: group_standardize,
+    torch.ops.maml_lightning.group_project.default: group_project,
+    torch.ops.maml_lightning.group_second_derivative.default: group_second_derivative,
     torch.ops.maml_lightning.im2col.default: im2col_views,
     torch.ops.maml_lightning.col2im.default: col2im_sum,
 }

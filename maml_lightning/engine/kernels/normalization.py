@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from maml_lightning.devices import HALF
 from maml_lightning.engine.kernels.fused import fused, is_fused
+from maml_lightning.engine.kernels.group_normalization import has_kernel, normalize
 from maml_lightning.engine.kernels.last_derivative import LastDerivative
 from maml_lightning.engine.kernels.layout import all_tasks_first, leaves_cache
 from maml_lightning.task_statistics import statistics_part
@@ -254,6 +255,8 @@ def instance_norm(
         return _with_statistics(input, running_mean, running_var, weight, bias, eps)
     x = input.float() if input.dtype in HALF else input
     weight, bias = (None if value is None else value.to(x.dtype) for value in (weight, bias))
+    if use_input_stats and x.dim() in (3, 4) and x.shape[2:].numel() > 1 and has_kernel(x, weight, bias):
+        return normalize(x, x.shape[1], weight, bias, eps).to(input.dtype)
     return F.instance_norm(x, None, None, weight, bias, use_input_stats, momentum, eps).to(input.dtype)
 
 
