@@ -99,7 +99,7 @@ def test_operators_give_what_a_compiler_gets_in_every_layout(groups, channels_la
     for operator, given in zip(OPERATORS, arguments, strict=True):
         leaves = [value for value in given if isinstance(value, torch.Tensor)]
         plain, numbers = mode.COMPILED[operator.default], given[len(leaves) :]
-        graph, _ = record(lambda *own, plain=plain, numbers=numbers: [*plain(*own, *numbers)], leaves, {})
+        graph, _ = record(lambda *own, plain=plain, numbers=numbers: [*plain(*own, *numbers)], leaves, {}, {})
         assert not any(is_mutable(node) for node in graph.nodes)  # a graph that writes in place is not cut
         for called, compiled in zip(operator(*given), plain(*given), strict=True):
             assert called.shape == compiled.shape
