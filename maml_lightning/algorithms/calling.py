@@ -130,7 +130,8 @@ def watched(
 def _compiles() -> bool:
     """Whether anything was given to ``torch.compile`` in this process, such as a function that the network calls."""
     backends = getattr(sys.modules.get("torch._dynamo.eval_frame"), "cached_backends", {})
-    return any(backend is not None for backend in backends.values())
+    # The backend "eager" has the derivatives of what it runs, and is that of `torch.cond` and the like.
+    return any(getattr(backend, "compiler_name", "eager") != "eager" for backend in backends.values())
 
 
 @contextmanager

@@ -92,3 +92,11 @@ def test_a_compiled_function_in_a_network_is_exact_and_stays_usable(method, exec
         assert relative_error(gradient(maml), expected) < 1e-9
         with torch.no_grad():
             assert net(episode().query_inputs[0]).isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "compiles"), [("eager", False), ("aot_eager", True), ("inductor", True)])
+def test_the_backend_of_torch_cond_is_no_compiler(name, compiles, monkeypatch):
+    """Else networks would run with a stance that breaks the gradient of `torch.cond`."""
+    backends = {1: None, 2: torch._TorchCompileWrapper(name, None, None, False)}
+    monkeypatch.setattr(torch._dynamo.eval_frame, "cached_backends", backends)
+    assert calling._compiles() == compiles
