@@ -59,12 +59,12 @@ class Found:
     """Remembers of a network and a loss, in training and in evaluation mode, whether the loss takes all."""
 
     def __init__(self) -> None:
-        self._known: dict[bool, tuple[nn.Module, Any, bool]] = {}
+        self._known: dict[bool, tuple[nn.Module, Any, bool | None]] = {}
         self._said = False
 
-    def takes_all(self, net: nn.Module, loss: Callable[..., Any]) -> bool:
-        """What was found of them in the network's mode; else that it does not."""
-        return self.knows(net, loss) and self._known[net.training][2]
+    def takes_all(self, net: nn.Module, loss: Callable[..., Any]) -> bool | None:
+        """What was found of them in the network's mode: None where it returned one tensor; else that it does not."""
+        return self._known[net.training][2] if self.knows(net, loss) else False
 
     def knows(self, net: nn.Module, loss: Callable[..., Any]) -> bool:
         """Whether it was found of them in the network's mode."""
@@ -87,7 +87,7 @@ class Found:
                         returned = call_with(tried, {}, mapped(torch.clone, inputs))
                 except Exception:  # whatever a user's network raises; it will again where it matters
                     continue
-                found = takes_all(own_loss, returned, targets)
+                found = None if isinstance(returned, Tensor) else takes_all(own_loss, returned, targets)
                 self._known[net.training] = (net, loss, found)
                 if found:
                     self._say(returned)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from maml_lightning.algorithms.calling import call_with
+from maml_lightning.algorithms.losses import takes_all
 from maml_lightning.algorithms.optimizers import InnerOptimizer, Parameters
 from maml_lightning.engine.differentiation import is_by_autograd
 from maml_lightning.engine.kernels.mode import task_operators
@@ -28,7 +29,8 @@ class Model(NamedTuple):
         optimizer: of the inner loop.
         proximal: strength ``mu`` of the proximal term, 0 for none.
         of_support: whether queries are normalized with the statistics of the support set.
-        takes_all: whether the loss takes all that the network returns, and not the logits alone.
+        takes_all: whether the loss takes all that the network returns, and not the logits alone; None where the
+            network returned one tensor when it was tried.
     """
 
     net: nn.Module
@@ -36,10 +38,20 @@ class Model(NamedTuple):
     optimizer: InnerOptimizer
     proximal: float
     of_support: bool = False
-    takes_all: bool = False
+    takes_all: bool | None = False
 
     def loss_of(self, returned: Any, y: Any) -> Tensor:
-        """The loss of what the network returns."""
+        """The loss of what the network returns.
+
+        Raises:
+            SettingError: that was one tensor at first, and now is several, which the loss takes.
+        """
+        if self.takes_all is None and not isinstance(returned, Tensor) and takes_all(self.loss, returned, y):
+            raise SettingError(
+                f"model.net returned one tensor at first and now returns {describe(returned)}, of which model.loss "
+                "would get the logits alone; let it return as much from the first meta-step on, for support and query "
+                "examples alike."
+            )
         return self.loss(returned if self.takes_all else logits_of(returned), y)
 
     def outputs_of(self, returned: Any) -> Tensor:

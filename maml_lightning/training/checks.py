@@ -98,6 +98,7 @@ def _taken(
         taken = returned if of_all else logits_of(returned)
         if is_computed(loss, taken, targets):
             break  # else the loss may read what the network itself keeps as it runs
+    tensor_of(taken)  # else scores have no tensor
     check_differentiable(net, tensors_of(taken), training)
     return net, loss, taken, of_all
 

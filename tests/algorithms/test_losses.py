@@ -370,3 +370,47 @@ def test_a_checkpoint_goes_on_with_the_same_loss(tmp_path):
     assert trainer.validate(loaded, loader, verbose=False) == before
     copied = copy.deepcopy(maml)
     assert torch.equal(copied.training_step(episode, 0), maml.train().training_step(episode, 0))
+
+
+class Growing(Heads):
+    """Returns the scores alone where there are few examples, or until its code is wanted."""
+
+    wanted, few = False, 0
+
+    def forward(self, x):
+        scores, code = super().forward(x)
+        return (scores, code) if self.wanted or (self.few and len(x) > self.few) else scores
+
+
+def of_any(outputs, targets):
+    return F.cross_entropy(outputs, targets) if isinstance(outputs, Tensor) else LOSS_OF_PAIRS(outputs, targets)
+
+
+@pytest.mark.parametrize("execution", ["auto", "traced", "vectorized", "loop"])
+@pytest.mark.parametrize("later", ["a later meta-step", "the queries"])
+def test_tensors_that_come_later_are_not_left_out(later, execution):
+    net = Growing(KINDS["tuple"][0])
+    maml = MAML(net, 0.1, 2, loss=of_any, execution=execution)
+    if later == "the queries":
+        net.few = 6
+    else:
+        maml.training_step(episodes(), 0).backward()
+        net.wanted = True
+    with pytest.raises(SettingError, match=r"returned one tensor at first and now returns \(\[\d+, 3\] float64"):
+        maml.training_step(episodes(), 0)
+
+
+def test_tensors_that_come_later_are_left_out_by_a_loss_of_logits():
+    net = Growing(KINDS["tuple"][0])
+    maml, found = MAML(net, 0.1, 2), []
+    for net.wanted in (False, True):
+        found.append(maml.training_step(episodes(), 0).item())
+    assert found[0] == pytest.approx(found[1], rel=1e-12)
+
+
+def test_what_holds_no_tensor_for_the_scores_is_named():
+    net = heads()
+    net.kind = lambda a, b: iter([a, b])
+    maml = MAML(net, 0.1, loss=lambda o, y: F.cross_entropy(next(o), y) + next(o).square().mean())
+    with pytest.raises(SettingError, match="with no tensor to take as its outputs"):
+        maml.training_step(episodes(), 0)
