@@ -91,7 +91,21 @@ class Found:
                 self._known[net.training] = (net, loss, found)
                 if found:
                     self._say(returned)
+                elif found is False and not _is_of_torch(loss):
+                    self._say_why(own_loss, returned, targets)
                 break
+
+    def _say_why(self, loss: Callable[..., Any], returned: Any, targets: Any) -> None:
+        """Say once that a loss of one's own gets the logits alone, for its error may be a mistake in it."""
+        if not self._said:
+            error = _error(loss, returned, targets)
+            log.warning(
+                "model.loss gets the logits alone: of all that model.net returns, %s, it raises %s: %s",
+                describe(returned),
+                type(error).__name__,
+                " ".join(str(error).split())[:200],
+            )
+            self._said = True
 
     def _say(self, returned: Any) -> None:
         """Say once of what scores and predictions are, where nothing in what the network returns is their place."""
@@ -105,6 +119,12 @@ class Found:
                     describe(returned),
                 )
                 self._said = True
+
+
+def _is_of_torch(loss: Any) -> bool:
+    """Whether a loss is PyTorch's own, or one with some of its arguments, all of which are of one tensor."""
+    loss = getattr(loss, "func", loss)
+    return str(getattr(loss, "__module__", None) or type(loss).__module__).split(".")[0] == "torch"
 
 
 def _error(loss: Callable[..., Any], outputs: Any, targets: Any) -> Exception | None:

@@ -414,3 +414,26 @@ def test_what_holds_no_tensor_for_the_scores_is_named():
     maml = MAML(net, 0.1, loss=lambda o, y: F.cross_entropy(next(o), y) + next(o).square().mean())
     with pytest.raises(SettingError, match="with no tensor to take as its outputs"):
         maml.training_step(episodes(), 0)
+
+
+def mistaken(outputs, targets):
+    if isinstance(outputs, tuple):
+        return LOSS_OF_PAIRS(outputs, targets, weight=0.4)  # which it does not take
+    return F.cross_entropy(outputs, targets)
+
+
+@pytest.mark.parametrize("loss", [mistaken, lambda outputs, targets: F.cross_entropy(outputs, targets)])
+def test_a_loss_of_ones_own_that_gets_the_logits_alone_says_why_once(loss, caplog):
+    maml = MAML(Growing(KINDS["tuple"][0]), 0.1, 2, loss=loss)
+    maml.net.wanted = True
+    for _ in range(2):
+        maml.training_step(episodes(), 0).backward()
+    assert caplog.text.count("model.loss gets the logits alone: of all that model.net returns, ([") == 1
+    assert "it raises TypeError: " in caplog.text
+
+
+def test_a_loss_of_torch_gets_the_logits_without_a_word(caplog):
+    maml = MAML(Growing(KINDS["tuple"][0]), 0.1, 2, loss=nn.CrossEntropyLoss(label_smoothing=0.1))
+    maml.net.wanted = True
+    maml.training_step(episodes(), 0).backward()
+    assert "model.loss" not in caplog.text
