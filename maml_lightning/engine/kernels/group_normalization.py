@@ -72,7 +72,7 @@ def group_standardize(
     mean = _of_group(x.mean(-1), groups)
     c = x - mean[..., None]
     r = (_of_group((c * c).mean(-1), groups) + eps).rsqrt()
-    return _affine(out[0], bias, (weight * r, c)), mean.clone(), r
+    return _affine(out[0], bias, (weight * r, c)), mean, r
 
 
 def group_project(
@@ -81,7 +81,7 @@ def group_project(
     """``dx``, ``sum(g n)`` and ``sum(g)``."""
     sum_g = g.sum(-1)
     sum_gn = r * ((g * x).sum(-1) - mean * sum_g)
-    mean_h, mean_hn = (_of_group(weight * value / g.shape[-1], groups) for value in (sum_g, sum_gn))
+    mean_h, mean_hn = _of_group(torch.stack((sum_g, sum_gn)) * (weight / g.shape[-1]), groups)
     to_x = -r * r * mean_hn
     return _affine(out[0], -r * mean_h - to_x * mean, (to_x, x), (r * weight, g)), sum_gn, sum_g
 
