@@ -257,7 +257,7 @@ def test_slurm_requeues_and_the_job_goes_on(folder):
     assert same(torch.load(ended, weights_only=True), state(folder / "whole"))
 
 
-# Runs the command line with a process that dies by kill -9 when half of its second checkpoint is written.
+# Runs the command line with a process that dies by kill -9 when half of its fourth last.ckpt is written.
 DIES_WRITING = """
 import io, os, signal, sys
 import maml_lightning.training.checkpoints as checkpoints
@@ -265,12 +265,13 @@ from cli import main
 writes = 0
 def half(path, write, temporary):
     global writes
-    writes += 1
+    writes += path.name == "last.ckpt"
+    dies = path.name == "last.ckpt" and writes == 4
     content = io.BytesIO()
     write(content)
     with path.with_name(temporary).open("wb") as file:
-        file.write(content.getbuffer()[: len(content.getbuffer()) // 2 if writes == 4 else None])
-    if writes == 4:
+        file.write(content.getbuffer()[: len(content.getbuffer()) // 2 if dies else None])
+    if dies:
         os.kill(os.getpid(), signal.SIGKILL)
     os.replace(path.with_name(temporary), path)
 checkpoints.write_whole = half
