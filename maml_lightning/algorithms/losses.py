@@ -49,8 +49,8 @@ def takes_all(loss: Callable[..., Any], returned: Any, targets: Any) -> bool:
     if of_logits is None and isinstance(error, _MISTAKES):
         raise SettingError(
             f"model.loss cannot be computed from all that model.net returns, {describe(returned)} "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}), but from its logits alone, which may not "
-            "be what is meant; correct it, or let the network return one tensor."
+            f"({_named(error)}), but from its logits alone, which may not be what is meant; correct it, or let the "
+            "network return one tensor."
         )
     return of_logits is not None
 
@@ -60,7 +60,7 @@ class Found:
 
     def __init__(self) -> None:
         self._known: dict[bool, tuple[nn.Module, Any, bool | None]] = {}
-        self._said = False
+        self._said: set[str] = set()
 
     def takes_all(self, net: nn.Module, loss: Callable[..., Any]) -> bool | None:
         """What was found of them in the network's mode: None where it returned one tensor; else that it does not."""
@@ -90,35 +90,35 @@ class Found:
                 found = None if isinstance(returned, Tensor) else takes_all(own_loss, returned, targets)
                 self._known[net.training] = (net, loss, found)
                 if found:
-                    self._say(returned)
-                elif found is False and not _is_of_torch(loss):
-                    self._say_why(own_loss, returned, targets)
+                    self._say(_of_scores(returned))
+                elif found is False and not _is_of_torch(loss) and (error := _error(own_loss, returned, targets)):
+                    # It may be a mistake in a loss of all.
+                    what = f"of all that model.net returns, {describe(returned)}, it raises {_named(error)}"
+                    self._say(f"model.loss gets the logits alone: {what}")
                 break
 
-    def _say_why(self, loss: Callable[..., Any], returned: Any, targets: Any) -> None:
-        """Say once that a loss of one's own gets the logits alone, for its error may be a mistake in it."""
-        if not self._said:
-            error = _error(loss, returned, targets)
-            log.warning(
-                "model.loss gets the logits alone: of all that model.net returns, %s, it raises %s: %s",
-                describe(returned),
-                type(error).__name__,
-                " ".join(str(error).split())[:200],
-            )
-            self._said = True
+    def _say(self, line: str) -> None:
+        if line and line not in self._said:
+            log.warning("%s", line)
+            self._said.add(line)
 
-    def _say(self, returned: Any) -> None:
-        """Say once of what scores and predictions are, where nothing in what the network returns is their place."""
-        try:
-            logits_of(returned)
-        except SettingError:
-            if not self._said and len(tensors_of(returned)) > 1:
-                log.warning(
-                    "Scores and predictions are of the first tensor that the network returns, %s; name another one "
-                    "logits to have them of it.",
-                    describe(returned),
-                )
-                self._said = True
+
+def _of_scores(returned: Any) -> str:
+    """What scores and predictions are of, where nothing in what the network returns is their place; else nothing."""
+    try:
+        logits_of(returned)
+    except SettingError:
+        if len(tensors_of(returned)) > 1:
+            return (
+                f"Scores and predictions are of the first tensor that the network returns, {describe(returned)}; name "
+                "another one logits to have them of it."
+            )
+    return ""
+
+
+def _named(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _is_of_torch(loss: Any) -> bool:
